@@ -1,0 +1,1 @@
+"""The command line: options in, one JSON object or a rendered report out."""

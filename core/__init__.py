@@ -1,0 +1,1 @@
+"""vllmc's library: resolve, capture, split, plan, key, obtain, link."""

@@ -1,0 +1,1 @@
+"""Keys, factors, records and the store that keeps artifacts under them."""

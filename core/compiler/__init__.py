@@ -1,0 +1,1 @@
+"""Compiling one unit (a piece for a range of token counts) to a self-contained artifact."""

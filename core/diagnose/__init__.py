@@ -1,0 +1,1 @@
+"""Recompiles: what happened, why, and how to avoid it."""

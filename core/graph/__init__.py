@@ -1,0 +1,1 @@
+"""Capturing a model's graph and cutting it into pieces."""

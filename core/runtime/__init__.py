@@ -1,0 +1,1 @@
+"""Linking artifacts to a program, and the engine that generates with it."""

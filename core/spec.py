@@ -1,0 +1,116 @@
+"""What a user asks to be compiled: the frozen value that every stage of the pipeline reads."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from vllmc.core.errors import UsageError
+
+DynamicShapes: TypeAlias = Literal["unbacked", "backed", "backed-size-oblivious"]
+LayerNames: TypeAlias = Literal["hoisted", "baked"]
+OptionValue: TypeAlias = "bool | int | float | str | list[OptionValue] | None"
+
+ATTENTION_OP = "vllmc::unified_attention_with_output"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class CompileRange:
+    """An inclusive range of token counts. A range of one count is a compile size."""
+
+    start: int
+    end: int
+
+    @classmethod
+    def parse(cls, text: str) -> CompileRange:
+        """Reads `A:B`, or `N` for `N:N`. Raises `UsageError` for anything else."""
+        match = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", text)
+        if match is None:
+            raise UsageError(
+                "bad-range",
+                f"'{text}' is not a range of token counts",
+                hint="write it as A:B, both inclusive, for example --compile-range 1:8192",
+            )
+        start = int(match[1])
+        end = int(match[2]) if match[2] is not None else start
+        if start < 1:
+            raise UsageError(
+                "bad-range",
+                f"the range {text} starts below 1: a batch of zero tokens is never run",
+                hint=f"start it at 1: --compile-range 1:{max(end, 1)}",
+            )
+        if end < start:
+            raise UsageError(
+                "bad-range",
+                f"the range {text} is empty: its end lies below its start",
+                hint=f"did you mean {end}:{start}?",
+            )
+        return cls(start, end)
+
+    @property
+    def is_size(self) -> bool:
+        """Whether the range holds a single token count."""
+        return self.start == self.end
+
+    def __contains__(self, tokens: object) -> bool:
+        return isinstance(tokens, int) and self.start <= tokens <= self.end
+
+    def __str__(self) -> str:
+        return str(self.start) if self.is_size else f"{self.start}:{self.end}"
+
+
+def check_ranges(ranges: Sequence[CompileRange], sizes: Sequence[int]) -> None:
+    """Raises `UsageError` unless `ranges` are disjoint and every size lies in none or one of them."""
+    if not ranges and not sizes:
+        raise UsageError(
+            "bad-range",
+            "there is neither a compile range nor a compile size",
+            hint="give at least one: --compile-range 1:8192",
+        )
+    ordered = sorted(ranges)
+    for left, right in itertools.pairwise(ordered):
+        if right.start <= left.end:
+            raise UsageError(
+                "overlapping-ranges",
+                f"the compile ranges {left} and {right} overlap",
+                context={"ranges": [str(r) for r in ordered]},
+                hint=f"end the first before the second starts: {left.start}:{right.start - 1}",
+            )
+    for size in sizes:
+        if size < 1:
+            raise UsageError(
+                "bad-size",
+                f"the compile size {size} is below 1",
+                hint="a compile size is a number of tokens, at least 1",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileSpec:
+    """Everything about a compilation that the user chooses, apart from the model.
+
+    `device` is `cpu`, `cuda` or `cuda:N`; `dtype` a torch dtype's name without the prefix.
+    `inductor` and `functorch` hold the `-O` options, sorted by name.
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    ranges: tuple[CompileRange, ...] = (CompileRange(1, 8192),)
+    sizes: tuple[int, ...] = ()
+    dynamic_shapes: DynamicShapes = "unbacked"
+    layer_names: LayerNames = "hoisted"
+    splitting_ops: tuple[str, ...] = (ATTENTION_OP,)
+    inductor: tuple[tuple[str, OptionValue], ...] = ()
+    functorch: tuple[tuple[str, OptionValue], ...] = ()
+    backend: str = "inductor"
+
+    def __post_init__(self) -> None:
+        check_ranges(self.ranges, self.sizes)
+
+    @property
+    def max_tokens(self) -> int:
+        """The largest token count that some range or size covers."""
+        return max([r.end for r in self.ranges] + list(self.sizes))

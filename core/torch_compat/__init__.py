@@ -1,0 +1,1 @@
+"""Every private torch API that vllmc uses, behind names of our own."""

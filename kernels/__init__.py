@@ -1,0 +1,1 @@
+"""Custom ops of the compiled programs: schema, fake implementation and kernels."""
