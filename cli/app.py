@@ -1,0 +1,169 @@
+"""The command line: which commands there are, and the one error boundary. Imports no torch.
+
+`main` turns every error into a message and an exit code; nothing else catches broadly. A command
+returns its exit code, or None for 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+from vllmc.cli import cache, models
+from vllmc.cli.output import Output
+from vllmc.core.errors import UsageError, VllmcError
+
+INTERRUPTED = 130
+PIPE_CLOSED = 141
+
+
+class _Interrupted(VllmcError):
+    """Ctrl-C; the exit code is the shells' for SIGINT."""
+
+    exit_code = INTERRUPTED
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"vllmc {version('vllmc')}")
+        raise typer.Exit
+
+
+def _root(
+    context: typer.Context,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Compile LLMs ahead of time, and know why the compile cache hits or misses."""
+    _help_without_command(context)
+
+
+def _cache(context: typer.Context) -> None:
+    """Look into the cache, and check it."""
+    _help_without_command(context)
+
+
+def _help_without_command(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        with contextlib.redirect_stdout(sys.stderr):
+            typer.echo(context.get_help())
+        raise typer.Exit(UsageError.exit_code)
+
+
+def build_app(*, rich_help: bool = False) -> typer.Typer:
+    """All commands; `rich_help` draws the help pages with boxes and colours."""
+    app = typer.Typer(
+        name="vllmc",
+        callback=_root,
+        invoke_without_command=True,
+        add_completion=False,
+        rich_markup_mode="rich" if rich_help else None,
+    )
+    app.command("models")(models.models)
+    group = typer.Typer(name="cache", callback=_cache, invoke_without_command=True)
+    for name, function in {
+        "ls": cache.ls,
+        "show": cache.show,
+        "stats": cache.stats,
+        "verify": cache.verify,
+        "path": cache.path,
+    }.items():
+        group.command(name)(function)
+    app.add_typer(group)
+    return app
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line (default: the process's) and returns its exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    return run(build_app(rich_help=sys.stdout.isatty()), words)
+
+
+def run(app: typer.Typer, words: Sequence[str]) -> int:
+    """Runs a command of `app` inside the error boundary and returns the exit code."""
+    root = typer.main.get_command(app)
+    output = _early_output(root, words)
+    try:
+        with root.make_context("vllmc", list(words)) as context:
+            code = root.invoke(context)
+        sys.stdout.flush()
+        return code or 0
+    except typer.Exit as stop:
+        return stop.exit_code
+    except BrokenPipeError:
+        _abandon_stdout()
+        return PIPE_CLOSED
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the one error boundary
+        return _report(error, output)
+
+
+def entry_point() -> None:
+    """The console script `vllmc`."""
+    sys.exit(main())
+
+
+def _early_output(root: object, words: Sequence[str]) -> Output:
+    """The sink for errors, which may come before the words are parsed."""
+    names = []
+    for word in words:
+        if not isinstance(root, TyperGroup) or word not in root.commands:
+            break
+        names.append(word)
+        root = root.commands[word]
+    flags = words[: words.index("--")] if "--" in words else words
+    return Output(
+        command=" ".join(names) or "vllmc",
+        json="--json" in flags,
+        verbosity=sum(len(word) - 1 for word in flags if word in ("-v", "-vv")),
+    )
+
+
+def _report(error: BaseException, output: Output) -> int:
+    known = _as_vllmc_error(error, output.command)
+    if known is not error:
+        known.__cause__ = error
+    try:
+        output.error(known)
+        sys.stdout.flush()
+    except OSError:
+        _abandon_stdout()
+    return known.exit_code
+
+
+def _as_vllmc_error(error: BaseException, command: str) -> VllmcError:
+    if isinstance(error, VllmcError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return _Interrupted(
+            "interrupted",
+            "stopped before the end",
+            hint="what was stored is whole; run it again to carry on",
+        )
+    if isinstance(error, typer.TyperException):
+        name = command if command == "vllmc" else f"vllmc {command}"
+        return UsageError("usage", error.format_message(), hint=f"see {name} --help")
+    if isinstance(error, OSError):
+        return VllmcError("os-error", str(error), hint="check the path, its permissions and space")
+    return VllmcError(
+        "internal",
+        f"{type(error).__name__}: {error}",
+        hint="this is a fault in vllmc; report it with the traceback that -vv shows",
+    )
+
+
+def _abandon_stdout() -> None:
+    """Keeps the interpreter from failing once more when it flushes stdout at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

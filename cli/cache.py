@@ -1,0 +1,164 @@
+"""`vllmc cache`: what the cache holds and whether it is intact. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from typing import Annotated
+
+import typer
+from rich.console import Group
+from vllmc.cli import render
+from vllmc.cli.options import CommonFlags, command
+from vllmc.core.cache.key import Factor, JsonValue
+from vllmc.core.cache.record import ProgramRecord, UnitRecord
+from vllmc.core.cache.store import Store
+from vllmc.core.cache.verify import Removal
+from vllmc.core.errors import UnsafeCacheError
+
+JsonRow = dict[str, JsonValue]
+
+
+@command
+def ls(common: CommonFlags) -> None:
+    """List the compiled programs, the last used first."""
+    store = Store(common.settings().cache_dir)
+    rows = [entry.to_json() for entry in store.entries()]
+    common.output("cache ls").data({"entries": rows}, lambda: render.entries(rows))
+
+
+@command
+def show(
+    key: Annotated[
+        str, typer.Argument(metavar="KEY", help="A key, or its first 8 or more hex digits.")
+    ],
+    common: CommonFlags,
+) -> None:
+    """Show a stored record: its units, sources, pieces and factors.
+
+    With --json, kind is program or unit. A program has records, one per version of its sources
+    (id, model, created, pieces, units, sources, factor_groups), the newest first; a unit has one
+    record (artifact, format, code, bytes, seconds, created, factor_groups).
+    """
+    store = Store(common.settings().cache_dir)
+    full = store.resolve_prefix(key)
+    record = store.record(full)
+    output = common.output("cache show")
+    if isinstance(record, UnitRecord):
+        row = _unit_row(record)
+        output.data({"key": full, "kind": "unit", "record": row}, lambda: render.unit(row))
+        return
+    rows = [_program_row(item) for item in record]
+    output.data(
+        {"key": full, "kind": "program", "records": rows},
+        lambda: Group(*itertools.chain(*((render.program(row), "") for row in rows))),
+    )
+
+
+@command
+def stats(common: CommonFlags) -> None:
+    """Sum up what the cache holds.
+
+    With --json, stats has programs, units, artifacts, bytes, unreferenced_bytes and by_model.
+    """
+    store = Store(common.settings().cache_dir)
+    row = dataclasses.asdict(store.stats())
+    common.output("cache stats").data({"stats": row}, lambda: render.stats(row))
+
+
+@command
+def verify(
+    common: CommonFlags,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove what is corrupt, and nothing else.")
+    ] = False,
+) -> int:
+    """Read every artifact and record; exit 4 when anything is corrupt.
+
+    With --json, problems has what was found (path, kind, detail), and removed what --repair
+    removed (path, reason). With --repair the exit code is 0 unless something corrupt is left.
+    """
+    output = common.output("cache verify")
+    store = Store(common.settings().cache_dir)
+    problems = store.verify()
+    removals: tuple[Removal, ...] = ()
+    if repair:
+        plan = store.plan_repair(problems)
+        plan.execute()
+        removals = plan.removals
+    removed = {removal.path for removal in removals}
+    left = [problem for problem in problems if problem.unsafe and problem.path not in removed]
+    rows = [problem.to_json() for problem in problems]
+    gone = [removal.to_json() for removal in removals]
+    output.data({"problems": rows, "removed": gone}, lambda: render.problems(rows, gone))
+    if left and not repair:
+        output.note("hint: vllmc cache verify --repair removes just what is corrupt")
+    return UnsafeCacheError.exit_code if left else 0
+
+
+@command
+def path(common: CommonFlags) -> None:
+    """Print where the cache lies.
+
+    With --json, path and origin: flag, env:NAME, file:NAME:LINE or default.
+    """
+    settings = common.settings()
+    where = str(settings.cache_dir)
+    common.output("cache path").data(
+        {"path": where, "origin": settings.cache_dir_origin}, lambda: where
+    )
+
+
+def _program_row(record: ProgramRecord) -> JsonRow:
+    return {
+        "id": record.id,
+        "model": record.model,
+        "created": record.created,
+        "pieces": {**record.pieces},
+        "units": [
+            {
+                "key": unit.key,
+                "range": unit.range,
+                "pieces": list(unit.pieces),
+                "artifact": unit.artifact,
+            }
+            for unit in record.units
+        ],
+        "sources": [
+            {
+                "package": source.package,
+                "path": source.path,
+                "digest": source.digest,
+                "functions": list(source.functions),
+            }
+            for source in record.sources
+        ],
+        "factor_groups": _factor_groups(record.factors),
+    }
+
+
+def _unit_row(record: UnitRecord) -> JsonRow:
+    return {
+        "artifact": record.artifact,
+        "format": record.format,
+        "code": record.code,
+        "bytes": record.bytes,
+        "seconds": record.seconds,
+        "created": record.created,
+        "factor_groups": _factor_groups(record.factors),
+    }
+
+
+def _factor_groups(factors: Iterable[Factor]) -> list[JsonValue]:
+    groups: dict[str, list[Factor]] = {}
+    for factor in factors:
+        groups.setdefault(factor.group, []).append(factor)
+    return [
+        {
+            "group": group,
+            "factors": len(members),
+            "not_default": [factor.name for factor in members if not factor.is_default],
+        }
+        for group, members in groups.items()
+    ]

@@ -1,0 +1,368 @@
+"""The options that commands share, and the compilation that they ask for. Imports no torch.
+
+Options that belong together are a frozen dataclass of annotated fields; a command takes one
+parameter per group, and `command` shows Typer the fields in its place. A field that is None was
+not given: environment, config file and default decide then (`settings`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
+
+import typer
+from vllmc.cli.output import Output
+from vllmc.cli.settings import RawOption, Setting, Settings, load_settings
+from vllmc.core.errors import UsageError
+from vllmc.core.models.presets import DEFAULT_PRESET
+from vllmc.core.spec import (
+    ATTENTION_OP,
+    CompileRange,
+    DynamicShapes,
+    LayerNames,
+    check_ranges,
+)
+
+T = TypeVar("T")
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+BACKENDS = ("inductor", "eager")
+DEFAULT_RANGE = "1:8192"
+
+SHAPING_PANEL = "Options that shape the compilation"
+COMMON_PANEL = "Options of every command"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommonFlags:
+    """What every command takes."""
+
+    json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Print one JSON object on stdout.", rich_help_panel=COMMON_PANEL
+        ),
+    ] = False
+    verbose: Annotated[
+        int,
+        typer.Option(
+            "-v",
+            count=True,
+            metavar="",
+            show_default=False,
+            help="Say more; -vv also shows the traceback of an error.",
+            rich_help_panel=COMMON_PANEL,
+        ),
+    ] = 0
+    quiet: Annotated[
+        bool,
+        typer.Option("-q", help="Show no progress and no hints.", rich_help_panel=COMMON_PANEL),
+    ] = False
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            show_default="the user's cache directory",
+            help="Where the cache lies.",
+            rich_help_panel=COMMON_PANEL,
+        ),
+    ] = None
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            show_default="vllmc.toml, or tool.vllmc in pyproject.toml",
+            help="A config file.",
+            rich_help_panel=COMMON_PANEL,
+        ),
+    ] = None
+
+    def settings(self) -> Settings:
+        """The settings under these flags; raises what `load_settings` raises."""
+        return load_settings(cache_dir=self.cache_dir, config=self.config)
+
+    def output(self, command: str) -> Output:
+        """The sink for what `command` (`cache ls`) prints."""
+        return Output(command=command, json=self.json, verbosity=-1 if self.quiet else self.verbose)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileFlags:
+    """What shapes a compilation, as typed; `compile_request` checks it."""
+
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|cpu|cuda[:N]",
+            show_default="auto",
+            help="Where to run; auto takes CUDA where there is a GPU.",
+            rich_help_panel=SHAPING_PANEL,
+        ),
+    ] = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(DTYPES),
+            show_default="auto",
+            help="The type to compute in; auto takes the model config's, else float32.",
+            rich_help_panel=SHAPING_PANEL,
+        ),
+    ] = None
+    compile_range: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="A:B",
+            show_default=DEFAULT_RANGE,
+            help="Token counts, inclusive, that share one compilation; repeatable.",
+            rich_help_panel=SHAPING_PANEL,
+        ),
+    ] = None
+    compile_size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N",
+            help="A token count with a compilation of its own; repeatable.",
+            rich_help_panel=SHAPING_PANEL,
+        ),
+    ] = None
+    dynamic_shapes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(get_args(DynamicShapes)),
+            show_default="unbacked",
+            help="How the token count is traced.",
+            rich_help_panel=SHAPING_PANEL,
+        ),
+    ] = None
+    layer_names: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(get_args(LayerNames)),
+            show_default="hoisted",
+            help="Whether layer names are inputs of the graph or constants in it.",
+            rich_help_panel=SHAPING_PANEL,
+        ),
+    ] = None
+    splitting_op: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            show_default="the attention op",
+            help="An op to cut the graph at; repeatable.",
+            rich_help_panel=SHAPING_PANEL,
+        ),
+    ] = None
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-O",
+            metavar="KEY=VALUE",
+            help="An Inductor option, or functorch.KEY=VALUE; repeatable.",
+            rich_help_panel=SHAPING_PANEL,
+        ),
+    ] = None
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Build the model with this many layers.",
+            rich_help_panel=SHAPING_PANEL,
+        ),
+    ] = None
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(BACKENDS),
+            show_default="inductor",
+            help="What compiles the pieces; eager stores their graphs.",
+            rich_help_panel=SHAPING_PANEL,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileRequest:
+    """What to compile, checked as far as torch is not needed for it.
+
+    `device` and `dtype` may still be `auto`, and `options` are neither looked up nor typed. The
+    order of ranges and sizes means nothing, so they are sorted. `layers` is None where the
+    model's own number holds. `origins` maps an option's name (`compile-range`) to where its
+    value came from; each of `options` has its own.
+    """
+
+    model: str
+    layers: int | None
+    device: str
+    dtype: str
+    ranges: tuple[CompileRange, ...]
+    sizes: tuple[int, ...]
+    dynamic_shapes: DynamicShapes
+    layer_names: LayerNames
+    splitting_ops: tuple[str, ...]
+    options: tuple[RawOption, ...]
+    backend: str
+    origins: Mapping[str, str]
+
+
+def compile_request(
+    settings: Settings, flags: CompileFlags, model: str | None = None
+) -> CompileRequest:
+    """Merges flags, environment and config file; raises `UsageError` for what cannot be meant."""
+
+    origins: dict[str, str] = {}
+
+    def given(name: str, flag: str | list[str] | None, *default: str) -> Setting:
+        flags = [flag] if isinstance(flag, str) else flag or ()
+        setting = settings.find(name, flags, default=default)
+        origins[name] = setting.origin
+        return setting
+
+    ranges = given("compile-range", flags.compile_range, DEFAULT_RANGE)
+    ops = given("splitting-op", flags.splitting_op, ATTENTION_OP)
+    layers = _counts("layers", given("layers", flags.layers))
+    sizes = _counts("compile-size", given("compile-size", flags.compile_size))
+    shapes = given("dynamic-shapes", flags.dynamic_shapes, "unbacked")
+    names = given("layer-names", flags.layer_names, "hoisted")
+    request = CompileRequest(
+        model=model or DEFAULT_PRESET,
+        layers=layers[0] if layers else None,
+        device=_device(given("device", flags.device, "auto")),
+        dtype=_choice("dtype", given("dtype", flags.dtype, "auto"), DTYPES),
+        ranges=tuple(sorted(_located(ranges, CompileRange.parse))),
+        sizes=tuple(sorted(set(sizes))),
+        dynamic_shapes=_choice("dynamic-shapes", shapes, get_args(DynamicShapes)),
+        layer_names=_choice("layer-names", names, get_args(LayerNames)),
+        splitting_ops=tuple(dict.fromkeys(_located(ops, _op_name))),
+        options=_merge(settings.raw_options, flags.option or ()),
+        backend=_choice("backend", given("backend", flags.backend, "inductor"), BACKENDS),
+        origins=origins,
+    )
+    check_ranges(request.ranges, request.sizes)
+    return request
+
+
+def _choice(name: str, setting: Setting, choices: tuple[T, ...]) -> T:
+    """The one of `choices` that the setting spells."""
+    if setting.value not in choices:
+        raise UsageError(
+            "bad-value",
+            f"'{setting.value}' is no {name}",
+            context={"origin": setting.origin},
+            hint=f"--{name} takes one of {', '.join(map(str, choices))}",
+        )
+    return cast("T", setting.value)
+
+
+def _device(setting: Setting) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", setting.value):
+        raise UsageError(
+            "bad-value",
+            f"'{setting.value}' is no device that vllmc can compile for",
+            context={"origin": setting.origin},
+            hint="--device takes auto, cpu, cuda or cuda:N",
+        )
+    return setting.value
+
+
+def _counts(name: str, setting: Setting) -> tuple[int, ...]:
+    for text in setting.values:
+        if not re.fullmatch(r"\s*\d+\s*", text) or int(text) < 1:
+            raise UsageError(
+                "bad-value",
+                f"'{text}' is no value for {name}: it takes a number, at least 1",
+                context={"origin": setting.origin},
+                hint=f"for example --{name} 4",
+            )
+    return tuple(int(text) for text in setting.values)
+
+
+def _op_name(text: str) -> str:
+    if not re.fullmatch(r"\w+::\w+(\.\w+)?", text):
+        raise UsageError(
+            "bad-value",
+            f"'{text}' is no name of an op",
+            hint=f"write it as torch registers it: {ATTENTION_OP}",
+        )
+    return text
+
+
+def _located(setting: Setting, parse: Callable[[str], T]) -> list[T]:
+    try:
+        return [parse(text) for text in setting.values]
+    except UsageError as error:
+        error.context["origin"] = setting.origin
+        raise
+
+
+def _merge(filed: tuple[RawOption, ...], flags: list[str] | tuple[()]) -> tuple[RawOption, ...]:
+    """The options of the file and the flags; the last one of a name holds, sorted by name."""
+    rows = (*filed, *map(_raw_option, flags))
+    return tuple(row for _, row in sorted({(row.scope, row.name): row for row in rows}.items()))
+
+
+def _raw_option(text: str) -> RawOption:
+    name, equals, value = text.partition("=")
+    scoped = name.removeprefix("functorch.")
+    if not equals or not scoped.strip():
+        raise UsageError(
+            "bad-value",
+            f"'{text}' is no option with a value",
+            context={"origin": "flag"},
+            hint="write it as -O KEY=VALUE, for example -O max_autotune=true",
+        )
+    return RawOption(
+        scope="inductor" if scoped == name else "functorch",
+        name=scoped.strip(),
+        text=value.strip(),
+        origin="flag",
+    )
+
+
+def command(function: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Lets a command take each group of options as one dataclass.
+
+    Returns a function for Typer that has the groups' fields as its parameters.
+    """
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, type[Any]] = {}
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        if isinstance(parameter.annotation, type) and dataclasses.is_dataclass(
+            parameter.annotation
+        ):
+            groups[name] = parameter.annotation
+            parameters += _fields(parameter.annotation)
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    def call(**values: Any) -> int | None:
+        made = {
+            name: group(
+                **{field.name: values.pop(field.name) for field in dataclasses.fields(group)}
+            )
+            for name, group in groups.items()
+        }
+        return function(**values, **made)
+
+    call.__name__ = function.__name__
+    call.__doc__ = function.__doc__
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    return call
+
+
+def _fields(group: type[Any]) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in dataclasses.fields(group)
+    ]

@@ -1,0 +1,356 @@
+"""Settings: the only reader of environment variables and config files.
+
+A flag beats the environment, the environment beats the file; every value says where it came from.
+The file's keys are the options' names, and the tables `[inductor]` and `[functorch]` hold what
+`-O` does on the command line. `OPTIONS` lists what may be set.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import platformdirs
+from vllmc.core.errors import VllmcError
+
+Scope: TypeAlias = Literal["inductor", "functorch"]
+KeyPath: TypeAlias = tuple[str, ...]
+
+SCOPES: tuple[Scope, ...] = ("inductor", "functorch")
+CONFIG_NAME = "vllmc.toml"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """An option that the environment and the config file may set, as well as a flag."""
+
+    name: str
+    kind: Literal["text", "integer"] = "text"
+    repeatable: bool = False
+
+    @property
+    def variable(self) -> str:
+        """Its environment variable; a repeatable option's values are separated by commas."""
+        return f"VLLMC_{self.name.upper().replace('-', '_')}"
+
+
+OPTIONS: tuple[Option, ...] = (
+    Option(name="cache-dir"),
+    Option(name="device"),
+    Option(name="dtype"),
+    Option(name="compile-range", repeatable=True),
+    Option(name="compile-size", kind="integer", repeatable=True),
+    Option(name="dynamic-shapes"),
+    Option(name="layer-names"),
+    Option(name="splitting-op", repeatable=True),
+    Option(name="layers", kind="integer"),
+    Option(name="backend"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """An option's value as text, not yet checked, and its origin.
+
+    `origin` is `flag`, `env:NAME`, `file:NAME:LINE` or `default`. An option that is not
+    repeatable has one value.
+    """
+
+    values: tuple[str, ...]
+    origin: str
+
+    @property
+    def value(self) -> str:
+        """The value of an option that is not repeatable."""
+        assert len(self.values) == 1, self
+        return self.values[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawOption:
+    """An Inductor or functorch option as given: `text` is read once its type is known.
+
+    `name` is dotted below a table (`triton.descriptive_names`). Numbers and truth values of a
+    config file stand here as `-O` would take them, lists as JSON.
+    """
+
+    scope: Scope
+    name: str
+    text: str
+    origin: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigFile:
+    """What a config file says; all its keys are known and their types are right."""
+
+    path: Path
+    settings: Mapping[str, Setting]
+    options: tuple[RawOption, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The environment as it was at the start, the config file, and what every command needs."""
+
+    environment: Mapping[str, str]
+    config: ConfigFile | None
+    cache_dir: Path
+    cache_dir_origin: str
+
+    @property
+    def step_summary(self) -> Path | None:
+        """The file that GitHub Actions shows as this step's summary."""
+        path = self.environment.get("GITHUB_STEP_SUMMARY")
+        return Path(path) if path else None
+
+    @property
+    def raw_options(self) -> tuple[RawOption, ...]:
+        """The `[inductor]` and `[functorch]` tables of the config file."""
+        return self.config.options if self.config else ()
+
+    def find(self, name: str, flags: Sequence[str] = (), *, default: Sequence[str]) -> Setting:
+        """The option's value: `flags` when there are any, else environment, file, `default`."""
+        return _find(name, flags, self.environment, self.config) or Setting(
+            values=tuple(default), origin="default"
+        )
+
+
+def load_settings(
+    *,
+    cache_dir: Path | None = None,
+    config: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    directory: Path | None = None,
+) -> Settings:
+    """Reads environment and config file; `cache_dir` and `config` are the flags.
+
+    `environment` and `directory` default to the process's own. Raises `VllmcError`
+    (`no-config-file`, `bad-config-file`, `unknown-setting`, `bad-setting`).
+    """
+    variables = dict(os.environ if environment is None else environment)
+    here = directory or Path.cwd()
+    file = _read_config(config, variables, here)
+    flags = () if cache_dir is None else (str(cache_dir),)
+    place = _find("cache-dir", flags, variables, file)
+    path = Path(place.value) if place else platformdirs.user_cache_path("vllmc")
+    return Settings(
+        environment=variables,
+        config=file,
+        cache_dir=here / path.expanduser(),
+        cache_dir_origin=place.origin if place else "default",
+    )
+
+
+def _find(
+    name: str, flags: Sequence[str], environment: Mapping[str, str], config: ConfigFile | None
+) -> Setting | None:
+    if flags:
+        return Setting(values=tuple(flags), origin="flag")
+    option = _option(name)
+    # An empty variable counts as unset, so that a script can clear it.
+    if text := environment.get(option.variable, "").strip():
+        values = tuple(v.strip() for v in text.split(",")) if option.repeatable else (text,)
+        return Setting(values=values, origin=f"env:{option.variable}")
+    return config.settings.get(name) if config else None
+
+
+def _option(name: str) -> Option:
+    [option] = [option for option in OPTIONS if option.name == name]
+    return option
+
+
+def _read_config(
+    flag: Path | None, environment: Mapping[str, str], directory: Path
+) -> ConfigFile | None:
+    named = flag or (Path(text) if (text := environment.get("VLLMC_CONFIG")) else None)
+    if named:
+        path = directory / named.expanduser()
+        text = _read_text(path, "--config" if flag else "VLLMC_CONFIG")
+        return _parse_config(path, text, ("tool", "vllmc") if _is_project(path) else ())
+    if (path := directory / CONFIG_NAME).is_file():
+        return _parse_config(path, _read_text(path, "working directory"), ())
+    if (path := directory / "pyproject.toml").is_file():
+        text = _read_text(path, "working directory")
+        # Most projects' files do not concern us; a broken one is then not ours to report.
+        return _parse_config(path, text, ("tool", "vllmc")) if "vllmc" in text else None
+    return None
+
+
+def _is_project(path: Path) -> bool:
+    return path.name == "pyproject.toml"
+
+
+def _read_text(path: Path, named_by: str) -> str:
+    context = {"file": str(path), "named by": named_by}
+    try:
+        return path.read_text(encoding="utf-8").replace("\r\n", "\n")
+    except FileNotFoundError:
+        raise VllmcError(
+            "no-config-file",
+            f"there is no config file {path}",
+            context=context,
+            hint="correct --config or VLLMC_CONFIG, or leave it out",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise VllmcError(
+            "bad-config-file",
+            f"the config file {path} cannot be read: {error}",
+            context=context,
+            hint="it should be a TOML file in UTF-8 that this user may read",
+        ) from error
+
+
+def _parse_config(path: Path, text: str, table: KeyPath) -> ConfigFile | None:
+    try:
+        contents: Any = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        line = re.search(r"at line (\d+)", str(error))
+        raise VllmcError(
+            "bad-config-file",
+            f"the config file {path} is not TOML: {error}",
+            context={"file": str(path), "line": int(line[1]) if line else len(text.split("\n"))},
+            hint='texts take quotes, lists brackets: compile-range = ["1:512"]',
+        ) from error
+    lines = _line_numbers(text)
+    for depth, name in enumerate(table):
+        contents = contents.get(name)
+        if contents is None:
+            return None
+        if not isinstance(contents, dict):
+            where = f"{path.name}:{lines.get(table[: depth + 1], 1)}"
+            raise _bad_setting(".".join(table[: depth + 1]), where, "a table", contents)
+    reader = _Reader(
+        file=path.name, lines={p[len(table) :]: n for p, n in lines.items() if _below(p, table)}
+    )
+    return ConfigFile(
+        path=path, settings=reader.settings(contents), options=reader.options(contents)
+    )
+
+
+def _below(path: KeyPath, table: KeyPath) -> bool:
+    return path[: len(table)] == table and len(path) > len(table)
+
+
+def _line_numbers(text: str) -> dict[KeyPath, int]:
+    """The line of each key and table of a valid TOML text, counted from 1.
+
+    `tomllib` does not say, but each statement is valid TOML by itself: one that is not yet goes
+    on in the next line.
+    """
+    lines: dict[KeyPath, int] = {}
+    table: KeyPath = ()
+    statement: list[str] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        statement.append(line)
+        try:
+            parsed = tomllib.loads("\n".join(statement))
+        except tomllib.TOMLDecodeError:
+            continue
+        first = number - len(statement) + 1
+        paths = [path for path, _ in _leaves(parsed)]
+        if statement[0].lstrip().startswith("["):
+            [table] = paths
+            lines.setdefault(table, first)
+        else:
+            for path in paths:
+                for depth in range(1, len(path) + 1):
+                    lines.setdefault(table + path[:depth], first)
+        statement = []
+    return lines
+
+
+def _leaves(value: Mapping[str, Any], prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    for name, item in value.items():
+        path = (*prefix, name)
+        if isinstance(item, dict) and item:
+            yield from _leaves(item, path)
+        else:
+            yield path, item
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reader:
+    """Turns a parsed config table into settings; `lines` says where each key stands in `file`."""
+
+    file: str
+    lines: Mapping[KeyPath, int]
+
+    def settings(self, table: Mapping[str, Any]) -> dict[str, Setting]:
+        """The options of the table, apart from `[inductor]` and `[functorch]`."""
+        found = {}
+        for name, value in table.items():
+            if name in SCOPES:
+                continue
+            if name not in [option.name for option in OPTIONS]:
+                raise self._unknown(name)
+            values = self._values(_option(name), value)
+            found[name] = Setting(values=values, origin=f"file:{self._where((name,))}")
+        return found
+
+    def options(self, table: Mapping[str, Any]) -> tuple[RawOption, ...]:
+        """The options of the tables `[inductor]` and `[functorch]`."""
+        found = []
+        for scope in SCOPES:
+            rows = table.get(scope, {})
+            if not isinstance(rows, dict):
+                raise _bad_setting(scope, self._where((scope,)), "a table", rows)
+            for path, value in _leaves(rows):
+                if value == {}:  # a table that sets nothing
+                    continue
+                where = self._where((scope, *path))
+                name = ".".join(path)
+                text = _option_text(f"{scope}.{name}", where, value)
+                found.append(RawOption(scope=scope, name=name, text=text, origin=f"file:{where}"))
+        return tuple(found)
+
+    def _where(self, path: KeyPath) -> str:
+        return f"{self.file}:{self.lines[path]}"
+
+    def _unknown(self, name: str) -> VllmcError:
+        known = [option.name for option in OPTIONS] + list(SCOPES)
+        near = difflib.get_close_matches(name, known, n=1)
+        return VllmcError(
+            "unknown-setting",
+            f"{self._where((name,))} sets '{name}', which vllmc does not know",
+            context={"origin": f"file:{self._where((name,))}", "known": known},
+            hint=f"did you mean '{near[0]}'?" if near else "see the options in docs/cli.md",
+        )
+
+    def _values(self, option: Option, value: object) -> tuple[str, ...]:
+        kind = int if option.kind == "integer" else str
+        noun = "a number" if kind is int else "a text"
+        where = self._where((option.name,))
+        if option.repeatable:
+            if not isinstance(value, list) or any(type(item) is not kind for item in value):
+                raise _bad_setting(option.name, where, f"a list, each item {noun}", value)
+            return tuple(str(item) for item in value)
+        if type(value) is not kind:
+            raise _bad_setting(option.name, where, noun, value)
+        return (str(value),)
+
+
+def _option_text(name: str, where: str, value: object) -> str:
+    if isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        expected = "a text, number, truth value or list of these"
+        raise _bad_setting(name, where, expected, value) from None
+
+
+def _bad_setting(name: str, where: str, expected: str, found: object) -> VllmcError:
+    return VllmcError(
+        "bad-setting",
+        f"{where}: '{name}' should be {expected}, and is {found!r}",
+        context={"origin": f"file:{where}"},
+        hint='for example: device = "cpu", compile-size = [1, 8], compile-range = ["1:512"]',
+    )

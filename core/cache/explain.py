@@ -1,0 +1,297 @@
+"""Why two keys differ: factors compared, the ones that matter first. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+from vllmc.core.cache.key import Factor, JsonValue, canonical_json
+from vllmc.core.cache.record import ProgramRecord, SourceFile
+
+ChangeKind: TypeAlias = Literal["changed", "added", "removed"]
+ChangeClass: TypeAlias = Literal["codegen", "surroundings", "identity", "secret", "unknown"]
+
+REDACTED: Final = "<redacted>"
+
+# In the order in which a change is worth knowing: causes before what follows from them (another
+# torch brings other config defaults with it, and any of them another graph).
+_GROUPS: Final[Mapping[str, ChangeClass]] = {
+    "model": "identity",
+    "sources": "identity",
+    "spec": "codegen",
+    "versions": "codegen",
+    "code": "codegen",
+    "kernels": "codegen",
+    "system": "codegen",
+    "environment": "codegen",
+    "dynamo": "codegen",
+    "inductor": "codegen",
+    "functorch": "codegen",
+    "graph": "identity",
+}
+_RANKS: Final[Mapping[str, int]] = {group: rank for rank, group in enumerate(_GROUPS)}
+
+_SECRET_PARTS: Final = re.compile(
+    r"password|passwd|passphrase|secret|credential|api_?key|access_?key|private_?key|signing_?key"
+    r"|encryption_?key|ssh_?key|auth_?token|bearer|authorization|cookie",
+    re.IGNORECASE,
+)
+_SECRET_LAST_WORDS: Final = frozenset({"token", "auth", "pat", "pwd"})
+# `eos_token` and its like name vocabulary.
+_VOCABULARY: Final = re.compile(
+    r"(?:^|_)(?:audio|bos|cls|end|eos|image|mask|pad|per|sep|special|start|stop|unk|video)_",
+    re.IGNORECASE,
+)
+_SECRET_SHAPES: Final = re.compile(
+    r"""
+      \b(?: hf_[A-Za-z0-9]{16,}
+          | sk-[A-Za-z0-9_-]{16,}
+          | gh[pousr]_[A-Za-z0-9]{16,}
+          | github_pat_\w{16,}
+          | glpat-[\w-]{16,}
+          | xox[abprs]-[\w-]{10,}
+          | nvapi-[\w-]{16,}
+          | AIza[\w-]{30,}
+          | (?:AKIA|ASIA)[A-Z0-9]{16}
+          | eyJ[\w-]{5,}\.[\w-]{5,}\.[\w-]*
+        )
+    | -----BEGIN[ ][A-Z ]*PRIVATE[ ]KEY-----
+    | ://[^/\s:@]*:[^/\s@]+@
+    """,
+    re.VERBOSE,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A difference between two sets of factors: `before` and `after` are None where it is absent.
+
+    `klass` says what the difference means: another thing is compiled (`identity`), other code may
+    be generated for it (`codegen`), it is only recorded (`surroundings`), its values are hidden
+    (`secret`), or vllmc does not know the group (`unknown`).
+    """
+
+    group: str
+    name: str
+    before: JsonValue
+    after: JsonValue
+    kind: ChangeKind
+    klass: ChangeClass
+    affects_key: bool
+    origin_before: str | None
+    origin_after: str | None
+    note: str
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """The change as the CHANGE row of `--json` output."""
+        return {
+            "group": self.group,
+            "name": self.name,
+            "before": self.before,
+            "after": self.after,
+            "kind": self.kind,
+            "class": self.klass,
+            "affects_key": self.affects_key,
+            "origin_before": self.origin_before,
+            "origin_after": self.origin_after,
+            "note": self.note,
+        }
+
+
+def diff(
+    before: Sequence[Factor], after: Sequence[Factor], *, include_provenance: bool = False
+) -> tuple[Change, ...]:
+    """The factors that differ, the ones that matter first.
+
+    First what affects the key; then by group, causes before consequences; within a group what
+    somebody set before what is a default. Provenance only with `include_provenance`.
+    """
+    left = {factor.identity: factor for factor in before}
+    right = {factor.identity: factor for factor in after}
+    changes = (
+        _change(left.get(identity), right.get(identity))
+        for identity in left.keys() | right.keys()
+        if not _same(left.get(identity), right.get(identity))
+    )
+    return tuple(
+        sorted((c for c in changes if c.affects_key or include_provenance), key=_importance)
+    )
+
+
+def diff_sources(before: Sequence[SourceFile], after: Sequence[SourceFile]) -> tuple[Change, ...]:
+    """The traced source files whose contents differ, named `package/path`."""
+    left = {(source.package, source.path): source for source in before}
+    right = {(source.package, source.path): source for source in after}
+    changes = []
+    for identity in sorted(left.keys() | right.keys()):
+        old, new = left.get(identity), right.get(identity)
+        if (old and old.digest) == (new and new.digest):
+            continue
+        changes.append(
+            Change(
+                group="sources",
+                name="/".join(identity),
+                before=old.digest if old else None,
+                after=new.digest if new else None,
+                kind=_kind(old, new),
+                klass=_GROUPS["sources"],
+                affects_key=True,
+                origin_before="probe" if old else None,
+                origin_after="probe" if new else None,
+                note=_source_note(old, new),
+            )
+        )
+    return tuple(changes)
+
+
+def nearest(
+    factors: Sequence[Factor], records: Iterable[ProgramRecord], model: str
+) -> ProgramRecord | None:
+    """The record to explain a miss of `model` by.
+
+    One of the same model if there is any, as that is what the user expected to hit; among those
+    the one with the fewest differences that affect the key; then the newest.
+    """
+    wanted = _key_values(factors).items()
+
+    def distance(record: ProgramRecord) -> tuple[bool, int, float, str, str]:
+        different = {identity for identity, _ in wanted ^ _key_values(record.factors).items()}
+        return (record.model != model, len(different), -record.created, record.key, record.id)
+
+    return min(records, key=distance, default=None)
+
+
+def redact(name: str, value: JsonValue) -> JsonValue:
+    """`value`, with `<redacted>` for every text in it that is a secret by its name or its shape.
+
+    `name` is that of an environment variable or option; within a dictionary each name counts too.
+    Numbers are never secret. What is redacted no longer changes a key: redact only what cannot
+    shape the generated code.
+    """
+    if isinstance(value, str):
+        hidden = value and (_names_secret(name) or _SECRET_SHAPES.search(value))
+        return REDACTED if hidden else value
+    if isinstance(value, list):
+        return [redact(name, item) for item in value]
+    if isinstance(value, dict):
+        return {
+            key: redact(name if _names_secret(name) else key, item) for key, item in value.items()
+        }
+    return value
+
+
+def _names_secret(name: str) -> bool:
+    if _SECRET_PARTS.search(name):
+        return True
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
+    last = words[-1].lower() if words else ""
+    if last == "key":
+        # STRIPE_KEY is a secret by the custom of environment variables; sort_key is an option.
+        return name.isupper() and "CACHE" not in name
+    return last in _SECRET_LAST_WORDS and not _VOCABULARY.search(name)
+
+
+def _same(before: Factor | None, after: Factor | None) -> bool:
+    if before is None or after is None:
+        return False
+    return before.affects_key == after.affects_key and _text(before) == _text(after)
+
+
+def _text(factor: Factor) -> str:
+    # Not `==`: Python takes 1, 1.0 and True for equal, the key does not.
+    return canonical_json(factor.value)
+
+
+def _key_values(factors: Iterable[Factor]) -> dict[tuple[str, str], str]:
+    return {factor.identity: _text(factor) for factor in factors if factor.affects_key}
+
+
+def _change(before: Factor | None, after: Factor | None) -> Change:
+    sides = [side for side in (before, after) if side is not None]
+    affects_key = any(side.affects_key for side in sides)
+    return Change(
+        group=sides[0].group,
+        name=sides[0].name,
+        before=before.value if before else None,
+        after=after.value if after else None,
+        kind=_kind(before, after),
+        klass=_klass(sides, affects_key),
+        affects_key=affects_key,
+        origin_before=before.origin if before else None,
+        origin_after=after.origin if after else None,
+        note=_note(before, after),
+    )
+
+
+def _kind(before: object | None, after: object | None) -> ChangeKind:
+    if before is None:
+        return "added"
+    return "removed" if after is None else "changed"
+
+
+def _klass(sides: Sequence[Factor], affects_key: bool) -> ChangeClass:
+    if any(side.value == REDACTED for side in sides):
+        return "secret"
+    if not affects_key:
+        return "surroundings"
+    return _GROUPS.get(sides[0].group, "unknown")
+
+
+def _importance(change: Change) -> tuple[bool, int, bool, str, str]:
+    origins = {change.origin_before, change.origin_after} - {None, "default", "probe", "vllmc"}
+    rank = _RANKS.get(change.group, len(_RANKS))
+    return (not change.affects_key, rank, not origins, change.group, change.name)
+
+
+def _note(before: Factor | None, after: Factor | None) -> str:
+    if before is None or after is None:
+        return _absence_note(before, after)
+    if before.affects_key != after.affects_key:
+        return f"{'now' if after.affects_key else 'no longer'} part of the key"
+    if not after.affects_key:
+        return "recorded only; it does not change the key"
+    if before.origin == after.origin:
+        return ""
+    if after.origin == "default":
+        return f"back at its default; it was {_source_of(before)}"
+    return f"{_source_of(after)}; it was {_source_of(before)}"
+
+
+def _absence_note(before: Factor | None, after: Factor | None) -> str:
+    present, side = (after, "before") if before is None else (before, "after")
+    assert present is not None, "a change has at least one side"
+    if present.origin == "default":
+        return f"absent {side}"
+    return f"absent {side}; {_source_of(present)}"
+
+
+def _source_of(factor: Factor) -> str:
+    how, _, what = factor.origin.partition(":")
+    match how:
+        case "env":
+            return f"set by the environment variable {what}"
+        case "file":
+            return f"set in {what}"
+        case "flag":
+            return "set on the command line"
+        case "vllmc":
+            return "set by vllmc"
+        case "probe":
+            return "read from the system"
+        case _:
+            return "the default"
+
+
+def _source_note(before: SourceFile | None, after: SourceFile | None) -> str:
+    source = after or before
+    assert source is not None, "a change has at least one side"
+    where = f"{source.package}/{source.path}"
+    if after is None:
+        where += " is no longer there"
+    elif before is None:
+        where += " was not traced before"
+    functions = ", ".join(source.functions[:3])
+    more = f" and {len(source.functions) - 3} more" if len(source.functions) > 3 else ""
+    return f"{where}; traced in it: {functions}{more}" if functions else where

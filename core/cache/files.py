@@ -1,0 +1,219 @@
+"""The files below a cache directory: read whole, written atomically, every failure typed.
+
+Foreign errors (`OSError`) are mapped here and nowhere else. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BufferedReader
+from pathlib import Path
+
+from vllmc.core.errors import UnsafeCacheError, VllmcError
+
+SWEEP_AFTER_SECONDS = 24 * 3600
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_DENIED = frozenset({errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
+_ELSEWHERE = "use another directory with --cache-dir or VLLMC_CACHE_DIR"
+_REPAIR = "vllmc cache verify --repair"
+
+
+class IrregularFile(Exception):
+    """Something other than a plain file stands where one belongs; `str()` says what."""
+
+
+class CorruptArtifact(UnsafeCacheError):
+    """A blob whose contents are not those of its digest. `path` is the blob's."""
+
+    def __init__(self, path: Path, *, expected: str, found: str) -> None:
+        super().__init__(
+            "corrupt-artifact",
+            f"the artifact {path} is corrupt: expected SHA-256 {expected}, found {found}",
+            context={"path": str(path), "expected": expected, "found": found},
+            hint=_REPAIR,
+        )
+        self.path = path
+
+
+class MissingArtifact(VllmcError):
+    """An artifact that a record names and the cache does not hold."""
+
+    def __init__(self, path: Path, *, digest: str) -> None:
+        super().__init__(
+            "missing-artifact",
+            f"the artifact {digest} is not in the cache",
+            context={"path": str(path), "digest": digest},
+            hint=_REPAIR,
+        )
+        self.digest = digest
+
+
+class CorruptRecordError(UnsafeCacheError):
+    """A record file that cannot be what was written there. `path` is the file's."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            "corrupt-record",
+            f"the record {path} is corrupt: {reason}",
+            context={"path": str(path), "reason": reason},
+            hint=_REPAIR,
+        )
+        self.path = path
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns the `OSError`s of reading `path` into `VllmcError`s; a missing file stays itself."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except NotADirectoryError as error:
+        raise VllmcError(
+            "bad-cache-dir",
+            f"the cache path {path} leads through something that is not a directory",
+            context={"path": str(path)},
+            hint=_ELSEWHERE,
+        ) from error
+    except PermissionError as error:
+        raise VllmcError(
+            "not-readable",
+            f"the cache path {path} cannot be read: {error.strerror}",
+            context={"path": str(path)},
+            hint=f"make it readable for this user, or {_ELSEWHERE}",
+        ) from error
+    except OSError as error:
+        raise _io_error(path, error) from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the `OSError`s of writing `path` into `VllmcError`s."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise VllmcError(
+                "disk-full",
+                f"there is no room to write {path}: {error.strerror}",
+                context={"path": str(path)},
+                hint=f"free some space, or {_ELSEWHERE}",
+            ) from error
+        if error.errno in _DENIED:
+            raise VllmcError(
+                "not-writable",
+                f"the cache path {path} cannot be written: {error.strerror}",
+                context={"path": str(path)},
+                hint=_ELSEWHERE,
+            ) from error
+        raise _io_error(path, error) from error
+
+
+def _io_error(path: Path, error: OSError) -> VllmcError:
+    return VllmcError(
+        "cache-io-error",
+        f"the cache path {path} cannot be used: {error.strerror}",
+        context={"path": str(path), "errno": errno.errorcode.get(error.errno or 0, "")},
+        hint=f"check the file system, or {_ELSEWHERE}",
+    )
+
+
+@contextmanager
+def open_plain(path: Path) -> Iterator[BufferedReader]:
+    """Opens a plain file for reading.
+
+    Raises `FileNotFoundError`, `IrregularFile` for a link, directory, pipe or device, and
+    `VllmcError` for what `reading` maps.
+    """
+    with reading(path):
+        try:
+            # O_NONBLOCK: a pipe in place of a file must be refused, not waited for.
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise IrregularFile("a symbolic link") from None
+            raise
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise IrregularFile("not a plain file")
+        with os.fdopen(fd, "rb") as file:
+            yield file
+
+
+def read_plain(path: Path) -> bytes:
+    """The contents of a plain file; raises what `open_plain` raises."""
+    with open_plain(path) as file:
+        return file.read()
+
+
+def plain_size(path: Path) -> int | None:
+    """The size of a plain file in bytes; None where there is none."""
+    try:
+        with reading(path):
+            status = path.lstat()
+    except FileNotFoundError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def make_directory(path: Path) -> None:
+    """Makes `path` and its parents, each entry on disk before anything is written below it."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    with suppress(FileExistsError):
+        path.mkdir()
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    _sync_directory(path.parent)
+
+
+def write_plain(path: Path, data: bytes, *, temporary: Path) -> None:
+    """Writes `path` so that a reader sees nothing, what was there before, or all of `data`.
+
+    `temporary` is a directory on the same file system; files that dead processes left in it a day
+    ago are removed. Raises `VllmcError` (`disk-full`, `not-writable`, `cache-io-error`), and then
+    leaves no file of its own behind.
+    """
+    with writing(path):
+        make_directory(path.parent)
+        make_directory(temporary)
+        _sweep(temporary)
+        # Not mkstemp: its mode 0600 would lock other users out of a shared cache.
+        draft = temporary / f"{os.getpid()}.{secrets.token_hex(8)}"
+        try:
+            with draft.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+        _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        # Some network file systems cannot sync a directory; the rename is atomic all the same.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
+
+
+def _sweep(temporary: Path) -> None:
+    oldest = time.time() - SWEEP_AFTER_SECONDS
+    for left in temporary.iterdir():
+        with suppress(OSError):
+            if left.lstat().st_mtime < oldest:
+                left.unlink()

@@ -1,0 +1,347 @@
+"""Records: what the cache knows about a compile unit and about a whole program. Imports no torch.
+
+A record file is one JSON object whose header is always spelled in the same bytes:
+
+    {"format":"vllmc.unit","version":1,"checksum":"<64 hex>","body":{...}}
+
+The body is canonical JSON, and the checksum is the SHA-256 over format, version and body, so a
+change to any byte of the file is noticed before the body is parsed. A record holds no absolute
+path and no secret: sources are named relative to their package, and whoever makes the factors
+redacts them (`explain.redact`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NoReturn, TypeAlias
+
+from vllmc.core.cache.key import Factor, JsonValue, canonical_json, sha256_hex
+from vllmc.core.errors import VllmcError
+
+VERSION = 1
+UNIT_FORMAT = "vllmc.unit"
+PROGRAM_FORMAT = "vllmc.program"
+PIECE_COUNTS = ("total", "splitting", "compilable", "unique")
+
+_HEADER = re.compile(
+    rb'\{"format":"([a-z.]+)","version":(\d{1,9}),"checksum":"([0-9a-f]{64})","body":'
+)
+_TRAILER = b"}\n"
+
+_Row: TypeAlias = "dict[str, JsonValue]"
+
+
+class CorruptRecord(ValueError):
+    """Bytes that are no record, or not the record that was written. `reason` says what is wrong."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class FormatTooNew(VllmcError):
+    """A record that a later vllmc wrote, in a version of the format that this one cannot read."""
+
+    def __init__(self, version: int, path: str = "") -> None:
+        super().__init__(
+            "format-too-new",
+            f"the record {path or 'given'} has format version {version}, and this vllmc reads "
+            f"no later one than {VERSION}",
+            context={"path": path, "version": version},
+            hint="upgrade vllmc, or use another cache with --cache-dir",
+        )
+        self.version = version
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceFile:
+    """A source file that capture traced.
+
+    `path` is relative to the directory of the top-level `package`, with `/` between its parts;
+    `digest` is the file's xxh3_128 (32 hex digits); `functions` are the qualified names of the
+    functions traced in it.
+    """
+
+    package: str
+    path: str
+    digest: str
+    functions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitRecord:
+    """One compile unit: a unique piece for one compile range.
+
+    `artifact` is the SHA-256 of the stored blob of `bytes` bytes, `format` names what kind of
+    artifact it is, `code` the SHA-256 of the generated code. `seconds` is what compiling took,
+    `created` is in unix seconds.
+    """
+
+    key: str
+    artifact: str
+    format: str
+    code: str
+    bytes: int
+    seconds: float
+    created: float
+    factors: tuple[Factor, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramUnit:
+    """A compile unit's place in a program: its key, artifact, range (`A:B` or `N`) and pieces."""
+
+    key: str
+    artifact: str
+    range: str
+    pieces: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramRecord:
+    """Everything needed to link a program without capturing it again.
+
+    `sources` are the files that capture traced, `pieces` the counts named in `PIECE_COUNTS`,
+    `program` the linkable description, opaque here.
+    """
+
+    key: str
+    model: str
+    created: float
+    factors: tuple[Factor, ...]
+    sources: tuple[SourceFile, ...]
+    units: tuple[ProgramUnit, ...]
+    pieces: dict[str, int]
+    program: JsonValue
+
+    @property
+    def id(self) -> str:
+        """64 hex digits over the key and the sources: one record per version of the sources."""
+        sources = sorted((s.package, s.path, s.digest) for s in self.sources)
+        return sha256_hex(canonical_json([self.key, sources]))
+
+
+def encode(record: UnitRecord | ProgramRecord) -> bytes:
+    """The record as the bytes of its file; `decode` gives an equal record back."""
+    if isinstance(record, UnitRecord):
+        name, body = UNIT_FORMAT, canonical_json(_unit_body(record)).encode("ascii")
+    else:
+        name, body = PROGRAM_FORMAT, canonical_json(_program_body(record)).encode("ascii")
+    header = (
+        f'{{"format":"{name}","version":{VERSION},"checksum":"{_checksum(name, VERSION, body)}",'
+        '"body":'
+    )
+    data = header.encode("ascii") + body + _TRAILER
+    assert decode(data) == record, "a record holds something that its file cannot"
+    return data
+
+
+def decode(data: bytes) -> UnitRecord | ProgramRecord:
+    """Reads what `encode` wrote.
+
+    Raises `CorruptRecord` for anything that `encode` cannot have written, and `FormatTooNew` for
+    an intact record of a later version.
+    """
+    header = _HEADER.match(data)
+    if header is None or not data.endswith(_TRAILER):
+        raise CorruptRecord("it is truncated, or not a vllmc record")
+    name, version = header[1].decode("ascii"), int(header[2])
+    body = data[header.end() : -len(_TRAILER)]
+    if _checksum(name, version, body) != header[3].decode("ascii"):
+        raise CorruptRecord("its checksum does not match its contents")
+    if version > VERSION:
+        raise FormatTooNew(version)
+    if name not in (UNIT_FORMAT, PROGRAM_FORMAT) or version < 1:
+        raise CorruptRecord(f"its format is {name} {version}, which vllmc never wrote")
+    try:
+        value = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CorruptRecord(f"its body is not JSON: {error}") from None
+    return _read_unit(value) if name == UNIT_FORMAT else _read_program(value)
+
+
+def _checksum(name: str, version: int, body: bytes) -> str:
+    return sha256_hex(f"{name} {version}\n".encode("ascii") + body)
+
+
+def _unit_body(record: UnitRecord) -> _Row:
+    return {
+        "key": record.key,
+        "artifact": record.artifact,
+        "format": record.format,
+        "code": record.code,
+        "bytes": record.bytes,
+        "seconds": record.seconds,
+        "created": record.created,
+        "factors": [factor.to_json() for factor in record.factors],
+    }
+
+
+def _read_unit(value: JsonValue) -> UnitRecord:
+    names = ("key", "artifact", "format", "code", "bytes", "seconds", "created", "factors")
+    row = _row(value, names)
+    return UnitRecord(
+        key=_hex(row, "key"),
+        artifact=_hex(row, "artifact"),
+        format=_text(row, "format"),
+        code=_hex(row, "code"),
+        bytes=_count(row, "bytes"),
+        seconds=_seconds(row, "seconds"),
+        created=_seconds(row, "created"),
+        factors=_factors(row),
+    )
+
+
+def _program_body(record: ProgramRecord) -> _Row:
+    return {
+        "key": record.key,
+        "model": record.model,
+        "created": record.created,
+        "factors": [factor.to_json() for factor in record.factors],
+        "sources": [
+            {
+                "package": source.package,
+                "path": source.path,
+                "digest": source.digest,
+                "functions": list(source.functions),
+            }
+            for source in record.sources
+        ],
+        "units": [
+            {
+                "key": unit.key,
+                "artifact": unit.artifact,
+                "range": unit.range,
+                "pieces": list(unit.pieces),
+            }
+            for unit in record.units
+        ],
+        "pieces": {**record.pieces},
+        "program": record.program,
+    }
+
+
+def _read_program(value: JsonValue) -> ProgramRecord:
+    names = ("key", "model", "created", "factors", "sources", "units", "pieces", "program")
+    row = _row(value, names)
+    sources = tuple(_source(item) for item in _list(row, "sources"))
+    _check_unique("source file", ((s.package, s.path) for s in sources))
+    pieces = _row(row["pieces"], PIECE_COUNTS)
+    return ProgramRecord(
+        key=_hex(row, "key"),
+        model=_text(row, "model"),
+        created=_seconds(row, "created"),
+        factors=_factors(row),
+        sources=sources,
+        units=tuple(_program_unit(item) for item in _list(row, "units")),
+        pieces={name: _count(pieces, name) for name in PIECE_COUNTS},
+        program=row["program"],
+    )
+
+
+def _source(value: JsonValue) -> SourceFile:
+    row = _row(value, ("package", "path", "digest", "functions"))
+    path = _text(row, "path")
+    if "\\" in path or any(part in ("", ".", "..") for part in path.split("/")):
+        raise CorruptRecord(f"the source path {path!r} is not relative to its package")
+    return SourceFile(
+        package=_text(row, "package"),
+        path=path,
+        digest=_hex(row, "digest", digits=32),
+        functions=_texts(row, "functions"),
+    )
+
+
+def _program_unit(value: JsonValue) -> ProgramUnit:
+    row = _row(value, ("key", "artifact", "range", "pieces"))
+    return ProgramUnit(
+        key=_hex(row, "key"),
+        artifact=_hex(row, "artifact"),
+        range=_text(row, "range"),
+        pieces=_texts(row, "pieces"),
+    )
+
+
+def _factors(row: _Row) -> tuple[Factor, ...]:
+    names = ("group", "name", "value", "digest", "origin", "is_default", "affects_key")
+    factors = []
+    for item in _list(row, "factors"):
+        fields = _row(item, names)
+        for name in ("is_default", "affects_key"):
+            if not isinstance(fields[name], bool):
+                _refuse(name, "true or false", fields[name])
+        for name in ("group", "name", "origin"):
+            _text(fields, name)
+        factors.append(Factor.from_json(fields))
+    _check_unique("factor", (factor.identity for factor in factors))
+    return tuple(factors)
+
+
+def _row(value: JsonValue, names: Iterable[str]) -> _Row:
+    if not isinstance(value, dict):
+        _refuse("a row", "an object", value)
+    if value.keys() != set(names):
+        odd = ", ".join(sorted(value.keys() ^ set(names)))
+        raise CorruptRecord(f"a row lacks fields or has others than it should: {odd}")
+    return value
+
+
+def _list(row: _Row, name: str) -> list[JsonValue]:
+    value = row[name]
+    if not isinstance(value, list):
+        _refuse(name, "a list", value)
+    return value
+
+
+def _text(row: _Row, name: str) -> str:
+    value = row[name]
+    if not isinstance(value, str) or not value:
+        _refuse(name, "text", value)
+    return value
+
+
+def _texts(row: _Row, name: str) -> tuple[str, ...]:
+    return tuple(_text({name: item}, name) for item in _list(row, name))
+
+
+def _hex(row: _Row, name: str, digits: int = 64) -> str:
+    value = row[name]
+    if not isinstance(value, str) or not re.fullmatch(f"[0-9a-f]{{{digits}}}", value):
+        _refuse(name, f"{digits} hex digits", value)
+    return value
+
+
+def _count(row: _Row, name: str) -> int:
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        _refuse(name, "a count", value)
+    return value
+
+
+def _seconds(row: _Row, name: str) -> float:
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        _refuse(name, "a number of seconds", value)
+    if not math.isfinite(value) or value < 0:
+        _refuse(name, "a number of seconds", value)
+    return float(value)
+
+
+def _check_unique(what: str, identities: Iterable[tuple[str, str]]) -> None:
+    seen: set[tuple[str, str]] = set()
+    for identity in identities:
+        if identity in seen:
+            raise CorruptRecord(f"the {what} {'/'.join(identity)} is listed twice")
+        seen.add(identity)
+
+
+def _refuse(name: str, expected: str, found: JsonValue) -> NoReturn:
+    raise CorruptRecord(f"{name} should be {expected}, and is {found!r:.80}")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")

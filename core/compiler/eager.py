@@ -1,0 +1,40 @@
+"""The `eager` backend: a piece's own graph is its artifact. Quick, for tests and debugging."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from vllmc.core.cache.key import JsonValue, sha256_hex
+from vllmc.core.compiler.container import EAGER, import_by_name, pack
+from vllmc.core.compiler.protocol import Compiled, Unit
+from vllmc.core.spec import CompileSpec
+
+
+class EagerCompiler:
+    """Writes the piece's graph as Python source."""
+
+    def compile(self, unit: Unit, spec: CompileSpec) -> Compiled:  # noqa: ARG002
+        """Never fails: there is nothing to compile."""
+        code = unit.piece.graph.python_code("self")
+        imports: dict[str, JsonValue] = {
+            name: _import_path(value) for name, value in sorted(code.globals.items())
+        }
+        source = code.src.encode()
+        return Compiled(
+            format=EAGER,
+            artifact=pack(EAGER, {"imports": imports}, {"graph.py": source}),
+            code=sha256_hex(source),
+        )
+
+
+def _import_path(value: object) -> JsonValue:
+    if isinstance(value, ModuleType):
+        return [value.__name__, ""]
+    if isinstance(value, float):
+        return ["math", repr(value).lstrip("-")]
+    if value is type(None):
+        return ["types", "NoneType"]
+    module = getattr(value, "__module__", None) or "torch"
+    name = getattr(value, "__qualname__", None) or str(value)
+    assert import_by_name(module, name) is value, f"{value!r} cannot be imported by name"
+    return [module, name]

@@ -1,0 +1,69 @@
+"""What a compiler is: one unit in, one self-contained artifact out, and the way back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from vllmc.core.graph.piece import (
+    OpaqueInput,
+    Piece,
+    PieceInput,
+    SizeInput,
+    TensorInput,
+    symbol,
+)
+from vllmc.core.spec import CompileRange, CompileSpec
+from vllmc.core.torch_compat.shapes import ShapeScope, SymbolRange
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """A compile unit: one piece for one range of token counts (inclusive)."""
+
+    piece: Piece
+    range: CompileRange
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """`artifact` is self-contained; `code` is the digest of what was generated for the unit."""
+
+    format: str
+    artifact: bytes
+    code: str
+
+
+class Compiler(Protocol):
+    """Compiles units under the configuration in force where it is called."""
+
+    def compile(self, unit: Unit, spec: CompileSpec) -> Compiled:
+        """Raises `VllmcError` (`no-compiler`, `compile-failed`, `range-not-covered`)."""
+
+
+def example_scope(unit: Unit, spec: CompileSpec) -> ShapeScope:
+    """Symbols for the unit's sizes: tokens within the range, rows of logits up to its end."""
+    ranges = []
+    for index, role in enumerate(unit.piece.roles):
+        low, high = {
+            "tokens": (unit.range.start, unit.range.end),
+            "rows": (1, unit.range.end),
+            "data": (0, None),
+        }[role]
+        ranges.append(SymbolRange(symbol=symbol(index), low=low, high=high))
+    return ShapeScope(ranges, spec.dynamic_shapes)
+
+
+def example_inputs(unit: Unit, scope: ShapeScope) -> list[object]:
+    """Fake arguments of the unit's piece, in its order."""
+    return [_example(given, scope) for given in unit.piece.inputs]
+
+
+def _example(given: PieceInput, scope: ShapeScope) -> object:
+    match given:
+        case TensorInput():
+            return scope.tensor(given.shape, given.stride, dtype=given.dtype, device=given.device)
+        case SizeInput():
+            return scope.size(given.value)
+        case OpaqueInput():
+            return given.example

@@ -1,0 +1,51 @@
+"""What a long computation tells whoever watches it. Imports no torch.
+
+The pipeline is handed an `Observer` and reports to it; it never prints.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol, TypeAlias
+
+UnitOutcome: TypeAlias = Literal["hit", "dup", "compiled"]
+
+
+class Observer(Protocol):
+    """Follows a computation through its stages and compile units.
+
+    All calls come from the thread that runs the pipeline, and none may raise.
+    """
+
+    def stage(self, name: str) -> None:
+        """A stage of the pipeline begins: `capture`, `split`, `link`, ..."""
+
+    def unit_started(self, name: str, index: int, total: int) -> None:
+        """The compile unit `name` (`piece_0 1:8192`) begins; `index` counts from 0."""
+
+    def unit_finished(self, name: str, outcome: UnitOutcome, seconds: float) -> None:
+        """The compile unit `name` is done, after `seconds` of wall time."""
+
+    def warning(self, code: str, message: str, hint: str = "") -> None:
+        """Something went wrong that was put right; `code` is kebab-case, as in `VllmcError`."""
+
+    def waiting(self, what: str) -> None:
+        """Nothing happens until someone else is done: `another process compiles this model`."""
+
+
+class SilentObserver:
+    """An observer that looks away."""
+
+    def stage(self, name: str) -> None:
+        """Ignores the stage."""
+
+    def unit_started(self, name: str, index: int, total: int) -> None:
+        """Ignores the unit."""
+
+    def unit_finished(self, name: str, outcome: UnitOutcome, seconds: float) -> None:
+        """Ignores the unit."""
+
+    def warning(self, code: str, message: str, hint: str = "") -> None:
+        """Ignores the warning."""
+
+    def waiting(self, what: str) -> None:
+        """Ignores the wait."""

@@ -1,0 +1,129 @@
+"""The linkable description of a program: what a warm start needs instead of a graph.
+
+Imports no torch. It is what a program record stores (`ProgramRecord.program`): where each input
+of the graph comes from, and the pieces and splitting ops in their order. Values are called `p0`,
+`p1`, ... (inputs) and `v0`, `v1`, ... (results).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+from vllmc.core.cache.key import JsonValue
+from vllmc.core.errors import UnsafeCacheError
+
+InputKind: TypeAlias = Literal["activation", "size", "attribute", "layer-name"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphInput:
+    """One input of the graph.
+
+    `activation`: an argument of the call, by `name`. `size`: `shape[dim]` of the argument `name`.
+    `attribute`: a tensor of this `dtype` and `shape` that the module holds at the dotted path
+    `name`. `layer-name`: the hoisted name of the layer `name`.
+    """
+
+    kind: InputKind
+    name: str
+    dim: int = -1
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSite:
+    """A call of the attention op: the KV cache that its layer needs. Sizes in elements."""
+
+    layer: str
+    kv_heads: int
+    key_size: int
+    value_size: int
+    window: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitStep:
+    """Runs unique piece number `piece`."""
+
+    piece: int
+    args: tuple[str, ...]
+    results: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpStep:
+    """Runs one operation of a splitting piece. `args` and `kwargs` are encoded (see `encode`)."""
+
+    target: str
+    args: tuple[JsonValue, ...]
+    kwargs: dict[str, JsonValue]
+    result: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The whole program. `output` is the value that a call returns.
+
+    `pieces` names each unique piece by the first piece that is it, in the order in which steps
+    count them; `ranges` are the token counts (`A:B` or `N`) for which it was compiled.
+    """
+
+    pieces: tuple[str, ...]
+    ranges: tuple[str, ...]
+    inputs: tuple[GraphInput, ...]
+    steps: tuple[UnitStep | OpStep, ...]
+    output: str
+    attention: tuple[AttentionSite, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The layout as JSON."""
+        return {
+            "pieces": list(self.pieces),
+            "ranges": list(self.ranges),
+            "inputs": [asdict(i) for i in self.inputs],
+            "steps": [
+                {"step": "unit" if isinstance(s, UnitStep) else "op", **asdict(s)}
+                for s in self.steps
+            ],
+            "output": self.output,
+            "attention": [asdict(a) for a in self.attention],
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Layout:
+        """Reads what `to_json` wrote. Raises `UnsafeCacheError` (`bad-record`) for anything else."""
+        try:
+            return cls(
+                pieces=tuple(data["pieces"]),
+                ranges=tuple(data["ranges"]),
+                inputs=tuple(
+                    GraphInput(**{**row, "shape": tuple(row["shape"])}) for row in data["inputs"]
+                ),
+                steps=tuple(_step(row) for row in data["steps"]),
+                output=data["output"],
+                attention=tuple(AttentionSite(**row) for row in data["attention"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UnsafeCacheError(
+                "bad-record",
+                "a program record describes no program that this vllmc can link",
+                context={"cause": str(error)},
+                hint="compile it again: vllmc warm --force",
+            ) from error
+
+
+def _step(row: Mapping[str, Any]) -> UnitStep | OpStep:
+    fields = {key: value for key, value in row.items() if key != "step"}
+    if row["step"] == "unit":
+        return UnitStep(
+            piece=fields["piece"], args=tuple(fields["args"]), results=tuple(fields["results"])
+        )
+    return OpStep(
+        target=fields["target"],
+        args=tuple(fields["args"]),
+        kwargs=dict(fields["kwargs"]),
+        result=fields["result"],
+    )

@@ -1,0 +1,128 @@
+"""Rewrites of a captured graph that make it safe to cut, without changing what it computes."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+import torch.fx as fx
+
+_SIZE_OP = torch.ops.aten.sym_size.int
+
+
+def value_of(node: fx.Node) -> object:
+    """The example value that capture gave `node` (a fake tensor, a `SymInt`, a constant...)."""
+    return node.meta.get("example_value")
+
+
+def is_symbolic(node: fx.Node) -> bool:
+    """Whether `node` stands for a number or truth value rather than a tensor."""
+    return isinstance(value_of(node), (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def normalize(graph: fx.Graph) -> None:
+    """Prepares `graph` for splitting, in place: see the functions below, in their order."""
+    drop_logging_calls(graph)
+    decompose_sizes(graph)
+    share_size_inputs(graph)
+    drop_entry_assertions(graph)
+    drop_unused_sizes(graph)
+
+
+def drop_logging_calls(graph: fx.Graph) -> None:
+    """Removes torch's API-usage logging: it computes nothing and no compiler takes it."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is torch._C._log_api_usage_once:
+            graph.erase_node(node)
+
+
+def decompose_sizes(graph: fx.Graph) -> None:
+    """Replaces every `torch.Size` value by its dimensions, so that none can cross a cut."""
+    for node in list(graph.nodes):
+        size = value_of(node)
+        if not isinstance(size, torch.Size) or node.op == "placeholder":
+            continue
+        dims = _dimension_nodes(graph, node, size)
+        for user in list(node.users):
+            if user.target is operator.getitem and isinstance(user.args[1], int):
+                picked = dims[user.args[1]]
+                if isinstance(picked, fx.Node):
+                    user.replace_all_uses_with(picked)
+                else:
+                    _replace_by_constant(user, picked)
+                graph.erase_node(user)
+            else:
+                user.args = _inline_size(user.args, node, dims)
+                user.kwargs = _inline_size(user.kwargs, node, dims)
+        graph.erase_node(node)
+
+
+def _dimension_nodes(graph: fx.Graph, node: fx.Node, size: torch.Size) -> tuple[object, ...]:
+    if node.op == "call_function" and node.target is torch.Size:
+        (parts,) = node.args
+        assert isinstance(parts, (list, tuple))
+        return tuple(parts)
+    (tensor,) = node.all_input_nodes
+    dims: list[object] = []
+    with graph.inserting_before(node):
+        for index, dim in enumerate(size):
+            if isinstance(dim, torch.SymInt):
+                call = graph.call_function(_SIZE_OP, (tensor, index))
+                call.meta["example_value"] = dim
+                dims.append(call)
+            else:
+                dims.append(int(dim))
+    return tuple(dims)
+
+
+def _replace_by_constant(node: fx.Node, constant: object) -> None:
+    for user in list(node.users):
+        user.args = fx.node.map_arg(user.args, lambda a: constant if a is node else a)
+        user.kwargs = fx.node.map_arg(user.kwargs, lambda a: constant if a is node else a)
+
+
+def _inline_size(args: object, node: fx.Node, dims: tuple[object, ...]) -> object:
+    return fx.node.map_arg(args, lambda a: dims if a is node else a)
+
+
+def share_size_inputs(graph: fx.Graph) -> None:
+    """Uses the graph's own size input wherever the same size is computed again.
+
+    Otherwise identical layers would differ in which tensor they read the token count from.
+    """
+    inputs = {
+        str(value.node.expr): node
+        for node in graph.nodes
+        if node.op == "placeholder" and isinstance(value := value_of(node), torch.SymInt)
+    }
+    for node in list(graph.nodes):
+        value = value_of(node)
+        if node.op == "placeholder" or not isinstance(value, torch.SymInt):
+            continue
+        if (shared := inputs.get(str(value.node.expr))) is not None:
+            node.replace_all_uses_with(shared)
+            graph.erase_node(node)
+
+
+def drop_entry_assertions(graph: fx.Graph) -> None:
+    """Removes assertions about sizes of the inputs alone: linking checks those once per call."""
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten._assert_scalar.default:
+            continue
+        condition = node.args[0]
+        if not isinstance(condition, fx.Node) or _depends_on_inputs_alone(condition):
+            graph.erase_node(node)
+
+
+def _depends_on_inputs_alone(node: fx.Node) -> bool:
+    return all(
+        source.op == "placeholder" or (is_symbolic(source) and _depends_on_inputs_alone(source))
+        for source in node.all_input_nodes
+    )
+
+
+def drop_unused_sizes(graph: fx.Graph) -> None:
+    """Removes arithmetic on sizes that nothing reads any more."""
+    for node in reversed(list(graph.nodes)):
+        if node.op in {"call_function", "call_method"} and not node.users and is_symbolic(node):
+            graph.erase_node(node)

@@ -1,0 +1,215 @@
+"""A piece in canonical form: what is compiled, and the digest that says two pieces are the same."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import sympy
+import torch
+import torch.fx as fx
+from vllmc.core.cache.key import canonical_json, sha256_hex
+from vllmc.core.graph.normalize import is_symbolic, value_of
+from vllmc.core.graph.split import Cut
+from vllmc.core.torch_compat.opaque import is_opaque_value, opaque_type_name, real_value
+
+SymbolRole: TypeAlias = Literal["tokens", "rows", "data"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInput:
+    """A tensor argument: `shape` and `stride` in elements, over the piece's own symbols."""
+
+    dtype: torch.dtype
+    device: str
+    shape: tuple[sympy.Expr, ...]
+    stride: tuple[sympy.Expr, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizeInput:
+    """An integer argument."""
+
+    value: sympy.Expr
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpaqueInput:
+    """An argument that the compiler passes through to an op, such as a hoisted layer name."""
+
+    type_name: str
+    example: object
+
+
+PieceInput: TypeAlias = TensorInput | SizeInput | OpaqueInput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A compilable piece with every name dropped.
+
+    Two pieces with one `digest` are the same program, whatever layer they came from. `roles`
+    says of each symbol (`s0`, `s1`, ... in order of appearance) what it counts: `tokens` of the
+    batch, `rows` of logits, or `data` that only the values of tensors decide.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[PieceInput, ...]
+    roles: tuple[SymbolRole, ...]
+    outputs: int
+    digest: str
+
+    @property
+    def module(self) -> fx.GraphModule:
+        """A fresh module of the graph, for a compiler that takes ownership of it."""
+        copy = fx.Graph()
+        copy.output(copy.graph_copy(self.graph, {}))
+        return fx.GraphModule({}, copy)
+
+    @property
+    def depends_on_tokens(self) -> bool:
+        """Whether any size varies with the token count, so that each range needs its own unit."""
+        return "tokens" in self.roles
+
+
+def symbol(index: int) -> sympy.Symbol:
+    """The piece's own symbol number `index`."""
+    return sympy.Symbol(f"s{index}", integer=True, nonnegative=True)
+
+
+def canonical_piece(cut: Cut, roles: dict[sympy.Symbol, SymbolRole]) -> Piece:
+    """Rewrites `cut` without names. `roles` knows the symbols of the whole graph's inputs."""
+    symbols = _Symbols(roles)
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    inputs: list[PieceInput] = []
+    for index, node in enumerate(cut.inputs):
+        env[node] = graph.placeholder(f"a{index}")
+        inputs.append(_describe(node, symbols))
+    counter = itertools.count()
+
+    def copy(node: fx.Node) -> fx.Node:
+        if node not in env:
+            # Only sizes are read from another piece: computed anew here.
+            assert node in members or is_symbolic(node), f"{node} is no input of {cut.name}"
+            for source in node.all_input_nodes:
+                copy(source)
+            fresh = graph.node_copy(node, lambda n: env[n])
+            fresh._rename(f"n{next(counter)}")
+            fresh.meta.clear()
+            env[node] = fresh
+        return env[node]
+
+    members = frozenset(cut.nodes)
+    for node in cut.nodes:
+        copy(node)
+    graph.output(tuple(env[node] for node in cut.outputs))
+    return Piece(
+        graph=graph,
+        inputs=tuple(inputs),
+        roles=tuple(symbols.roles),
+        outputs=len(cut.outputs),
+        digest=_digest(graph, inputs, symbols.roles),
+    )
+
+
+class _Symbols:
+    """Renames the whole graph's symbols to `s0`, `s1`, ... in order of appearance."""
+
+    def __init__(self, roles: dict[sympy.Symbol, SymbolRole]) -> None:
+        self._known = roles
+        self._renamed: dict[sympy.Symbol, sympy.Symbol] = {}
+        self.roles: list[SymbolRole] = []
+
+    def rewrite(self, value: int | torch.SymInt) -> sympy.Expr:
+        if not isinstance(value, torch.SymInt):
+            return sympy.Integer(value)
+        expr = value.node.expr
+        for free in sorted(expr.free_symbols, key=str):
+            if free not in self._renamed:
+                self._renamed[free] = symbol(len(self._renamed))
+                self.roles.append(self._known.get(free, "data"))
+        return expr.xreplace(self._renamed)
+
+    def rewrite_all(self, values: Iterable[int | torch.SymInt]) -> tuple[sympy.Expr, ...]:
+        return tuple(self.rewrite(value) for value in values)
+
+
+def _describe(node: fx.Node, symbols: _Symbols) -> PieceInput:
+    value = value_of(node)
+    if isinstance(value, torch.Tensor):
+        return TensorInput(
+            dtype=value.dtype,
+            device=str(value.device),
+            shape=symbols.rewrite_all(value.shape),
+            stride=symbols.rewrite_all(value.stride()),
+        )
+    if isinstance(value, (int, torch.SymInt)):
+        return SizeInput(value=symbols.rewrite(value))
+    opaque = real_value(value)
+    assert is_opaque_value(opaque), f"{node} holds a {type(value).__name__}"
+    return OpaqueInput(type_name=opaque_type_name(opaque), example=value)
+
+
+def _digest(graph: fx.Graph, inputs: list[PieceInput], roles: list[SymbolRole]) -> str:
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    nodes = [
+        [node.op, target_name(node), _text(node.args, order), _text(node.kwargs, order)]
+        for node in graph.nodes
+        if node.op != "placeholder"
+    ]
+    return sha256_hex(
+        canonical_json({"inputs": [_row(i) for i in inputs], "roles": roles, "nodes": nodes})
+    )
+
+
+def _row(given: PieceInput) -> list[object]:
+    match given:
+        case TensorInput():
+            shape, stride = [str(e) for e in given.shape], [str(e) for e in given.stride]
+            return ["tensor", str(given.dtype), given.device, shape, stride]
+        case SizeInput():
+            return ["size", str(given.value)]
+        case OpaqueInput():
+            return ["opaque", given.type_name]
+
+
+def target_name(node: fx.Node) -> str:
+    """A name of the node's target that is the same in every process."""
+    target = node.target
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        return f"torch.ops.{target}"
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return f"torch.ops.{target._qualified_op_name}"
+    return _callable_name(target)
+
+
+def _callable_name(target: Callable[..., object]) -> str:
+    name = getattr(target, "__qualname__", None) or getattr(target, "__name__", None)
+    assert name is not None, f"{target} has no name"
+    return f"{getattr(target, '__module__', None)}.{name}"
+
+
+def _text(value: object, order: dict[fx.Node, int]) -> object:
+    """A JSON form of a node's arguments that tells types apart and holds no address."""
+    match value:
+        case fx.Node():
+            return {"node": order[value]}
+        case list() | tuple():
+            return [type(value).__name__, *(_text(v, order) for v in value)]
+        case dict():
+            return {"dict": {str(k): _text(v, order) for k, v in value.items()}}
+        case slice():
+            return {"slice": [_text(v, order) for v in (value.start, value.stop, value.step)]}
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return {"float": value.hex()}
+        case _:
+            text = repr(value)
+            assert " at 0x" not in text, f"{text} names an address"
+            return {type(value).__name__: text}

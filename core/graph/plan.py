@@ -1,0 +1,189 @@
+"""The plan of a program: its cuts, its unique pieces, and the layout that links them again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+import torch.fx as fx
+
+from vllmc.core.cache.key import JsonValue
+from vllmc.core.compiler.protocol import Unit
+from vllmc.core.errors import VllmcError
+from vllmc.core.graph.capture import Capture
+from vllmc.core.graph.layout import Layout, OpStep, UnitStep
+from vllmc.core.graph.normalize import is_symbolic
+from vllmc.core.graph.piece import Piece, canonical_piece, target_name
+from vllmc.core.graph.split import Cut, split, splits_at
+from vllmc.core.spec import CompileRange, CompileSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UniquePiece:
+    """A piece that is compiled once, and the names of all pieces that are it."""
+
+    piece: Piece
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to compile and how to run it."""
+
+    pieces: int
+    splitting: int
+    unique: tuple[UniquePiece, ...]
+    layout: Layout
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The `pieces` object of `warm --json`."""
+        return {
+            "total": self.pieces,
+            "splitting": self.splitting,
+            "compilable": self.pieces - self.splitting,
+            "unique": len(self.unique),
+        }
+
+
+def make_plan(captured: Capture, spec: CompileSpec) -> Plan:
+    """Cuts the captured graph and finds which pieces are the same program.
+
+    Raises `VllmcError` (`no-splitting-op`) when none of the splitting ops occurs.
+    """
+    cuts = split(captured.graph, splits_at(spec.splitting_ops))
+    if not any(cut.splitting for cut in cuts):
+        raise VllmcError(
+            "no-splitting-op",
+            "none of the splitting ops occurs in the graph",
+            context={"splitting_ops": list(spec.splitting_ops)},
+            hint="name an op of the graph as namespace::name, or leave --splitting-op out",
+        )
+    pieces: dict[str, Piece] = {}
+    names: dict[str, list[str]] = {}
+    digests: dict[str, str] = {}
+    for cut in cuts:
+        if not cut.splitting:
+            piece = canonical_piece(cut, captured.roles)
+            pieces.setdefault(piece.digest, piece)
+            names.setdefault(piece.digest, []).append(cut.name)
+            digests[cut.name] = piece.digest
+    order = {digest: index for index, digest in enumerate(pieces)}
+    return Plan(
+        pieces=len(cuts),
+        splitting=sum(cut.splitting for cut in cuts),
+        unique=tuple(UniquePiece(piece=pieces[d], names=tuple(names[d])) for d in pieces),
+        layout=Layout(
+            pieces=tuple(names[digest][0] for digest in pieces),
+            ranges=tuple(str(r) for r in unit_ranges(spec)),
+            inputs=captured.inputs,
+            attention=captured.attention,
+            **_steps(captured.graph, cuts, {name: order[d] for name, d in digests.items()}),
+        ),
+    )
+
+
+def plan_units(plan: Plan, spec: CompileSpec) -> tuple[tuple[tuple[str, ...], Unit], ...]:
+    """Every compile unit of the plan, with the names of the pieces that share it."""
+    ranges = unit_ranges(spec)
+    return tuple(
+        (unique.names, Unit(piece=unique.piece, range=r))
+        for unique in plan.unique
+        for r in (ranges if unique.piece.depends_on_tokens else ranges[-1:])
+    )
+
+
+def unit_ranges(spec: CompileSpec) -> tuple[CompileRange, ...]:
+    """The ranges to compile, sizes first: a size beats the range that holds it.
+
+    A backed size is assumed to be neither 0 nor 1, so for `backed` shapes a range that starts at
+    1 is compiled as the size 1 and the rest.
+    """
+    sizes = {CompileRange(size, size) for size in spec.sizes}
+    ranges = []
+    for given in spec.ranges:
+        if spec.dynamic_shapes == "backed" and given.start == 1 < given.end:
+            sizes.add(CompileRange(1, 1))
+            given = CompileRange(2, given.end)
+        ranges.append(given)
+    return (*sorted(sizes), *sorted(set(ranges) - sizes))
+
+
+class _Steps(TypedDict):
+    steps: tuple[UnitStep | OpStep, ...]
+    output: str
+
+
+def _steps(graph: fx.Graph, cuts: Sequence[Cut], piece_of: Mapping[str, int]) -> _Steps:
+    nodes = list(graph.nodes)
+    placeholders = [node for node in nodes if node.op == "placeholder"]
+    names = {node: f"p{index}" for index, node in enumerate(placeholders)}
+    results = [n for cut in cuts for n in (cut.nodes if cut.splitting else cut.outputs)]
+    names |= {node: f"v{index}" for index, node in enumerate(results)}
+    steps: list[UnitStep | OpStep] = []
+    for cut in cuts:
+        if cut.splitting:
+            steps += _op_steps(cut, names)
+        else:
+            steps.append(
+                UnitStep(
+                    piece=piece_of[cut.name],
+                    args=tuple(names[node] for node in cut.inputs),
+                    results=tuple(names[node] for node in cut.outputs),
+                )
+            )
+    ((output,),) = nodes[-1].args
+    assert isinstance(output, fx.Node), "the entry returns one tensor"
+    return _Steps(steps=tuple(steps), output=names[output])
+
+
+def _op_steps(cut: Cut, names: dict[fx.Node, str]) -> list[OpStep]:
+    steps: list[OpStep] = []
+
+    def emit(node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            if source not in names:
+                # A size that another piece computed: computed anew here.
+                assert is_symbolic(source), f"{source} is no input of {cut.name}"
+                names[source] = f"v{len(names)}"
+                emit(source)
+        steps.append(
+            OpStep(
+                target=f"{node.op}:{target_name(node)}",
+                args=tuple(encode(a, names) for a in node.args),
+                kwargs={key: encode(value, names) for key, value in node.kwargs.items()},
+                result=names[node],
+            )
+        )
+
+    for node in cut.nodes:
+        emit(node)
+    return steps
+
+
+def encode(value: object, names: Mapping[fx.Node, str]) -> JsonValue:
+    """An argument of an op as JSON: literals as they are, everything else as a tagged object."""
+    match value:
+        case fx.Node():
+            return {"ref": names[value]}
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return {"float": value.hex()}
+        case list() | tuple():
+            return {type(value).__name__: [encode(v, names) for v in value]}
+        case slice():
+            return {"slice": [encode(v, names) for v in (value.start, value.stop, value.step)]}
+        case torch.dtype() | torch.device() | torch.memory_format():
+            return {"torch": str(value).removeprefix("torch."), "of": type(value).__name__}
+        case _ if value is ...:
+            return {"ellipsis": True}
+        case _:
+            raise VllmcError(
+                "unsupported-model",
+                f"a splitting op takes an argument of type {type(value).__name__}, "
+                "which a record cannot hold",
+                hint="leave this op out of --splitting-op",
+            )

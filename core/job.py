@@ -1,0 +1,51 @@
+"""A job: one model to compile in one way, and the factors of its program key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from vllmc.core.cache.factors import program_factors, unit_factors
+from vllmc.core.cache.key import Factor, key_of
+from vllmc.core.models.model import Model
+from vllmc.core.spec import CompileSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One model to compile in one way, with the factors that make up its program key."""
+
+    model: Model
+    spec: CompileSpec
+    factors: tuple[Factor, ...]
+
+    @cached_property
+    def key(self) -> str:
+        """The program key, known before any capture."""
+        return key_of(self.factors)
+
+    @cached_property
+    def compiler_factors(self) -> tuple[Factor, ...]:
+        """What every artifact of the job depends on, whatever its graph."""
+        return unit_factors(self.factors)
+
+
+def make_job(
+    model: Model,
+    spec: CompileSpec,
+    *,
+    environment: Mapping[str, str],
+    cache_dir: Path,
+    origins: Mapping[tuple[str, str], str],
+) -> Job:
+    """Collects the factors; `origins` says where each option of the spec was set."""
+    factors = program_factors(
+        spec=spec,
+        model_factors=model.factors(),
+        environment=environment,
+        cache_dir=cache_dir,
+        option_origins=origins,
+    )
+    return Job(model=model, spec=spec, factors=factors)

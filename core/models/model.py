@@ -1,0 +1,56 @@
+"""What the pipeline needs to know of a model, wherever it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, TypeAlias
+
+import torch
+
+from vllmc.core.cache.key import Factor
+from vllmc.core.spec import LayerNames
+
+Weights: TypeAlias = Literal["fake", "real"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """Facts for the engine.
+
+    `layers` is the number of attention layers that a capture must show (None: unknown),
+    `windows` each layer's sliding window by the configuration (None: no claim), `max_position`
+    the longest sequence in tokens, `tokenizer` a directory that holds one.
+    """
+
+    dtype: str
+    vocab_size: int | None
+    max_position: int | None
+    layers: int | None
+    layer_types: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    tokenizer: Path | None = None
+
+
+class Model(Protocol):
+    """A model that can be built any number of times."""
+
+    @property
+    def name(self) -> str:
+        """The name under which the user asked for it."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """What the engine must know, without building anything."""
+
+    def factors(self) -> tuple[Factor, ...]:
+        """The model's identity: cache key factors of the group `model`."""
+
+    def build(
+        self, weights: Weights, *, device: str, dtype: str, layer_names: LayerNames, seed: int
+    ) -> torch.nn.Module:
+        """The entry module: `forward(input_ids, position_ids, logits_indices) -> logits`.
+
+        Shapes: `[1, T]`, `[1, T]`, `[B]` (all int64) to `[B, vocab]`. Real weights are random
+        ones, drawn from `seed`, where the model has none of its own.
+        """

@@ -1,0 +1,205 @@
+"""Models given as `module.path:attribute`: a class, a factory or an instance."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import xxhash
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from vllmc.core.cache.key import Factor, JsonValue
+from vllmc.core.errors import VllmcError
+from vllmc.core.models.attention import ATTENTION_NAME, attach_layer_names, register_attention
+from vllmc.core.models.model import ModelInfo, Weights
+from vllmc.core.models.transformers_model import DecoderEntry
+from vllmc.core.spec import LayerNames
+from vllmc.core.torch_compat.fake import fake_weights
+
+
+class PlainEntry(torch.nn.Module):
+    """A module of the user's own: `forward(input_ids, position_ids) -> [1, T, vocab]`."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        logits_indices: torch.Tensor,
+    ) -> torch.Tensor:
+        """`[1, T]`, `[1, T]`, `[B]` (int64) to logits `[B, vocab]`."""
+        return self.model(input_ids, position_ids)[0, logits_indices]
+
+
+class ModuleModel:
+    """A model that Python code makes. Its identity is the tree of modules that comes out."""
+
+    def __init__(self, name: str, make: Callable[[], torch.nn.Module] | torch.nn.Module) -> None:
+        self._name = name
+        self._make = make
+        self._sample = self._instantiate("fake", "cpu", None, seed=0)
+
+    @property
+    def name(self) -> str:
+        """The name under which the user asked for it."""
+        return self._name
+
+    @property
+    def info(self) -> ModelInfo:
+        """What the model's `config` says, if it has one, and its parameters' dtype."""
+        config = getattr(self._sample, "config", None)
+        stop = getattr(config, "eos_token_id", None)
+        parameter = next(self._sample.parameters(), None)
+        dtype = parameter.dtype if parameter is not None else torch.float32
+        transformers = isinstance(self._sample, PreTrainedModel)
+        return ModelInfo(
+            dtype=str(dtype).removeprefix("torch."),
+            vocab_size=getattr(config, "vocab_size", None),
+            max_position=getattr(config, "max_position_embeddings", None),
+            layers=getattr(config, "num_hidden_layers", None) if transformers else None,
+            layer_types=tuple(getattr(config, "layer_types", None) or ()),
+            stop_token_ids=() if stop is None else tuple(stop if type(stop) is list else [stop]),
+        )
+
+    def factors(self) -> tuple[Factor, ...]:
+        """A factor for each module of the tree, and one for the source of each class in it."""
+        rows = {}
+        classes: dict[str, type] = {}
+        for path, module in self._sample.named_modules():
+            cls = type(module)
+            classes[f"{cls.__module__}.{cls.__qualname__}"] = cls
+            rows[path or "."] = _describe(module)
+        sources: dict[str, JsonValue] = {
+            f"class {name}": _source_digest(cls)
+            for name, cls in classes.items()
+            if not name.startswith(("torch.", "transformers."))
+        }
+        return tuple(
+            Factor(group="model", name=name, value=value, origin="probe", is_default=False)
+            for name, value in [*rows.items(), *sources.items()]
+        )
+
+    def build(
+        self, weights: Weights, *, device: str, dtype: str, layer_names: LayerNames, seed: int
+    ) -> torch.nn.Module:
+        """See `Model.build`."""
+        model = self._instantiate(weights, device, getattr(torch, dtype), seed=seed)
+        model.eval().requires_grad_(False)
+        entry: torch.nn.Module
+        if isinstance(model, PreTrainedModel):
+            register_attention()
+            model.config._attn_implementation = ATTENTION_NAME
+            entry = DecoderEntry(model)
+        else:
+            entry = PlainEntry(model)
+        attach_layer_names(entry, layer_names)
+        return entry
+
+    def _instantiate(
+        self, weights: Weights, device: str, dtype: torch.dtype | None, *, seed: int
+    ) -> torch.nn.Module:
+        if isinstance(self._make, torch.nn.Module):
+            # An instance brings its own weights, which are there already.
+            return self._make.to(device, dtype)
+        if weights == "fake":
+            with fake_weights(), no_init_weights(), torch.device(device):
+                return _to_dtype(self._call(self._make), dtype)
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            torch.manual_seed(seed)
+            return _to_dtype(self._call(self._make), dtype)
+
+    def _call(self, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+        try:
+            made = make()
+        except TypeError as error:
+            raise VllmcError(
+                "bad-model",
+                f"{self._name} cannot be called without arguments",
+                context={"cause": str(error)},
+                hint="give a factory that takes none and returns the module",
+            ) from error
+        if not isinstance(made, torch.nn.Module):
+            raise VllmcError(
+                "bad-model",
+                f"{self._name} gave a {type(made).__name__}, not a torch.nn.Module",
+                hint="give a class, a factory or an instance of torch.nn.Module",
+            )
+        return made
+
+
+def load_module(name: str) -> ModuleModel:
+    """Imports `module.path:attribute`. Raises `VllmcError` (`unknown-model`, `bad-model`)."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise VllmcError(
+            "unknown-model",
+            f"the model '{name}' cannot be imported",
+            context={"cause": str(error)},
+            hint="run in the directory that holds the module, or set PYTHONPATH",
+        ) from error
+    if not isinstance(found, torch.nn.Module) and not callable(found):
+        raise VllmcError(
+            "bad-model",
+            f"{name} is a {type(found).__name__}, not a torch.nn.Module nor a way to make one",
+            hint="give a class, a factory or an instance of torch.nn.Module",
+        )
+    return ModuleModel(name, found)
+
+
+def _to_dtype(model: torch.nn.Module, dtype: torch.dtype | None) -> torch.nn.Module:
+    if dtype is None:
+        return model
+    for tensor in model.parameters():
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
+def _describe(module: torch.nn.Module) -> JsonValue:
+    tensors: dict[str, JsonValue] = {
+        name: [str(t.dtype).removeprefix("torch."), *t.shape]
+        for name, t in [
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ]
+    }
+    plain = {k: v for k, v in sorted(vars(module).items()) if not k.startswith("_")}
+    cls = type(module)
+    return {
+        "class": f"{cls.__module__}.{cls.__qualname__}",
+        "tensors": tensors,
+        "attributes": dict(_plain(plain)),
+    }
+
+
+def _plain(attributes: dict[str, Any]) -> Iterator[tuple[str, JsonValue]]:
+    for name, value in attributes.items():
+        match value:
+            case None | bool() | int() | str():
+                yield name, value
+            case float():
+                yield name, repr(value)
+            case list() | tuple() if all(isinstance(v, (bool, int, str)) for v in value):
+                yield name, list(value)
+            case torch.dtype() | torch.device():
+                yield name, str(value)
+            case _ if callable(value):
+                yield name, getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _source_digest(cls: type) -> JsonValue:
+    try:
+        return xxhash.xxh3_128_hexdigest(inspect.getsource(cls).encode())
+    except (OSError, TypeError):
+        return None

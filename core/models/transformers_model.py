@@ -1,0 +1,324 @@
+"""Decoder-only Transformers models: from a preset, a directory or the hub."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers.initialization import no_init_weights
+
+from vllmc.core.cache.key import Factor, JsonValue
+from vllmc.core.errors import VllmcError
+from vllmc.core.models.attention import ATTENTION_NAME, attach_layer_names, register_attention
+from vllmc.core.models.model import ModelInfo, Weights
+from vllmc.core.spec import LayerNames
+from vllmc.core.torch_compat.fake import fake_weights
+
+# Options of a configuration that change no graph: names, tokens and what `generate` does.
+_NOT_IDENTITY = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "decoder_start_token_id",
+        "dtype",
+        "eos_token_id",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "sep_token_id",
+        "task_specific_params",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigSource:
+    """Where a configuration was read: `text` is its JSON, `label` names it in origins."""
+
+    label: str
+    text: str = ""
+    directory: Path | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+
+
+class DecoderEntry(torch.nn.Module):
+    """A causal language model called on a flattened batch, with logits of chosen tokens only."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.selects = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        logits_indices: torch.Tensor,
+    ) -> torch.Tensor:
+        """`[1, T]`, `[1, T]`, `[B]` (int64) to logits `[B, vocab]`."""
+        if self.selects:
+            return self.model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                logits_to_keep=logits_indices,
+                use_cache=False,
+            ).logits[0]
+        output = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        return output.logits[0, logits_indices]
+
+
+class TransformersModel:
+    """A causal language model that Transformers can build from a configuration."""
+
+    def __init__(
+        self, name: str, config: PretrainedConfig, source: ConfigSource, layers: int | None
+    ) -> None:
+        self._name = name
+        self._source = source
+        self._layers = layers
+        self._config = _with_layers(_decoder_config(name, config), layers)
+
+    @property
+    def name(self) -> str:
+        """The name under which the user asked for it."""
+        return self._name
+
+    @property
+    def info(self) -> ModelInfo:
+        """What the configuration says."""
+        config = self._config
+        dtype = getattr(config, "dtype", None)
+        return ModelInfo(
+            dtype=str(dtype).removeprefix("torch.") if dtype is not None else "float32",
+            vocab_size=getattr(config, "vocab_size", None),
+            max_position=getattr(config, "max_position_embeddings", None),
+            layers=getattr(config, "num_hidden_layers", None),
+            layer_types=tuple(getattr(config, "layer_types", None) or ()),
+            stop_token_ids=self._stop_token_ids(),
+            tokenizer=self._source.directory,
+        )
+
+    def factors(self) -> tuple[Factor, ...]:
+        """One factor for each field of the configuration that can change the graph."""
+        defaults = dict(_flatten(type(self._config)().to_dict()))
+        rows = [
+            Factor(
+                group="model",
+                name=name,
+                value=value,
+                origin=self._origin(name, defaults, value),
+                is_default=name in defaults and defaults[name] == value,
+            )
+            for name, value in _flatten(self._config.to_dict())
+        ]
+        rows.append(
+            Factor(
+                group="model",
+                name="class",
+                value=type(self._config).__name__,
+                origin=self._source.label,
+                is_default=False,
+            )
+        )
+        return tuple(rows)
+
+    def build(
+        self, weights: Weights, *, device: str, dtype: str, layer_names: LayerNames, seed: int
+    ) -> torch.nn.Module:
+        """See `Model.build`. Raises `VllmcError` (`bad-weights`, `unsupported-model`)."""
+        register_attention()
+        torch_dtype = getattr(torch, dtype)
+        if weights == "fake":
+            with fake_weights(), no_init_weights(), torch.device(device):
+                model = self._from_config(torch_dtype)
+        elif self._has_weights():
+            model = self._from_pretrained(torch_dtype).to(device)
+        else:
+            with torch.random.fork_rng(devices=[]), torch.device(device):
+                torch.manual_seed(seed)
+                model = self._from_config(torch_dtype)
+        model.eval().requires_grad_(False)
+        entry = DecoderEntry(model)
+        attach_layer_names(entry, layer_names)
+        return entry
+
+    def _from_config(self, dtype: torch.dtype) -> Any:
+        config = type(self._config).from_dict(self._config.to_dict())
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except (ValueError, ImportError) as error:
+            raise _unsupported(self._name, str(error).splitlines()[0]) from error
+        model.config._attn_implementation = ATTENTION_NAME
+        return model
+
+    def _from_pretrained(self, dtype: torch.dtype) -> Any:
+        source = self._source.directory or self._source.hub_id
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=type(self._config).from_dict(self._config.to_dict()),
+                dtype=dtype,
+                revision=self._source.revision or "main",
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise VllmcError(
+                "bad-weights",
+                f"the weights of {self._name} cannot be loaded",
+                context={"cause": str(error).splitlines()[0]},
+                hint="check that the directory is complete; --weights fake needs none",
+            ) from error
+        model.config._attn_implementation = ATTENTION_NAME
+        return model
+
+    def _has_weights(self) -> bool:
+        directory = self._source.directory
+        if directory is None:
+            return self._source.hub_id is not None
+        return any(directory.glob("*.safetensors"))
+
+    def _stop_token_ids(self) -> tuple[int, ...]:
+        stop = getattr(self._config, "eos_token_id", None)
+        directory = self._source.directory
+        if directory is not None and (directory / "generation_config.json").is_file():
+            stop = GenerationConfig.from_pretrained(directory).eos_token_id
+        if stop is None:
+            return ()
+        return tuple(stop) if isinstance(stop, (list, tuple)) else (int(stop),)
+
+    def _origin(self, name: str, defaults: Mapping[str, JsonValue], value: JsonValue) -> str:
+        if name == "num_hidden_layers" and self._layers is not None:
+            return "flag"
+        field = name.split(".")[-1]
+        for number, line in enumerate(self._source.text.splitlines(), start=1):
+            if line.lstrip().startswith(f'"{field}"'):
+                return f"file:{self._source.label}:{number}"
+        if name in defaults and defaults[name] == value:
+            return "default"
+        return "vllmc" if not self._source.text else "default"
+
+
+def load_preset(name: str, fields: Mapping[str, Any], layers: int | None) -> TransformersModel:
+    """The preset `name`, whose configuration is `fields`."""
+    config = AutoConfig.for_model(**fields)
+    return TransformersModel(name, config, ConfigSource(label="vllmc"), layers)
+
+
+def load_directory(name: str, directory: Path, layers: int | None) -> TransformersModel:
+    """The model of a directory with a `config.json`. Raises `VllmcError` (`bad-config`)."""
+    path = directory / "config.json"
+    try:
+        text = path.read_text()
+        fields = json.loads(text)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise _bad_config(path, str(error)) from error
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise _bad_config(path, "it is no JSON object with a 'model_type'")
+    if "auto_map" in fields and fields["model_type"] not in _known_types():
+        raise _unsupported(name, "its code lies in its own directory, and vllmc runs none of it")
+    source = ConfigSource(label="config.json", text=text, directory=directory)
+    return TransformersModel(name, _read_config(name, str(directory), None), source, layers)
+
+
+def load_hub(
+    name: str, hub_id: str, revision: str | None, layers: int | None
+) -> TransformersModel:
+    """The model `hub_id`, through the Transformers cache. Raises `VllmcError` (`unknown-model`)."""
+    config = _read_config(name, hub_id, revision)
+    source = ConfigSource(label="hub", hub_id=hub_id, revision=revision)
+    return TransformersModel(name, config, source, layers)
+
+
+def _read_config(name: str, source: str, revision: str | None) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision or "main")
+    except OSError as error:
+        raise VllmcError(
+            "unknown-model",
+            f"the model '{name}' is neither in the Transformers cache nor to be had from the hub",
+            context={"cause": str(error).splitlines()[0]},
+            hint="check the name and the connection (HF_HUB_OFFLINE), or give a directory",
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise VllmcError(
+            "bad-config",
+            f"Transformers cannot read the configuration of '{name}'",
+            context={"cause": cause},
+            hint="check config.json against the model's published one",
+        ) from error
+
+
+def _known_types() -> frozenset[str]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return frozenset(CONFIG_MAPPING_NAMES)
+
+
+def _decoder_config(name: str, config: PretrainedConfig) -> PretrainedConfig:
+    if getattr(config, "is_encoder_decoder", False):
+        raise _unsupported(name, f"{type(config).__name__} is an encoder-decoder")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise _unsupported(
+            name, f"Transformers has no causal language model for {type(config).__name__}"
+        )
+    return config
+
+
+def _with_layers(config: PretrainedConfig, layers: int | None) -> PretrainedConfig:
+    if layers is None:
+        return config
+    fields = config.to_dict()
+    for key in ("layer_types", "mlp_layer_types"):
+        if pattern := fields.get(key):
+            fields[key] = [pattern[i % len(pattern)] for i in range(layers)]
+    depth = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    fields[depth] = layers
+    return type(config).from_dict(fields)
+
+
+def _flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, JsonValue]]:
+    for key, value in sorted(fields.items(), key=lambda item: str(item[0])):
+        if not prefix and (key in _NOT_IDENTITY or key.startswith("_")):
+            continue
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.loads(json.dumps(value, default=str))
+
+
+def _bad_config(path: Path, cause: str) -> VllmcError:
+    return VllmcError(
+        "bad-config",
+        f"{path} is not a model's configuration",
+        context={"cause": cause},
+        hint="a Transformers directory holds a config.json as save_pretrained writes it",
+    )
+
+
+def _unsupported(name: str, cause: str) -> VllmcError:
+    return VllmcError(
+        "unsupported-model",
+        f"the model '{name}' cannot be compiled",
+        context={"cause": cause},
+        hint="docs/models.md lists what is known to work",
+    )

@@ -1,0 +1,175 @@
+"""Obtaining one compile unit: the only place that decides hit or miss."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllmc.core.cache.files import CorruptArtifact, CorruptRecordError, MissingArtifact
+from vllmc.core.cache.key import Factor, key_of
+from vllmc.core.cache.record import UnitRecord
+from vllmc.core.cache.store import Store
+from vllmc.core.errors import CheckFailed
+from vllmc.core.events import Observer, UnitOutcome
+from vllmc.core.job import Job
+from vllmc.core.prediction import Found, lookup
+
+if TYPE_CHECKING:  # importing it takes Dynamo and sympy, which a hit does without
+    from vllmc.core.compiler.protocol import Compiler, Unit
+
+ANY_RANGE = "any"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitResult:
+    """What became of one compile unit. `data` is its artifact, verified.
+
+    `range` is `any` where the token count plays no part.
+    """
+
+    pieces: tuple[str, ...]
+    range: str
+    outcome: UnitOutcome
+    key: str
+    artifact: str
+    data: bytes
+    seconds: float
+
+
+class Reader:
+    """Reads of the store that take what is corrupt for absent, after a warning.
+
+    With `repairs=False` what is corrupt is raised instead, and nothing is removed.
+    """
+
+    def __init__(self, store: Store, observer: Observer, *, repairs: bool = True) -> None:
+        self.store = store
+        self._observer = observer
+        self._repairs = repairs
+
+    def program(self, job: Job) -> Found | None:
+        """See `lookup`."""
+        while True:
+            try:
+                return lookup(job, self.store)
+            except MissingArtifact:
+                return None
+            except CorruptArtifact as error:
+                self._discard(error)
+                return None
+            except CorruptRecordError as error:
+                # Another record of the same key may be intact.
+                self._discard(error)
+
+    def unit(self, key: str) -> tuple[UnitRecord, bytes] | None:
+        """The record of a unit and its artifact."""
+        try:
+            record = self.store.unit(key)
+            return None if record is None else (record, self.store.read_artifact(record.artifact))
+        except MissingArtifact:
+            return None
+        except (CorruptArtifact, CorruptRecordError) as error:
+            self._discard(error)
+            return None
+
+    def same_code(self, code: str) -> tuple[str, bytes] | None:
+        """An artifact of the same generated code, stored under another key."""
+        digest = self.store.find_code(code)
+        try:
+            return None if digest is None else (digest, self.store.read_artifact(digest))
+        except (CorruptArtifact, MissingArtifact):
+            return None
+
+    def _discard(self, error: CorruptArtifact | CorruptRecordError) -> None:
+        if not self._repairs:
+            raise error
+        self._observer.warning(
+            error.code, error.message, "it is compiled again; vllmc cache verify finds the rest"
+        )
+        self.store.discard(error)
+
+
+def unit_key(unit: Unit, job: Job) -> tuple[str, tuple[Factor, ...]]:
+    """The key of a unit and its factors: the graph, its range and what the compiler depends on.
+
+    The model plays no part, so that models with the same layers share artifacts.
+    """
+    factors = (
+        *job.compiler_factors,
+        _probe("graph", "digest", unit.piece.digest),
+        _probe("range", "tokens", range_name(unit)),
+    )
+    return key_of(factors), factors
+
+
+def range_name(unit: Unit) -> str:
+    """The unit's range, or `any` where no size of its piece depends on the token count."""
+    return str(unit.range) if unit.piece.depends_on_tokens else ANY_RANGE
+
+
+def _probe(group: str, name: str, value: str) -> Factor:
+    return Factor(group=group, name=name, value=value, origin="probe", is_default=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """`force` compiles what is stored already; without `may_compile` nothing is compiled."""
+
+    force: bool = False
+    may_compile: bool = True
+
+
+def obtain(
+    unit: Unit, pieces: tuple[str, ...], job: Job, reader: Reader, compiler: Compiler, policy: Policy
+) -> UnitResult:
+    """Finds the unit by its key, or compiles and stores it.
+
+    Raises `CheckFailed` (`would-miss`) where it must be compiled and may not be.
+    """
+    key, factors = unit_key(unit, job)
+    found = None if policy.force else reader.unit(key)
+    if found is not None:
+        record, data = found
+        return UnitResult(
+            pieces=pieces,
+            range=range_name(unit),
+            outcome="hit",
+            key=key,
+            artifact=record.artifact,
+            data=data,
+            seconds=0.0,
+        )
+    if not policy.may_compile:
+        raise CheckFailed(
+            "would-miss",
+            f"{pieces[0]} for {range_name(unit)} tokens is not stored, so it would be compiled",
+            context={"unit_key": key},
+            hint="vllmc warm compiles it; vllmc inspect-key says what the cache lacks",
+        )
+    started = time.perf_counter()
+    compiled = compiler.compile(unit, job.spec)
+    seconds = time.perf_counter() - started
+    known = None if policy.force else reader.same_code(compiled.code)
+    artifact, data = known or (reader.store.put_artifact(compiled.artifact), compiled.artifact)
+    reader.store.put_unit(
+        UnitRecord(
+            key=key,
+            artifact=artifact,
+            format=compiled.format,
+            code=compiled.code,
+            bytes=len(data),
+            seconds=seconds,
+            created=time.time(),
+            factors=factors,
+        )
+    )
+    return UnitResult(
+        pieces=pieces,
+        range=range_name(unit),
+        outcome="dup" if known else "compiled",
+        key=key,
+        artifact=artifact,
+        data=data,
+        seconds=seconds,
+    )

@@ -1,0 +1,188 @@
+"""The pipeline: resolve, capture, split, plan, key, obtain, link. The only composer.
+
+Cold and warm differ in one thing: whether `obtain` finds a unit in the store or has it compiled,
+and whether a stored record spares everything before that. What is linked is the same either way:
+a layout, and artifacts as bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from vllmc.core.cache.record import ProgramRecord, ProgramUnit
+from vllmc.core.cache.sources import collect
+from vllmc.core.cache.store import Store
+from vllmc.core.events import Observer, UnitOutcome
+from vllmc.core.graph.layout import Layout
+from vllmc.core.job import Job
+from vllmc.core.models.model import Weights
+from vllmc.core.obtain import ANY_RANGE, Policy, Reader, UnitResult, obtain, range_name
+from vllmc.core.prediction import Found, Miss, explain_miss
+from vllmc.core.runtime.loader import load_artifact
+from vllmc.core.runtime.program import Program, Variant, link
+from vllmc.core.spec import CompileRange
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seconds:
+    """Wall time of the stages."""
+
+    total: float
+    capture: float = 0.0
+    compile: float = 0.0
+    store: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """A program that is in the store, with the bytes of its artifacts, verified.
+
+    `program` says whether its record was there before; `miss` why not.
+    """
+
+    program: Literal["hit", "miss"]
+    record: ProgramRecord
+    units: tuple[UnitResult, ...]
+    miss: Miss | None
+    seconds: Seconds
+
+    @property
+    def outcome(self) -> Literal["hit", "compiled", "partial"]:
+        """`hit` when nothing was compiled, `compiled` when nothing was found, else `partial`."""
+        outcomes = {unit.outcome for unit in self.units}
+        if outcomes <= {"hit"}:
+            return "hit"
+        return "partial" if "hit" in outcomes else "compiled"
+
+    def count(self, outcome: UnitOutcome) -> int:
+        """How many units came out that way."""
+        return sum(unit.outcome == outcome for unit in self.units)
+
+
+def obtain_program(
+    job: Job,
+    store: Store,
+    observer: Observer,
+    *,
+    policy: Policy | None = None,
+    weights: Weights = "fake",
+) -> Ready:
+    """Finds the program in the store, or captures the model and obtains each of its units.
+
+    One process compiles a program; others that want the same one wait and then find it. Raises
+    what capture and compilers raise; where `policy` forbids compiling, `CheckFailed` for what is
+    missing and `UnsafeCacheError` for what is corrupt.
+    """
+    policy = policy or Policy()
+    started = time.perf_counter()
+    reader = Reader(store, observer, repairs=policy.may_compile)
+    if not policy.force and (found := reader.program(job)) is not None:
+        return _hit(job, store, found, started)
+    with store.lock(job.key, lambda: observer.waiting("another process compiles this model")):
+        if not policy.force and (found := reader.program(job)) is not None:
+            return _hit(job, store, found, started)
+        return _build(job, reader, observer, policy, weights, started)
+
+
+def open_program(ready: Ready, entry: torch.nn.Module) -> Program:
+    """Loads the artifacts, each once, and links them with the tensors of `entry`."""
+    layout = Layout.from_json(ready.record.program)
+    loaded = {data.artifact: load_artifact(data.data) for data in ready.units}
+    by_place = {(unit.pieces[0], unit.range): loaded[unit.artifact] for unit in ready.units}
+    variants = [
+        Variant(
+            range=CompileRange.parse(name),
+            pieces=tuple(
+                by_place.get((piece, name)) or by_place[piece, ANY_RANGE] for piece in layout.pieces
+            ),
+        )
+        for name in layout.ranges
+    ]
+    return link(layout, entry, variants)
+
+
+def _build(
+    job: Job, reader: Reader, observer: Observer, policy: Policy, weights: Weights, started: float
+) -> Ready:
+    # What only a miss needs is imported on a miss: Dynamo, Inductor and sympy take a second.
+    from vllmc.core.compiler.registry import find_compiler
+    from vllmc.core.graph.capture import capture
+    from vllmc.core.graph.plan import make_plan, plan_units
+    from vllmc.core.torch_compat.config import applied, vllmc_overrides
+
+    spec = job.spec
+    miss = explain_miss(job, reader.store)
+    compiler = find_compiler(spec.backend)
+    with applied(vllmc_overrides(spec)):
+        observer.stage("capture")
+        entry = job.model.build(
+            weights, device=spec.device, dtype=spec.dtype, layer_names=spec.layer_names, seed=0
+        )
+        captured = capture(job.model, entry, spec)
+        del entry
+        plan = make_plan(captured, spec)
+        captured_at = time.perf_counter()
+        units = plan_units(plan, spec)
+        results = []
+        for index, (names, unit) in enumerate(units):
+            label = f"{names[0]} {range_name(unit)}"
+            observer.unit_started(label, index, len(units))
+            result = obtain(unit, names, job, reader, compiler, policy)
+            observer.unit_finished(label, result.outcome, result.seconds)
+            results.append(result)
+    record = ProgramRecord(
+        key=job.key,
+        model=job.model.name,
+        created=time.time(),
+        factors=job.factors,
+        sources=collect(captured.functions),
+        units=tuple(
+            ProgramUnit(key=r.key, artifact=r.artifact, range=r.range, pieces=r.pieces)
+            for r in results
+        ),
+        pieces=plan.counts,
+        program=plan.layout.to_json(),
+    )
+    if policy.may_compile:
+        reader.store.put_program(record)
+        reader.store.touch(job.key)
+    finished = time.perf_counter()
+    compiling = sum(result.seconds for result in results)
+    return Ready(
+        program="miss",
+        record=record,
+        units=tuple(results),
+        miss=miss,
+        seconds=Seconds(
+            total=finished - started,
+            capture=captured_at - started,
+            compile=compiling,
+            store=finished - captured_at - compiling,
+        ),
+    )
+
+
+def _hit(job: Job, store: Store, found: Found, started: float) -> Ready:
+    store.touch(job.key)
+    return Ready(
+        program="hit",
+        record=found.record,
+        units=tuple(
+            UnitResult(
+                pieces=unit.pieces,
+                range=unit.range,
+                outcome="hit",
+                key=unit.key,
+                artifact=unit.artifact,
+                data=found.artifacts[unit.artifact],
+                seconds=0.0,
+            )
+            for unit in found.record.units
+        ),
+        miss=None,
+        seconds=Seconds(total=time.perf_counter() - started),
+    )

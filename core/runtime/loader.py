@@ -1,0 +1,82 @@
+"""From an artifact's verified bytes to a function. Needs no Inductor, compiler or subprocess."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from vllmc.core.compiler.container import (
+    BUNDLE,
+    EAGER,
+    NATIVE,
+    Container,
+    import_by_name,
+    unpack,
+)
+from vllmc.core.errors import UnsafeCacheError, VllmcError
+from vllmc.core.torch_compat import native
+
+PieceCallable: TypeAlias = Callable[[list[Any]], Sequence[Any]]
+"""Takes the list of a piece's arguments, which it may empty, and returns its outputs."""
+
+
+def load_artifact(data: bytes) -> PieceCallable:
+    """Loads an artifact whose digest has been verified: loading runs the code in it.
+
+    Raises `UnsafeCacheError` (`bad-artifact`) for bytes of no known form, `VllmcError`
+    (`artifact-not-loadable`) where this machine cannot load it.
+    """
+    container = unpack(data)
+    loaders = {NATIVE: _load_native, BUNDLE: _load_bundle, EAGER: _load_eager}
+    if (load := loaders.get(container.format)) is None:
+        raise UnsafeCacheError(
+            "bad-artifact",
+            f"an artifact has the unknown format '{container.format}'",
+            hint="update vllmc, or compile it again: vllmc warm --force",
+        )
+    try:
+        return load(container)
+    except (ImportError, OSError, KeyError) as error:
+        raise VllmcError(
+            "artifact-not-loadable",
+            "a stored artifact cannot be loaded on this machine",
+            context={"format": container.format, "cause": str(error)},
+            hint="compile it here: vllmc warm --force",
+        ) from error
+
+
+def _load_native(container: Container) -> PieceCallable:
+    provided: dict[str, object] = {}
+    names = container.description["provided"]
+    assert isinstance(names, list)
+    for name in map(str, names):
+        if name == "extern_kernels":
+            provided[name] = native.LIGHT_EXTERN_KERNELS
+        elif (library := container.files.get(f"kernels/{name}.so")) is not None:
+            provided[name] = native.load_kernel(name, library)
+        else:
+            constant = io.BytesIO(container.files[f"constants/{name}"])
+            provided[name] = torch.load(constant, weights_only=True)
+    return native.run_wrapper(container.text("wrapper.py"), provided, name="vllmc piece")
+
+
+def _load_bundle(container: Container) -> PieceCallable:
+    # Inductor is imported only where an artifact needs it.
+    from vllmc.core.torch_compat import inductor
+
+    bundle = inductor.load_bundle(container.files["bundle"])
+    return lambda args: bundle(*args)
+
+
+def _load_eager(container: Container) -> PieceCallable:
+    imports = container.description["imports"]
+    assert isinstance(imports, dict)
+    namespace: dict[str, Any] = {}
+    for name, path in imports.items():
+        assert isinstance(path, list)
+        namespace[name] = import_by_name(str(path[0]), str(path[1]))
+    exec(compile(container.text("graph.py"), "<vllmc eager piece>", "exec"), namespace)
+    forward: Callable[..., Sequence[Any]] = namespace["forward"]
+    return lambda args: forward(None, *args)

@@ -1,0 +1,123 @@
+"""Dynamo's full-graph capture, with the facts about a graph that only Dynamo knows.
+
+Checked with torch 2.11 to 2.13: `torch._dynamo.convert_frame.fullgraph_capture`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import torch
+import torch._dynamo.convert_frame as convert_frame
+import torch.fx as fx
+from torch._dynamo.decorators import mark_dynamic, mark_unbacked
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import dynamo_timed, get_metrics_context
+from torch.fx.experimental import _config as symbolic_config
+from vllmc.core.spec import DynamicShapes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawCapture:
+    """What Dynamo made of one call.
+
+    `sources` maps each placeholder's name to the expression that Dynamo read it from
+    (`L['self']._modules['model']._parameters['weight']`); `code` are the code objects traced.
+    """
+
+    module: fx.GraphModule
+    sources: dict[str, str]
+    code: tuple[CodeType, ...]
+
+
+class CaptureError(Exception):
+    """Dynamo could not capture one full graph. `frames` are the traced frames, outermost first."""
+
+    def __init__(self, reason: str, frames: Sequence[traceback.FrameSummary]) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.frames = tuple(frames)
+
+
+def mark_dimension(
+    tensor: torch.Tensor, dim: int, *, kind: DynamicShapes, shape_id: str, low: int, high: int
+) -> None:
+    """Declares that `tensor.shape[dim]` varies between `low` and `high`.
+
+    Dimensions marked with one `shape_id` share one unbacked symbol (torch >= 2.11).
+    """
+    if kind == "unbacked":
+        mark_unbacked(tensor, dim, shape_id=shape_id)
+    else:
+        mark_dynamic(tensor, dim, min=low, max=high)
+
+
+@contextlib.contextmanager
+def size_oblivious(kind: DynamicShapes) -> Iterator[None]:
+    """Within it, backed sizes are not specialised on 0 and 1 if `kind` says so."""
+    with symbolic_config.patch(backed_size_oblivious=kind == "backed-size-oblivious"):
+        yield
+
+
+def capture_full_graph(
+    module: torch.nn.Module, args: tuple[torch.Tensor, ...], kind: DynamicShapes
+) -> RawCapture:
+    """Traces `module(*args)` into one graph. Raises `CaptureError` naming the frames in the way.
+
+    Parameters may be fake; `args` must be real tensors with their dimensions marked, because
+    marks on fake tensors are not seen.
+    """
+    torch._dynamo.reset()
+    try:
+        with (
+            torch.no_grad(),
+            size_oblivious(kind),
+            get_metrics_context(),
+            dynamo_timed("fullgraph_capture"),
+        ):
+            captured = convert_frame.fullgraph_capture(module, args)
+    except TorchDynamoException as error:
+        raise CaptureError(_reason(error), _frames(error)) from error
+    finally:
+        torch._dynamo.reset()
+    backend_input = captured.backend_input
+    if backend_input is None:
+        raise CaptureError("the forward runs no tensor operation", ())
+    graph_module = backend_input.graph_module
+    return RawCapture(
+        module=graph_module,
+        sources={
+            node.name: _source_name(node)
+            for node in graph_module.graph.nodes
+            if node.op == "placeholder"
+        },
+        code=tuple(captured.graph_capture_output.traced_code),
+    )
+
+
+def _source_name(node: fx.Node) -> str:
+    source: Any = getattr(node, "_dynamo_source", None)
+    if source is None:
+        source = node.meta["grapharg"].source
+    name = source.name
+    return name() if callable(name) else name
+
+
+def _reason(error: TorchDynamoException) -> str:
+    """The first paragraph of Dynamo's message: what, without the advice and the trace."""
+    lines: list[str] = []
+    for line in str(error).strip().splitlines():
+        if lines and not line.strip():
+            break
+        lines.append(line.strip())
+    return " ".join(lines) or type(error).__name__
+
+
+def _frames(error: TorchDynamoException) -> list[traceback.FrameSummary]:
+    stack = getattr(error, "real_stack", None)
+    return list(stack) if stack else []

@@ -1,0 +1,221 @@
+"""Torch's configs, read as cache key factors and overridden, in one place.
+
+`applied` is the only function that overrides them. `snapshot` enters it, and compilation must:
+then a key describes the very settings that its code was generated under.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+import torch._functorch.config
+import torch._inductor.config
+from torch.utils._config_module import _UNSET_SENTINEL
+from vllmc.core.torch_compat.config_scope import CAPTURE, EXCLUDED
+from vllmc.core.torch_compat.config_source import default_without_environment, definitions
+from vllmc.core.torch_compat.config_values import canonical, stable
+from vllmc.core.torch_compat.options import MODULES, check_option, option_names
+from vllmc.core.torch_compat.system import portable_march
+
+if TYPE_CHECKING:
+    from vllmc.core.cache.key import JsonValue
+    from vllmc.core.spec import CompileSpec, OptionValue
+
+Group: TypeAlias = Literal["inductor", "functorch", "dynamo"]
+
+_CAPTURE_PREFIXES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "compiler.": "torch.compiler.config",
+        "symbolic_shapes.": "torch.fx.experimental._config",
+        "": "torch._dynamo.config",
+    }
+)
+
+_VLLMC_INDUCTOR: Final[Mapping[str, "OptionValue"]] = MappingProxyType(
+    {
+        # Inductor would compile and load a test program to learn whether the compiler can build
+        # for this CPU's instruction set: half of a process's first compile. What the CPU can do is
+        # a factor of its own, and a compiler that cannot build for it fails with its own message.
+        "cpp.vec_isa_ok": True,
+        # Else the number of threads of the compiling machine is baked into parallel regions and
+        # reduction buffers (`num_threads(2)`); so the code asks OpenMP when it runs.
+        "cpp.dynamic_threads": True,
+        # Even so Inductor weighs how many loops to share out among how many threads. -1 is this
+        # machine's number; 1 would leave out the `omp single` around serial parts of a parallel
+        # region. With 8, a row of 4096 elements (8 x cpp.min_chunk_size) is worth sharing.
+        "cpp.threads": 8,
+        # vllmc's store takes the place of torch's caches: a hit in one of them would leave it
+        # unclear what was compiled, and with what.
+        "fx_graph_cache": False,
+        "fx_graph_remote_cache": False,
+    }
+)
+_VLLMC_FUNCTORCH: Final[Mapping[str, "OptionValue"]] = MappingProxyType(
+    {"enable_autograd_cache": False, "enable_remote_autograd_cache": False}
+)
+
+_NO_ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType({})
+_NO_ORIGINS: Final[Mapping[tuple[str, str], str]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overrides:
+    """The options that compilation runs under, sorted by name; the others stay as torch has them.
+
+    `chosen` are the (group, name) of those that the user gave; the rest are vllmc's own.
+    """
+
+    inductor: tuple[tuple[str, OptionValue], ...]
+    functorch: tuple[tuple[str, OptionValue], ...]
+    chosen: frozenset[tuple[str, str]]
+
+    def of(self, group: Group) -> dict[str, OptionValue]:
+        """The overrides of one config; vllmc overrides none of Dynamo's."""
+        if group == "dynamo":
+            return {}
+        return dict(self.inductor if group == "inductor" else self.functorch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigEntry:
+    """One setting: `origin` as in `Factor`, `is_default` against torch's default without variables.
+
+    Values that are not JSON stand as stable texts, see `config_values.stable`.
+    """
+
+    name: str
+    value: JsonValue
+    is_default: bool
+    origin: str
+
+
+def vllmc_overrides(spec: CompileSpec) -> Overrides:
+    """What vllmc sets, and over it the user's `-O` options.
+
+    Options that this torch lacks are left out of vllmc's own. Raises `UsageError`
+    (`unknown-option`, `bad-option`) for the user's.
+    """
+    inductor = {k: v for k, v in _VLLMC_INDUCTOR.items() if k in option_names("inductor")}
+    functorch = {k: v for k, v in _VLLMC_FUNCTORCH.items() if k in option_names("functorch")}
+    # Inductor compiles with -march=native, so that the code would be this very CPU model's. A
+    # level of the x86-64 ABI and the features that Inductor adds to it make code for all that
+    # have them, and those are what `cpu_features` then puts in the key.
+    if "cpp.march" in option_names("inductor") and (march := portable_march()) is not None:
+        inductor["cpp.march"] = march
+    inductor |= {name: check_option("inductor", name, value) for name, value in spec.inductor}
+    functorch |= {name: check_option("functorch", name, value) for name, value in spec.functorch}
+    return Overrides(
+        inductor=tuple(sorted(inductor.items())),
+        functorch=tuple(sorted(functorch.items())),
+        chosen=frozenset(
+            [("inductor", name) for name, _ in spec.inductor]
+            + [("functorch", name) for name, _ in spec.functorch]
+        ),
+    )
+
+
+@contextlib.contextmanager
+def applied(overrides: Overrides) -> Iterator[None]:
+    """Runs a block under the overrides.
+
+    They are context-local in torch: a thread started within the block does not see them and
+    enters `applied` itself, so that threads may compile under different options.
+    """
+    with (
+        torch._inductor.config.patch(dict(overrides.inductor)),
+        torch._functorch.config.patch(dict(overrides.functorch)),
+    ):
+        yield
+
+
+def snapshot(
+    group: Group,
+    overrides: Overrides,
+    *,
+    environment: Mapping[str, str] = _NO_ENVIRONMENT,
+    option_origins: Mapping[tuple[str, str], str] = _NO_ORIGINS,
+) -> tuple[ConfigEntry, ...]:
+    """Every setting of a config that is a factor, under `overrides`, sorted by name.
+
+    Inductor's and functorch's configs are whole, private options and those that torch's own cache
+    key ignores included, but for `EXCLUDED`; of Dynamo's only `CAPTURE`. `environment` is what the
+    process was started with; `option_origins` says where the user's options came from (`flag` for
+    those it lacks).
+    """
+    given = overrides.of(group)
+    entries = []
+    with applied(overrides):
+        for name, module_name, key in _settings(group):
+            if (group, name) in overrides.chosen:
+                set_by = option_origins.get((group, name), "flag")
+            else:
+                set_by = "vllmc" if name in given else None
+            entries.append(_entry(name, module_name, key, set_by, environment))
+    return tuple(entries)
+
+
+def cxx_candidates(overrides: Overrides) -> tuple[str | None, ...]:
+    """The C++ compilers that Inductor tries under `overrides`, in order; None is a download."""
+    with applied(overrides):
+        cxx = torch._inductor.config.cpp.cxx
+    return tuple(cxx) if isinstance(cxx, (list, tuple)) else (cxx,)
+
+
+def _settings(group: Group) -> Iterator[tuple[str, str, str]]:
+    """(Name of the factor, module, name in the module) of each setting that counts."""
+    if group == "dynamo":
+        for name in sorted(CAPTURE):
+            prefix = next(p for p in _CAPTURE_PREFIXES if name.startswith(p))
+            module_name, key = _CAPTURE_PREFIXES[prefix], name.removeprefix(prefix)
+            if key in _module(module_name)._config:
+                yield name, module_name, key
+        return
+    module_name = MODULES[group]
+    for key, entry in sorted(_module(module_name)._config.items()):
+        # An alias names an option that is listed itself.
+        if entry.alias is None and (group, key) not in EXCLUDED:
+            yield key, module_name, key
+
+
+def _entry(
+    name: str,
+    module_name: str,
+    key: str,
+    set_by: str | None,
+    environment: Mapping[str, str],
+) -> ConfigEntry:
+    registered = _module(module_name)._config[key]
+    value = stable(_value(module_name, key))
+    defined = definitions(module_name).get(key)
+    variables = [v for v in defined.variables if v in environment] if defined else []
+    default = (
+        default_without_environment(module_name, key) if variables else registered.default
+    )
+    # A variable that forces an option beats every override (torch/utils/_config_module.py).
+    if variables and (set_by is None or registered.env_value_force is not _UNSET_SENTINEL):
+        origin = f"env:{variables[0]}"
+    else:
+        origin = set_by or "default"
+    return ConfigEntry(
+        name=name,
+        value=value,
+        is_default=canonical(value) == canonical(stable(default)),
+        origin=origin,
+    )
+
+
+def _value(module_name: str, key: str) -> Any:
+    module = _module(module_name)
+    if getattr(module._config[key], "deprecated", False):
+        # Reading the attribute would warn.
+        return module.get_config_copy()[key]
+    return getattr(module, key)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(name)

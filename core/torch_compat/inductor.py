@@ -1,0 +1,130 @@
+"""Inductor, driven for one graph at a time, and what it generates taken apart.
+
+Inductor's own serialised artifacts either lack the compiled C++ libraries or need Inductor, a
+compiler and instruction-set probes to load (measured; see docs/pipeline.md). So the generated
+wrapper is read here instead: a Python function over torch ops and compiled kernels, which
+`vllmc.core.torch_compat.wrapper` reduces to what it needs at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import BuiltinFunctionType
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._guards import TracingContext, tracing
+from torch._inductor import standalone_compile as standalone
+from torch._inductor.codecache import PyCodeCache
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+from torch._inductor.output_code import CompiledFxGraph
+from vllmc.core.torch_compat.shapes import ShapeScope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """A compiled C++ kernel: its name in the wrapper, and its library (an ELF shared object).
+
+    `code` is Inductor's own digest of the kernel's source and of the compiler's command line.
+    """
+
+    name: str
+    code: str
+    library: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """What Inductor generated for one graph.
+
+    `constants` are tensors that it lifted out of the graph, by their name in the wrapper.
+    """
+
+    wrapper: str
+    kernels: tuple[Kernel, ...]
+    constants: tuple[tuple[str, torch.Tensor], ...]
+
+
+class NoCompilerError(Exception):
+    """Inductor needed a C++ compiler and found none."""
+
+
+class CompileError(Exception):
+    """The C++ compiler or Inductor refused the graph."""
+
+
+def generate(module: fx.GraphModule, inputs: Sequence[object], scope: ShapeScope) -> Generated:
+    """Compiles `module` for `inputs` (fake tensors of `scope`) on the CPU.
+
+    Runs under the configuration in force: enter the overrides first. Raises `NoCompilerError`
+    and `CompileError`.
+    """
+    compiled: list[CompiledFxGraph] = []
+
+    def record(graph: fx.GraphModule, examples: Sequence[Any], **kwargs: Any) -> Any:
+        result = compile_fx_inner(graph, examples, **kwargs)
+        assert isinstance(result, CompiledFxGraph), type(result)
+        compiled.append(result)
+        return result
+
+    _call_inductor(lambda: compile_fx(module, list(inputs), inner_compile=record), scope)
+    (result,) = compiled
+    return Generated(
+        wrapper=result.source_code,
+        kernels=_kernels(result),
+        constants=tuple(sorted((result.constants or {}).items())),
+    )
+
+
+def generate_bundle(module: fx.GraphModule, inputs: Sequence[object], scope: ShapeScope) -> bytes:
+    """Compiles `module` to Inductor's own serialised artifact, which holds its GPU binaries."""
+
+    def compile_and_serialize() -> bytes:
+        artifact = standalone.standalone_compile(
+            module,
+            list(inputs),
+            dynamic_shapes="from_example_inputs",
+            fake_mode=scope.fake_mode,
+            options={},
+            aot=True,
+        )
+        assert isinstance(artifact, standalone.AOTCompiledArtifact)
+        return artifact.serialize()
+
+    return _call_inductor(compile_and_serialize, scope)
+
+
+def load_bundle(data: bytes) -> Callable[..., Sequence[object]]:
+    """Loads what `generate_bundle` wrote. Unpickles: the caller has verified `data`."""
+    return standalone.AOTCompiledArtifact.deserialize(data)
+
+
+def _call_inductor(call: Callable[[], Any], scope: ShapeScope) -> Any:
+    try:
+        with torch.no_grad(), tracing(TracingContext(scope.fake_mode)):
+            return call()
+    except InvalidCxxCompiler as error:
+        raise NoCompilerError(str(error)) from error
+    except CppCompileError as error:
+        raise CompileError(str(error)) from error
+    except torch._inductor.exc.InductorError as error:
+        if isinstance(error.inner_exception, InvalidCxxCompiler):
+            raise NoCompilerError(str(error.inner_exception)) from error
+        raise CompileError(str(error)) from error
+
+
+def _kernels(result: CompiledFxGraph) -> tuple[Kernel, ...]:
+    module = next(m for m in reversed(PyCodeCache.modules) if m.key == result.cache_key)
+    kernels = []
+    for name, value in vars(module).items():
+        owner = getattr(value, "__self__", None)
+        library = getattr(owner, "__file__", None)
+        if isinstance(value, BuiltinFunctionType) and library is not None:
+            path = Path(library)
+            code = path.name.partition(".")[0]
+            kernels.append(Kernel(name=name, code=code, library=path.read_bytes()))
+    return tuple(sorted(kernels, key=lambda k: k.name))

@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vllmc.core.cache.explain import REDACTED, diff, diff_sources, nearest, redact
+from vllmc.core.cache.key import Factor, key_of
+from vllmc.core.cache.record import SourceFile
+
+
+def factor(name, value, group="inductor", **fields):
+    return Factor(group=group, name=name, value=value, **fields)
+
+
+def source(path="models/llama/modeling_llama.py", digest="a" * 32, functions=("f",)):
+    return SourceFile(package="transformers", path=path, digest=digest, functions=functions)
+
+
+values = st.sampled_from([None, True, False, 0, 1, 1.0, "1", [1], {"a": 1}, REDACTED])
+factor_sets = st.lists(
+    st.builds(
+        Factor,
+        group=st.sampled_from(["spec", "inductor", "model", "novel"]),
+        name=st.sampled_from("abc"),
+        value=values,
+        origin=st.sampled_from(["default", "flag", "env:X"]),
+        affects_key=st.booleans(),
+    ),
+    max_size=6,
+    unique_by=lambda f: f.identity,
+)
+
+
+@given(factor_sets, factor_sets)
+def test_a_difference_that_affects_the_key_is_found_exactly_when_the_keys_differ(before, after):
+    assert bool(diff(before, after)) == (key_of(before) != key_of(after))
+
+
+@given(factor_sets, factor_sets, st.randoms())
+def test_the_order_of_the_factors_changes_nothing(before, after, random):
+    shuffled = random.sample(before, len(before)), random.sample(after, len(after))
+    everything = diff(before, after, include_provenance=True)
+    assert diff(*shuffled, include_provenance=True) == everything
+    assert [c for c in everything if c.affects_key] == list(diff(before, after))
+
+
+def test_a_changed_option_is_a_change_row():
+    before = [factor("max_autotune", False)]
+    after = [factor("max_autotune", True, origin="env:TORCHINDUCTOR_MAX_AUTOTUNE")]
+    [change] = diff(before, after)
+    assert change.to_json() == {
+        "group": "inductor",
+        "name": "max_autotune",
+        "before": False,
+        "after": True,
+        "kind": "changed",
+        "class": "codegen",
+        "affects_key": True,
+        "origin_before": "default",
+        "origin_after": "env:TORCHINDUCTOR_MAX_AUTOTUNE",
+        "note": "set by the environment variable TORCHINDUCTOR_MAX_AUTOTUNE; it was the default",
+    }
+
+
+def test_a_factor_on_one_side_only_says_where_it_is_absent():
+    row = factor("new_option", 3)
+    [added], [removed] = diff([], [row]), diff([row], [])
+    assert (added.kind, added.before, added.origin_before) == ("added", None, None)
+    assert (removed.kind, removed.after, removed.origin_after) == ("removed", None, None)
+    assert added.note == "absent before"
+    assert removed.note == "absent after"
+
+
+def test_an_option_that_is_null_is_not_an_absent_one():
+    [change] = diff([], [factor("limit", None)])
+    assert change.kind == "added"
+
+
+@pytest.mark.parametrize("values", [*itertools.permutations([True, 1, 1.0, "1"], 2)])
+def test_values_that_python_takes_for_equal_and_the_key_does_not_differ(values):
+    assert len(diff([factor("x", values[0])], [factor("x", values[1])])) == 1
+
+
+def test_where_a_value_came_from_is_no_difference():
+    assert diff([factor("x", 1)], [factor("x", 1, origin="flag", is_default=False)]) == ()
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"),
+    [
+        *((name, "codegen") for name in ("inductor", "functorch", "dynamo", "code", "kernels")),
+        *((name, "codegen") for name in ("spec", "system", "versions", "environment")),
+        *((name, "identity") for name in ("model", "sources", "graph")),
+        ("novel", "unknown"),
+    ],
+)
+def test_the_class_of_a_change_follows_its_group(group, expected):
+    [change] = diff([factor("x", 1, group)], [factor("x", 2, group)])
+    assert change.klass == expected
+
+
+def test_a_redacted_value_makes_a_change_secret():
+    [change] = diff([], [factor("HF_TOKEN", REDACTED, "environment")])
+    assert change.klass == "secret"
+
+
+def test_provenance_is_listed_on_demand_and_last():
+    before = [factor("cxx", "g++ 13", "system", affects_key=False), factor("zzz", 1)]
+    after = [factor("cxx", "clang 19", "system", affects_key=False), factor("zzz", 2)]
+    assert [c.name for c in diff(before, after)] == ["zzz"]
+    everything = diff(before, after, include_provenance=True)
+    assert [(c.name, c.klass) for c in everything] == [("zzz", "codegen"), ("cxx", "surroundings")]
+
+
+def test_a_factor_that_leaves_the_key_is_a_difference_though_its_value_stays():
+    [change] = diff([factor("cxx", "g++")], [factor("cxx", "g++", affects_key=False)])
+    assert change.affects_key
+    assert change.note == "no longer part of the key"
+
+
+def test_causes_come_before_what_follows_from_them_and_deliberate_settings_before_defaults():
+    before = [
+        factor("a_default", 1),
+        factor("z_flag", 1),
+        factor("torch", "2.12", "versions", origin="probe"),
+        factor("config", "x", "model"),
+        factor("digest", "x", "graph"),
+        factor("x", 1, "novel"),
+    ]
+    after = [dataclasses.replace(f, value="other") for f in before]
+    after[1] = dataclasses.replace(after[1], origin="flag")
+    names = [change.name for change in diff(before, after)]
+    assert names == ["config", "torch", "z_flag", "a_default", "digest", "x"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "words"),
+    [
+        ("env:NAME", "set by the environment variable NAME"),
+        ("file:vllmc.toml:3", "set in vllmc.toml:3"),
+        ("flag", "set on the command line"),
+        ("vllmc", "set by vllmc"),
+        ("probe", "read from the system"),
+    ],
+)
+def test_a_note_says_where_values_came_from(origin, words):
+    default, other = factor("x", 1), factor("x", 2, origin=origin)
+    assert diff([default], [other])[0].note == f"{words}; it was the default"
+    assert diff([other], [default])[0].note == f"back at its default; it was {words}"
+    assert diff([], [other])[0].note == f"absent before; {words}"
+
+
+def test_a_changed_source_names_its_path_and_the_functions_traced_in_it():
+    functions = ("A.forward", "B.forward", "c", "d", "e")
+    [change] = diff_sources([source()], [source(digest="b" * 32, functions=functions)])
+    assert (change.group, change.klass, change.kind) == ("sources", "identity", "changed")
+    assert change.name == "transformers/models/llama/modeling_llama.py"
+    assert (change.before, change.after) == ("a" * 32, "b" * 32)
+    assert change.note == (
+        "transformers/models/llama/modeling_llama.py; traced in it: A.forward, B.forward, c "
+        "and 2 more"
+    )
+
+
+def test_sources_that_came_or_went_are_named_and_equal_ones_are_not():
+    before = [source("gone.py"), source("same.py")]
+    after = [source("came.py", functions=()), source("same.py", functions=("other",))]
+    changes = diff_sources(before, after)
+    assert [(c.name, c.kind) for c in changes] == [
+        ("transformers/came.py", "added"),
+        ("transformers/gone.py", "removed"),
+    ]
+    assert changes[0].note == "transformers/came.py was not traced before"
+    assert changes[1].note == "transformers/gone.py is no longer there; traced in it: f"
+
+
+def test_the_nearest_record_has_the_fewest_differences(make_program):
+    def record(count, **fields):
+        rows = [factor(str(i), "other" if i < count else 0) for i in range(6)]
+        return make_program(factors=tuple(rows), **fields)
+
+    wanted = [factor(str(i), 0) for i in range(6)]
+    near, far = record(1, created=1.0), record(3, created=9.0)
+    assert nearest(wanted, [far, near], "tiny-llama") == near
+    assert nearest(wanted, [near, far], "tiny-llama") == near
+    newer = record(1, created=2.0)
+    assert nearest(wanted, [near, newer, far], "tiny-llama") == newer
+    other_model = record(0, model="gpt2", created=99.0)
+    assert nearest(wanted, [far, other_model], "tiny-llama") == far
+    assert nearest(wanted, [far, other_model], "opt") == other_model
+    assert nearest(wanted, [], "tiny-llama") is None
+
+
+def test_a_changed_factor_is_one_difference_as_an_absent_one_is(make_program):
+    wanted = [factor("a", 0), factor("b", 0), factor("c", 0)]
+    changed = make_program(factors=(factor("a", 1), *wanted[1:]), created=2.0)
+    lacking = make_program(factors=tuple(wanted[1:]), created=1.0)
+    assert nearest(wanted, [changed, lacking], "tiny-llama") == changed
+
+
+def test_provenance_does_not_make_a_record_more_distant(make_program):
+    cxx = factor("cxx", "g++", "system", affects_key=False)
+    with_provenance = make_program(factors=(factor("a", 0), cxx), created=2.0)
+    without = make_program(factors=(factor("a", 0),), created=1.0)
+    assert nearest([factor("a", 0)], [with_provenance, without], "tiny-llama") == with_provenance
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "token",
+        "accessToken",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_ACCESS_KEY_ID",
+        "OPENAI_API_KEY",
+        "apikey",
+        "STRIPE_KEY",
+        "SSH_PRIVATE_KEY",
+        "PGPASSWORD",
+        "db_password",
+        "MYSQL_PWD",
+        "client_secret",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+        "GITHUB_PAT",
+        "NPM_AUTH",
+        "SESSION_COOKIE",
+    ],
+)
+def test_text_under_the_name_of_a_secret_is_redacted(name):
+    assert redact(name, "hunter2") == REDACTED
+    assert redact(name, ["hunter2", 3]) == [REDACTED, 3]
+    assert redact(name, {"value": "hunter2"}) == {"value": REDACTED}
+    assert redact("config", {name: "hunter2"}) == {name: REDACTED}
+    assert redact(name, "") == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "key_cache",
+        "tokenizer",
+        "tokenizer_class",
+        "num_key_value_heads",
+        "max_num_batched_tokens",
+        "VLLM_MAX_NUM_BATCHED_TOKENS",
+        "eos_token",
+        "pad_token",
+        "use_cls_token",
+        "eos_token_id",
+        "token_type_ids",
+        "sort_key",
+        "TORCH_CACHE_KEY",
+        "PATH",
+        "author",
+        "pattern_matcher",
+        "monkey",
+        "compat",
+        "keyboard",
+    ],
+)
+def test_text_under_an_innocent_name_is_kept(name):
+    assert redact(name, "value") == "value"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "hf_" + "aB3" * 11,
+        "sk-proj-" + "aB3" * 8,
+        "ghp_" + "aB3" * 12,
+        "github_pat_" + "aB3" * 12,
+        "AKIAIOSFODNN7EXAMPLE",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abc-_123",
+        "Bearer eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abc",
+        "https://user:hunter2@proxy.example:3128/",
+        "-----BEGIN RSA PRIVATE KEY-----\nMIIE",
+    ],
+)
+def test_text_in_the_shape_of_a_secret_is_redacted_under_any_name(value):
+    assert redact("NOTES", value) == REDACTED
+    assert redact("NOTES", {"a": [f"--header={value}"]}) == {"a": [REDACTED]}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "hf_transfer",
+        "disk-cache-with-a-long-directory-name",
+        "https://pypi.org:443/simple",
+        "vllmc::unified_attention_with_output",
+        "a" * 64,
+        3,
+        2.5,
+        True,
+        None,
+    ],
+)
+def test_other_values_are_kept(value):
+    assert redact("NOTES", value) == value
+    if not isinstance(value, str):
+        assert redact("HF_TOKEN", value) == value

@@ -1,0 +1,242 @@
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from vllmc.core.errors import VllmcError
+from vllmc.kernels import attention
+from vllmc.kernels.forward_context import (
+    AttentionMetadata,
+    ForwardContext,
+    SequenceSpan,
+    forward_context,
+)
+from vllmc.kernels.kv_cache import BlockTable, LayerCache
+from vllmc.kernels.layer_name import LayerName
+
+OP = torch.ops.vllmc.unified_attention_with_output
+BLOCK_SIZE = 4
+# (tokens before this step, tokens of this step): whole prompts, chunks and decodes.
+MIXED = ((0, 5), (7, 1), (0, 1), (12, 6), (30, 1), (3, 2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    heads: int = 4
+    kv_heads: int = 2
+    key_size: int = 8
+    value_size: int = 8
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    scattered: bool = False
+    dtype: torch.dtype = torch.float32
+    sequences: tuple[tuple[int, int], ...] = MIXED
+
+
+CASES = {
+    "plain": Case(),
+    "one head each": Case(heads=3, kv_heads=3),
+    "one key head": Case(heads=6, kv_heads=1),
+    "smaller values": Case(key_size=12, value_size=8),
+    "larger values": Case(key_size=8, value_size=20),
+    "window of one": Case(window=1),
+    "window": Case(window=5),
+    "window beyond every sequence": Case(window=1000),
+    "softcap": Case(softcap=1.5),
+    "softcap and window": Case(softcap=1.5, window=4),
+    "sinks": Case(sinks=True),
+    "sinks and window": Case(sinks=True, window=3, heads=8, kv_heads=2),
+    "everything": Case(sinks=True, softcap=2.0, window=6, value_size=4, scattered=True),
+    "scattered blocks": Case(scattered=True),
+    "scattered blocks and window": Case(scattered=True, window=6),
+    "float64": Case(dtype=torch.float64),
+    "bfloat16": Case(dtype=torch.bfloat16),
+    "bfloat16 softcap": Case(dtype=torch.bfloat16, softcap=1.5),
+    "decodes only": Case(sequences=((5, 1), (1, 1), (17, 1))),
+    "one token": Case(sequences=((0, 1),)),
+    "one prompt": Case(sequences=((0, 9),)),
+}
+
+
+class Batch:
+    """A step over caches that hold the earlier tokens, poisoned with NaN wherever they do not."""
+
+    def __init__(self, case: Case, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def rand(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.dtype)
+
+        self.case = case
+        self.scale = 0.7 / math.sqrt(case.key_size)
+        self.sinks = rand(case.heads) if case.sinks else None
+        counts = [-(-(c + q) // BLOCK_SIZE) for c, q in case.sequences]
+        blocks = list(range(1, sum(counts) + 1))
+        if case.scattered:
+            blocks = (torch.randperm(len(blocks), generator=generator) + 1).tolist()
+        key_cache = torch.full(
+            (sum(counts) + 2, BLOCK_SIZE, case.kv_heads, case.key_size), math.nan, dtype=case.dtype
+        )
+        value_cache = torch.full(
+            (sum(counts) + 2, BLOCK_SIZE, case.kv_heads, case.value_size), math.nan,
+            dtype=case.dtype,
+        )
+        self.keys, self.values, spans, slots, begin = [], [], [], [], 0
+        for (context, new), count in zip(case.sequences, counts, strict=True):
+            ids, blocks = blocks[:count], blocks[count:]
+            total = context + new
+            keys = rand(total, case.kv_heads, case.key_size)
+            values = rand(total, case.kv_heads, case.value_size)
+            for position in range(total):
+                block, offset = ids[position // BLOCK_SIZE], position % BLOCK_SIZE
+                if position < context:
+                    key_cache[block, offset] = keys[position]
+                    value_cache[block, offset] = values[position]
+                else:
+                    slots.append(block * BLOCK_SIZE + offset)
+            table = BlockTable.of(ids, BLOCK_SIZE, "cpu")
+            spans.append(
+                SequenceSpan(query_start=begin, query_len=new, total_len=total, table=table)
+            )
+            begin += new
+            self.keys.append(keys)
+            self.values.append(values)
+        self.query = rand(1, begin, case.heads, case.key_size)
+        self.key = torch.cat([k[-new:] for k, (_, new) in zip(self.keys, case.sequences)])[None]
+        self.value = torch.cat([v[-new:] for v, (_, new) in zip(self.values, case.sequences)])[None]
+        self.metadata = AttentionMetadata(slots=torch.tensor(slots), sequences=tuple(spans))
+        self.cache = LayerCache(key=key_cache, value=value_cache)
+
+    def run(self, layer_name: LayerName | str = LayerName("layer")) -> torch.Tensor:
+        case = self.case
+        shape = (1, self.query.shape[1], case.heads, case.value_size)
+        output = torch.full(shape, math.nan, dtype=case.dtype)
+        op = OP.str if isinstance(layer_name, str) else OP.default
+        context = ForwardContext(metadata=self.metadata, caches={"layer": self.cache})
+        with forward_context(context):
+            op(
+                self.query, self.key, self.value, output, layer_name,
+                self.scale, case.window, case.softcap, self.sinks,
+            )  # fmt: skip
+        return output
+
+    def reference(self) -> torch.Tensor:
+        """One query and head at a time, in float64, from the definition."""
+        case = self.case
+        rows = []
+        queries = iter(self.query[0].double())
+        for keys, values, (context, new) in zip(self.keys, self.values, case.sequences):
+            for position in range(context, context + new):
+                query = next(queries)
+                heads = []
+                for head in range(case.heads):
+                    group = head * case.kv_heads // case.heads
+                    logits = []
+                    seen = [
+                        p
+                        for p in range(position + 1)
+                        if case.window is None or position - p < case.window
+                    ]
+                    for p in seen:
+                        score = self.scale * float(query[head] @ keys[p, group].double())
+                        if case.softcap is not None:
+                            score = case.softcap * math.tanh(score / case.softcap)
+                        logits.append(score)
+                    total = sum(math.exp(x) for x in logits)
+                    if self.sinks is not None:
+                        total += math.exp(float(self.sinks[head]))
+                    weights = torch.tensor([math.exp(x) / total for x in logits]).double()
+                    heads.append(weights @ values[seen, group].double())
+                rows.append(torch.stack(heads))
+        return torch.stack(rows)[None]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_the_op_computes_attention_as_defined(case: Case, seed: int) -> None:
+    batch = Batch(case, seed)
+    tolerance = 3e-2 if case.dtype == torch.bfloat16 else 2e-6
+    torch.testing.assert_close(
+        batch.run().double(), batch.reference(), rtol=tolerance, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("feature", [{}, {"window": 4}, {"softcap": 2.0}, {"sinks": True}])
+def test_queries_of_several_blocks_give_the_same(
+    feature: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_QUERY_BLOCK", 3)
+    batch = Batch(Case(sequences=((0, 10), (5, 8)), **feature), seed=0)
+    torch.testing.assert_close(batch.run().double(), batch.reference(), rtol=2e-6, atol=2e-6)
+
+
+def test_the_steps_keys_and_values_are_stored_where_the_metadata_says() -> None:
+    batch = Batch(Case(scattered=True, value_size=6), seed=3)
+    batch.run()
+    slots = batch.metadata.slots
+    assert torch.equal(batch.cache.key.flatten(0, 1)[slots], batch.key[0])
+    assert torch.equal(batch.cache.value.flatten(0, 1)[slots], batch.value[0])
+    stored = sum(context + new for context, new in MIXED)
+    written = ~batch.cache.key.flatten(0, 1).isnan().any(dim=(1, 2))
+    assert int(written.sum()) == stored, "a slot of no token was written"
+
+
+def test_a_string_and_a_layer_name_name_the_same_layer() -> None:
+    first, second = Batch(Case(), seed=5), Batch(Case(), seed=5)
+    assert torch.equal(first.run("layer"), second.run(LayerName("layer")))
+
+
+def test_transposed_inputs_and_outputs_are_taken_as_they_are() -> None:
+    batch = Batch(Case(value_size=6), seed=6)
+    expected = batch.run()
+    for name in ("query", "key", "value"):
+        tensor = getattr(batch, name)
+        setattr(batch, name, tensor.transpose(1, 2).contiguous().transpose(1, 2))
+    assert not batch.query.is_contiguous()
+    torch.testing.assert_close(batch.run(), expected)
+
+
+def test_without_a_forward_context_the_error_names_the_layer() -> None:
+    tensor = torch.zeros(1, 1, 1, 4)
+    with pytest.raises(VllmcError, match="model.layers.3") as caught:
+        OP.str(tensor, tensor, tensor, tensor.clone(), "model.layers.3", 1.0)
+    assert caught.value.code == "no-forward-context"
+
+
+def test_a_layer_without_a_cache_is_named() -> None:
+    with pytest.raises(VllmcError, match="other") as caught:
+        Batch(Case(), seed=0).run(LayerName("other"))
+    assert caught.value.code == "unknown-layer"
+    assert caught.value.context["layers"] == ["layer"]
+
+
+def test_a_forward_context_ends_with_its_block_also_after_an_error() -> None:
+    batch = Batch(Case(), seed=0)
+    with pytest.raises(VllmcError, match="other"):
+        batch.run(LayerName("other"))
+    tensor = torch.zeros(1, 1, 1, 4)
+    with pytest.raises(VllmcError) as caught:
+        OP.default(tensor, tensor, tensor, tensor.clone(), LayerName("layer"), 1.0)
+    assert caught.value.code == "no-forward-context"
+
+
+@pytest.mark.parametrize("overload", [OP.default, OP.str])
+def test_the_schema_says_that_the_output_alone_is_written(overload: torch._ops.OpOverload) -> None:
+    schema = overload._schema
+    written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    assert written == ["output"]
+    assert schema.name == "vllmc::unified_attention_with_output"
+    assert not schema.returns
+
+
+@pytest.mark.parametrize("name", [LayerName("layer"), "layer"])
+def test_torchs_own_checks_of_an_op_pass(name: LayerName | str) -> None:
+    batch = Batch(Case(sinks=True, window=3), seed=1)
+    output = torch.zeros(1, batch.query.shape[1], 4, 8)
+    op = OP.str if isinstance(name, str) else OP.default
+    args = (batch.query, batch.key, batch.value, output, name, 1.0, 3, None, batch.sinks)
+    context = ForwardContext(metadata=batch.metadata, caches={"layer": batch.cache})
+    with forward_context(context):
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
