@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
-from vllmc.cli import cache, models
+
+from vllmc.cli import cache, diff_config, inspect_key, models, warm
+from vllmc.cli import run as run_command
 from vllmc.cli.output import Output
 from vllmc.core.errors import UsageError, VllmcError
 
@@ -70,7 +73,14 @@ def build_app(*, rich_help: bool = False) -> typer.Typer:
         add_completion=False,
         rich_markup_mode="rich" if rich_help else None,
     )
-    app.command("models")(models.models)
+    for name, function in {
+        "warm": warm.warm,
+        "inspect-key": inspect_key.inspect_key,
+        "diff-config": diff_config.diff_config,
+        "run": run_command.run,
+        "models": models.models,
+    }.items():
+        app.command(name)(function)
     group = typer.Typer(name="cache", callback=_cache, invoke_without_command=True)
     for name, function in {
         "ls": cache.ls,
@@ -101,10 +111,10 @@ def run(app: typer.Typer, words: Sequence[str]) -> int:
         return code or 0
     except typer.Exit as stop:
         return stop.exit_code
-    except BrokenPipeError:
-        _abandon_stdout()
-        return PIPE_CLOSED
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the one error boundary
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            _abandon_stdout()
+            return PIPE_CLOSED
         return _report(error, output)
 
 
@@ -160,6 +170,13 @@ def _as_vllmc_error(error: BaseException, command: str) -> VllmcError:
         f"{type(error).__name__}: {error}",
         hint="this is a fault in vllmc; report it with the traceback that -vv shows",
     )
+
+
+def _nobody_reads() -> bool:
+    """Whether it is stdout that is closed, and not some pipe inside the computation."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _abandon_stdout() -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterable
 from typing import Annotated
 
 import typer
-from rich.console import Group
 from vllmc.cli import render
 from vllmc.cli.options import CommonFlags, command
 from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.cache.record import ProgramRecord, UnitRecord
 from vllmc.core.cache.store import Store
-from vllmc.core.cache.verify import Removal
 from vllmc.core.errors import UnsafeCacheError
 
 JsonRow = dict[str, JsonValue]
@@ -38,8 +35,8 @@ def show(
     """Show a stored record: its units, sources, pieces and factors.
 
     With --json, kind is program or unit. A program has records, one per version of its sources
-    (id, model, created, pieces, units, sources, factor_groups), the newest first; a unit has one
-    record (artifact, format, code, bytes, seconds, created, factor_groups).
+    (key, id, model, created, pieces, units, sources, factor_groups), the newest first; a unit has
+    one record (key, artifact, format, code, bytes, seconds, created, factor_groups).
     """
     store = Store(common.settings().cache_dir)
     full = store.resolve_prefix(key)
@@ -50,10 +47,7 @@ def show(
         output.data({"key": full, "kind": "unit", "record": row}, lambda: render.unit(row))
         return
     rows = [_program_row(item) for item in record]
-    output.data(
-        {"key": full, "kind": "program", "records": rows},
-        lambda: Group(*itertools.chain(*((render.program(row), "") for row in rows))),
-    )
+    output.data({"key": full, "kind": "program", "records": rows}, lambda: render.programs(rows))
 
 
 @command
@@ -82,17 +76,16 @@ def verify(
     output = common.output("cache verify")
     store = Store(common.settings().cache_dir)
     problems = store.verify()
-    removals: tuple[Removal, ...] = ()
+    plan = store.plan_repair(problems)
     if repair:
-        plan = store.plan_repair(problems)
         plan.execute()
-        removals = plan.removals
+    removals = plan.removals if repair else ()
     removed = {removal.path for removal in removals}
     left = [problem for problem in problems if problem.unsafe and problem.path not in removed]
     rows = [problem.to_json() for problem in problems]
     gone = [removal.to_json() for removal in removals]
     output.data({"problems": rows, "removed": gone}, lambda: render.problems(rows, gone))
-    if left and not repair:
+    if plan.removals and not repair:
         output.note("hint: vllmc cache verify --repair removes just what is corrupt")
     return UnsafeCacheError.exit_code if left else 0
 
@@ -112,6 +105,7 @@ def path(common: CommonFlags) -> None:
 
 def _program_row(record: ProgramRecord) -> JsonRow:
     return {
+        "key": record.key,
         "id": record.id,
         "model": record.model,
         "created": record.created,
@@ -140,6 +134,7 @@ def _program_row(record: ProgramRecord) -> JsonRow:
 
 def _unit_row(record: UnitRecord) -> JsonRow:
     return {
+        "key": record.key,
         "artifact": record.artifact,
         "format": record.format,
         "code": record.code,

@@ -144,9 +144,15 @@ def problems(rows: Sequence[Row], removed: Sequence[Row]) -> RenderableType | st
     return Group(found, "", gone)
 
 
-def program(row: Row) -> RenderableType:
-    """A program's record, as `cache show` prints it."""
+def programs(rows: Sequence[Row]) -> RenderableType:
+    """A program's records, as `cache show` prints them."""
+    first, *others = map(_program, rows)
+    return Group(first, *(part for other in others for part in ("", other)))
+
+
+def _program(row: Row) -> RenderableType:
     head = facts(
+        ("key", short_key(row["key"])),
         ("record", short_key(row["id"])),
         ("model", row["model"]),
         ("created", moment(row["created"])),
@@ -172,6 +178,7 @@ def program(row: Row) -> RenderableType:
 def unit(row: Row) -> RenderableType:
     """A compile unit's record, as `cache show` prints it."""
     head = facts(
+        ("key", short_key(row["key"])),
         ("artifact", short_key(row["artifact"])),
         ("format", row["format"]),
         ("size", size(row["bytes"])),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+
+import torch
 
 from vllmc.core.cache.factors import program_factors, unit_factors
 from vllmc.core.cache.key import Factor, key_of
 from vllmc.core.models.model import Model
 from vllmc.core.spec import CompileSpec
+from vllmc.core.torch_compat import system
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,3 +52,19 @@ def make_job(
         option_origins=origins,
     )
     return Job(model=model, spec=spec, factors=factors)
+
+
+def resolve_spec(spec: CompileSpec, model: Model) -> CompileSpec:
+    """`spec` with `auto` decided: CUDA where there is a GPU, the model's own dtype.
+
+    Raises `VllmcError` (`no-device`) for a GPU that is not there.
+    """
+    device = spec.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    # A device is named once, so that `cuda` and `cuda:0` give one key.
+    if device == "cuda":
+        device = "cuda:0"
+    system.device_properties(device)
+    dtype = model.info.dtype if spec.dtype == "auto" else spec.dtype
+    return replace(spec, device=device, dtype=dtype)

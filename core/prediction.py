@@ -9,7 +9,7 @@ from vllmc.core.cache.explain import Change, diff, diff_sources, nearest
 from vllmc.core.cache.files import MissingArtifact
 from vllmc.core.cache.key import key_of
 from vllmc.core.cache.record import ProgramRecord
-from vllmc.core.cache.sources import refresh
+from vllmc.core.cache.sources import current, verify
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import UnsafeCacheError
 from vllmc.core.job import Job
@@ -29,21 +29,21 @@ class Miss:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prediction:
-    """What a warm would find. `record` is the one that would be used on a hit."""
-
-    outcome: PredictedOutcome
-    reason: str
-    miss: Miss | None
-    record: ProgramRecord | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
     """A record whose sources are current, and its artifacts."""
 
     record: ProgramRecord
     artifacts: dict[str, bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a warm would find: on a hit the program itself, otherwise why it is not there."""
+
+    outcome: PredictedOutcome
+    reason: str
+    miss: Miss | None
+    found: Found | None
 
 
 def lookup(job: Job, store: Store) -> Found | None:
@@ -52,7 +52,7 @@ def lookup(job: Job, store: Store) -> Found | None:
     Raises `CorruptRecordError`, `CorruptArtifact` and `MissingArtifact`.
     """
     for record in store.programs(job.key):
-        if refresh(record.sources) == record.sources:
+        if not verify(record.sources):
             digests = {unit.artifact for unit in record.units}
             return Found(
                 record=record, artifacts={d: store.read_artifact(d) for d in sorted(digests)}
@@ -65,13 +65,13 @@ def predict(job: Job, store: Store) -> Prediction:
     try:
         found = lookup(job, store)
     except UnsafeCacheError as error:
-        return Prediction(outcome="unsafe", reason=str(error), miss=None, record=None)
+        return Prediction(outcome="unsafe", reason=str(error), miss=None, found=None)
     except MissingArtifact as error:
         miss = Miss(nearest_key=job.key, changes=())
-        return Prediction(outcome="miss", reason=str(error), miss=miss, record=None)
+        return Prediction(outcome="miss", reason=str(error), miss=miss, found=None)
     if found is not None:
         return Prediction(
-            outcome="hit", reason="the program is stored", miss=None, record=found.record
+            outcome="hit", reason="the program is stored", miss=None, found=found
         )
     miss = explain_miss(job, store)
     reason = _miss_reason(job, miss)
@@ -81,9 +81,9 @@ def predict(job: Job, store: Store) -> Prediction:
             reason=f"{reason}; units of other programs were compiled in the same way, and only "
             "capture shows whether they serve this one",
             miss=miss,
-            record=None,
+            found=None,
         )
-    return Prediction(outcome="miss", reason=reason, miss=miss, record=None)
+    return Prediction(outcome="miss", reason=reason, miss=miss, found=None)
 
 
 def explain_miss(job: Job, store: Store) -> Miss:
@@ -93,7 +93,7 @@ def explain_miss(job: Job, store: Store) -> Miss:
         return Miss(nearest_key=None, changes=())
     changes = (
         *diff(record.factors, job.factors),
-        *diff_sources(record.sources, refresh(record.sources)),
+        *diff_sources(record.sources, current(record.sources)),
     )
     return Miss(nearest_key=record.key, changes=changes)
 

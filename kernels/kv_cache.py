@@ -40,82 +40,67 @@ class KVCacheSpec:
 class BlockTable:
     """The blocks of one sequence, in the order of its tokens.
 
-    `block_ids` is `[n]` int64 on the cache's device; `first_slot` is the slot of the sequence's
-    first token when the ids are consecutive (its tokens then lie side by side), else None.
+    `slots` are the slots of its tokens, a range when the block ids are consecutive. Else `gather`
+    holds them as a tensor (int64, on the cache's device).
     """
 
     ids: tuple[int, ...]
-    block_ids: torch.Tensor
-    block_size: int
-    first_slot: int | None
+    slots: Sequence[int]
+    gather: torch.Tensor | None
 
     @classmethod
     def of(cls, ids: Sequence[int], block_size: int, device: torch.device | str) -> BlockTable:
         """The table of the blocks `ids`, of which there is at least one."""
-        first = ids[0]
-        consecutive = list(ids) == list(range(first, first + len(ids)))
-        return cls(
-            ids=tuple(ids),
-            block_ids=torch.tensor(ids, dtype=torch.int64, device=device),
-            block_size=block_size,
-            first_slot=first * block_size if consecutive else None,
-        )
-
-    def slots(self, start: int, stop: int) -> Iterable[int]:
-        """The slots of the tokens at positions `start` to `stop` (exclusive)."""
-        if self.first_slot is not None:
-            return range(self.first_slot + start, self.first_slot + stop)
-        size = self.block_size
-        return [self.ids[p // size] * size + p % size for p in range(start, stop)]
+        first, count = ids[0], len(ids)
+        if list(ids) == list(range(first, first + count)):
+            slots = range(first * block_size, (first + count) * block_size)
+            return cls(ids=tuple(ids), slots=slots, gather=None)
+        scattered = [block * block_size + offset for block in ids for offset in range(block_size)]
+        gather = torch.tensor(scattered, dtype=torch.int64, device=device)
+        return cls(ids=tuple(ids), slots=scattered, gather=gather)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCache:
-    """The keys `[blocks, block_size, Hkv, Dqk]` and values `[blocks, block_size, Hkv, Dv]` of a layer.
+    """One layer's keys and values, for the tokens of all sequences.
 
-    Both are contiguous. What has not been written is undefined and never read.
+    `key` is `[slots, Hkv, Dqk]` and `value` `[slots, Hkv, Dv]`, where block b has the slots from
+    `b * block_size`. What has not been written is undefined and never read.
     """
 
-    key: torch.Tensor
-    value: torch.Tensor
+    __slots__ = ("_keys", "_values", "key", "value")
+
+    def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.key = key
+        self.value = value
+        # Made once: a view costs a microsecond, and a step reads each layer for each sequence.
+        self._keys = key.transpose(0, 1).unsqueeze(0)
+        self._values = value.transpose(0, 1).unsqueeze(0)
 
     @classmethod
     def allocate(
-        cls,
-        spec: KVCacheSpec,
-        *,
-        num_blocks: int,
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
+        cls, spec: KVCacheSpec, slots: int, *, dtype: torch.dtype, device: torch.device | str
     ) -> LayerCache:
-        """Storage for `num_blocks * block_size` tokens; pages are touched as they are written."""
-        rows = (num_blocks, block_size, spec.num_kv_heads)
+        """Storage for `slots` tokens, whose pages are touched as they are written."""
         return cls(
-            key=torch.empty((*rows, spec.key_size), dtype=dtype, device=device),
-            value=torch.empty((*rows, spec.value_size), dtype=dtype, device=device),
+            torch.empty(slots, spec.num_kv_heads, spec.key_size, dtype=dtype, device=device),
+            torch.empty(slots, spec.num_kv_heads, spec.value_size, dtype=dtype, device=device),
         )
 
     def write(self, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Stores `key` `[T, Hkv, Dqk]` and `value` `[T, Hkv, Dv]` at `slots` `[T]` (int64)."""
-        self.key.flatten(0, 1).index_copy_(0, slots, key)
-        self.value.flatten(0, 1).index_copy_(0, slots, value)
+        self.key.index_copy_(0, slots, key)
+        self.value.index_copy_(0, slots, value)
 
     def read(self, table: BlockTable, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys `[n, Hkv, Dqk]` and values `[n, Hkv, Dv]` at positions `start` to `stop`.
+        """Keys `[1, Hkv, n, Dqk]` and values `[1, Hkv, n, Dv]` at positions `start` to `stop`.
 
         Views where the blocks are consecutive, else copies.
         """
-        if table.first_slot is not None:
-            offset, length = table.first_slot + start, stop - start
-            return (
-                self.key.flatten(0, 1).narrow(0, offset, length),
-                self.value.flatten(0, 1).narrow(0, offset, length),
-            )
-        first_block = start // table.block_size
-        blocks = table.block_ids[first_block : blocks_needed(stop, table.block_size)]
-        rows = slice(start - first_block * table.block_size, stop - first_block * table.block_size)
-        return self.key[blocks].flatten(0, 1)[rows], self.value[blocks].flatten(0, 1)[rows]
+        if table.gather is None:
+            first, length = table.slots[start], stop - start
+            return self._keys.narrow(2, first, length), self._values.narrow(2, first, length)
+        slots = table.gather[start:stop]
+        return self._keys.index_select(2, slots), self._values.index_select(2, slots)
 
 
 def blocks_needed(tokens: int, block_size: int) -> int:

@@ -13,7 +13,7 @@ JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, J
 
 def canonical_json(value: object) -> str:
     """One text per value: sorted keys, no spaces, no NaN. Raises `ValueError` or `TypeError`."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def sha256_hex(data: bytes | str) -> str:

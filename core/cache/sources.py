@@ -6,15 +6,17 @@ no torch, and no module that it looks for.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Final
 
 import xxhash
+
 from vllmc.core.cache.record import SourceFile
 
 MAIN: Final = "__main__"
@@ -36,8 +38,8 @@ def collect(code_files: Mapping[str, Collection[str]]) -> tuple[SourceFile, ...]
     for file, functions in sorted(code_files.items()):
         if file.startswith("<"):
             continue
-        package, path = _name(Path(file), homes)
-        if package in _COVERED:
+        package, path = _name(Path(file).absolute(), homes)
+        if package.partition(".")[0] in _COVERED:
             continue
         before = found.get((package, path))
         found[package, path] = SourceFile(
@@ -59,59 +61,87 @@ def verify(sources: Iterable[SourceFile]) -> tuple[SourceFile, ...]:
     )
 
 
+def current(sources: Iterable[SourceFile]) -> tuple[SourceFile, ...]:
+    """The files that `sources` name, as they are here now; missing ones are left out."""
+    directories = functools.cache(_directories)
+    return tuple(
+        dataclasses.replace(source, digest=digest)
+        for source in sources
+        if (digest := _digest_below(directories(source.package), source)) is not None
+    )
+
+
 def _homes() -> dict[Path, tuple[str, Path]]:
-    """Each loaded module's file, with its top-level package and the directory of that."""
+    """Each loaded module's file, with its package and the directory that it is relative to."""
     homes: dict[Path, tuple[str, Path]] = {}
+    directories = functools.cache(_directories)
     for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if not isinstance(file, str):
+        text = getattr(module, "__file__", None)
+        if not isinstance(text, str):
             continue
         if name == MAIN and (spec := getattr(module, "__spec__", None)) is not None:
             # `python -m package.module`: importable by its own name.
             name = spec.name
-        top = name.partition(".")[0]
-        for directory in _directories(top):
-            if Path(file).is_relative_to(directory):
-                # An importable name beats __main__, which stands for another file elsewhere.
-                if homes.get(Path(file), (MAIN,))[0] == MAIN:
-                    homes[Path(file)] = (top, directory)
-                break
+        file = Path(text)
+        # An importable name beats __main__, which stands for another file elsewhere.
+        if homes.get(file, (MAIN,))[0] == MAIN and (home := _home(name, file, directories)):
+            homes[file] = home
     return homes
+
+
+def _home(
+    name: str, file: Path, directories: Callable[[str], tuple[Path, ...]]
+) -> tuple[str, Path] | None:
+    parts = name.split(".")
+    # Beyond the top level only where that is a namespace of packages that lie apart.
+    for package in (".".join(parts[: n + 1]) for n in range(len(parts))):
+        for directory in directories(package):
+            if file.is_relative_to(directory):
+                return package, directory
+    return None
 
 
 def _name(file: Path, homes: Mapping[Path, tuple[str, Path]]) -> tuple[str, str]:
     if (home := homes.get(file)) is not None:
         return home[0], file.relative_to(home[1]).as_posix()
     # Run from a package without being a module of it (exec, a loader of its own).
-    roots = {directory: top for top, directory in homes.values() if _is_package(top)}
+    roots = {directory: package for package, directory in homes.values() if _is_package(package)}
     for parent in file.parents:
         if parent in roots:
             return roots[parent], file.relative_to(parent).as_posix()
     return file.stem, file.name
 
 
-def _is_package(top: str) -> bool:
-    return hasattr(sys.modules.get(top), "__path__")
+def _is_package(name: str) -> bool:
+    return hasattr(sys.modules.get(name), "__path__")
 
 
-def _directories(top: str) -> tuple[Path, ...]:
-    """Where the files of a top-level package lie; for a single module, where its file lies."""
-    module = sys.modules.get(top)
-    if top == MAIN or (module is not None and getattr(module, "__spec__", None) is None):
+def _directories(package: str) -> tuple[Path, ...]:
+    """Where the files of a package lie; for a single module, where its file lies."""
+    module = sys.modules.get(package)
+    if package == MAIN or (module is not None and getattr(module, "__spec__", None) is None):
         file = getattr(module, "__file__", None)
         return (Path(file).absolute().parent,) if isinstance(file, str) else ()
-    try:
-        spec = importlib.util.find_spec(top)
-    except ValueError:
-        # A loaded module whose __spec__ was removed since.
+    spec = _spec(package)
+    if spec is None:
         return ()
-    return _spec_directories(spec) if spec is not None else ()
-
-
-def _spec_directories(spec: importlib.machinery.ModuleSpec) -> tuple[Path, ...]:
     if spec.submodule_search_locations is not None:
         return tuple(Path(place) for place in spec.submodule_search_locations)
     return (Path(spec.origin).parent,) if spec.has_location and spec.origin else ()
+
+
+def _spec(package: str) -> ModuleSpec | None:
+    parent = package.rpartition(".")[0]
+    if parent:
+        above = _spec(parent)
+        # Looking below a package imports it. Importing a namespace runs nothing.
+        if above is None or above.origin is not None or not above.submodule_search_locations:
+            return None
+    try:
+        return importlib.util.find_spec(package)
+    except (ValueError, ModuleNotFoundError):
+        # A loaded module whose __spec__ was removed since.
+        return None
 
 
 def _digest_below(directories: Iterable[Path], source: SourceFile) -> str | None:

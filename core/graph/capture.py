@@ -161,7 +161,12 @@ def _check_attention(model: Model, sites: Sequence[AttentionSite]) -> None:
         )
     if len({site.layer for site in sites}) != len(sites):
         raise _unsupported(model.name, "a layer attends more than once in one step")
-    check_windows(model.name, model.info.layer_types, [site.window for site in sites])
+    check_windows(
+        model.name,
+        model.info.layer_types,
+        [site.window for site in sites],
+        sliding_window=model.info.sliding_window,
+    )
 
 
 def _refuse_constants(model: Model, graph: fx.Graph) -> None:

@@ -7,6 +7,7 @@ of the graph comes from, and the pieces and splitting ops in their order. Values
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
@@ -78,19 +79,13 @@ class Layout:
     output: str
     attention: tuple[AttentionSite, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, JsonValue]:
         """The layout as JSON."""
-        return {
-            "pieces": list(self.pieces),
-            "ranges": list(self.ranges),
-            "inputs": [asdict(i) for i in self.inputs],
-            "steps": [
-                {"step": "unit" if isinstance(s, UnitStep) else "op", **asdict(s)}
-                for s in self.steps
-            ],
-            "output": self.output,
-            "attention": [asdict(a) for a in self.attention],
-        }
+        steps = [
+            {"step": "unit" if isinstance(s, UnitStep) else "op", **asdict(s)} for s in self.steps
+        ]
+        data: dict[str, JsonValue] = json.loads(json.dumps({**asdict(self), "steps": steps}))
+        return data
 
     @classmethod
     def from_json(cls, data: Any) -> Layout:

@@ -19,8 +19,8 @@ class ModelInfo:
     """Facts for the engine.
 
     `layers` is the number of attention layers that a capture must show (None: unknown),
-    `windows` each layer's sliding window by the configuration (None: no claim), `max_position`
-    the longest sequence in tokens, `tokenizer` a directory that holds one.
+    `layer_types` and `sliding_window` (tokens) what the configuration says of their windows,
+    `max_position` the longest sequence in tokens, `tokenizer` a directory that holds one.
     """
 
     dtype: str
@@ -28,6 +28,7 @@ class ModelInfo:
     max_position: int | None
     layers: int | None
     layer_types: tuple[str, ...] = ()
+    sliding_window: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     tokenizer: Path | None = None
 

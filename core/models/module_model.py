@@ -65,6 +65,7 @@ class ModuleModel:
             max_position=getattr(config, "max_position_embeddings", None),
             layers=getattr(config, "num_hidden_layers", None) if transformers else None,
             layer_types=tuple(getattr(config, "layer_types", None) or ()),
+            sliding_window=getattr(config, "sliding_window", None),
             stop_token_ids=() if stop is None else tuple(stop if type(stop) is list else [stop]),
         )
 

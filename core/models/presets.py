@@ -191,7 +191,7 @@ PRESETS: tuple[Preset, ...] = (
             "num_key_value_heads": 4,
             "max_position_embeddings": 131_072,
             "max_window_layers": 28,
-            "sliding_window": 131_072,
+            "sliding_window": None,
             "use_sliding_window": False,
             "rms_norm_eps": 1e-6,
             "rope_parameters": _rope(1_000_000.0),

@@ -114,6 +114,7 @@ class TransformersModel:
             max_position=getattr(config, "max_position_embeddings", None),
             layers=getattr(config, "num_hidden_layers", None),
             layer_types=tuple(getattr(config, "layer_types", None) or ()),
+            sliding_window=getattr(config, "sliding_window", None),
             stop_token_ids=self._stop_token_ids(),
             tokenizer=self._source.directory,
         )

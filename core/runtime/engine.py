@@ -34,7 +34,7 @@ from vllmc.kernels.kv_cache import (
 )
 
 Step: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""`(ids [1, T], positions [1, T], logits_indices [B]) -> logits [B, vocab]`; the arguments int64."""
+"""`(ids [1, T], positions [1, T], logits_indices [B]) -> logits [B, vocab]`; arguments int64."""
 
 FinishReason: TypeAlias = Literal["length", "stop"]
 
@@ -104,8 +104,7 @@ class Engine:
         self._caches = {
             spec.layer_name: LayerCache.allocate(
                 spec,
-                num_blocks=config.num_blocks,
-                block_size=config.block_size,
+                config.num_blocks * config.block_size,
                 dtype=config.dtype,
                 device=config.device,
             )
@@ -300,7 +299,7 @@ class _Run:
             )
             ids.extend(sequence.tokens[begin:end])
             positions.extend(range(begin, end))
-            slots.extend(table.slots(begin, end))
+            slots.extend(table.slots[begin:end])
             prefill_tokens += max(0, min(end, sequence.prompt_len) - begin)
             if end == len(sequence.tokens):
                 logits_indices.append(len(ids) - 1)
@@ -335,9 +334,7 @@ class _Run:
             return
         result = self._sampler.sample(logits)
         logprobs = result.logprobs or (None,) * len(result.token_ids)
-        for sequence, token, logprob in zip(
-            batch.sampled, result.token_ids, logprobs, strict=True
-        ):
+        for sequence, token, logprob in zip(batch.sampled, result.token_ids, logprobs, strict=True):
             sequence.append(token, logprob)
 
     def _retire(self) -> None:

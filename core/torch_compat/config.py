@@ -36,7 +36,7 @@ _CAPTURE_PREFIXES: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 
-_VLLMC_INDUCTOR: Final[Mapping[str, "OptionValue"]] = MappingProxyType(
+_VLLMC_INDUCTOR: Final[Mapping[str, OptionValue]] = MappingProxyType(
     {
         # Inductor would compile and load a test program to learn whether the compiler can build
         # for this CPU's instruction set: half of a process's first compile. What the CPU can do is
@@ -55,7 +55,7 @@ _VLLMC_INDUCTOR: Final[Mapping[str, "OptionValue"]] = MappingProxyType(
         "fx_graph_remote_cache": False,
     }
 )
-_VLLMC_FUNCTORCH: Final[Mapping[str, "OptionValue"]] = MappingProxyType(
+_VLLMC_FUNCTORCH: Final[Mapping[str, OptionValue]] = MappingProxyType(
     {"enable_autograd_cache": False, "enable_remote_autograd_cache": False}
 )
 
@@ -151,6 +151,7 @@ def snapshot(
     entries = []
     with applied(overrides):
         for name, module_name, key in _settings(group):
+            set_by: str | None
             if (group, name) in overrides.chosen:
                 set_by = option_origins.get((group, name), "flag")
             else:
@@ -193,9 +194,7 @@ def _entry(
     value = stable(_value(module_name, key))
     defined = definitions(module_name).get(key)
     variables = [v for v in defined.variables if v in environment] if defined else []
-    default = (
-        default_without_environment(module_name, key) if variables else registered.default
-    )
+    default = default_without_environment(module_name, key) if variables else registered.default
     # A variable that forces an option beats every override (torch/utils/_config_module.py).
     if variables and (set_by is None or registered.env_value_force is not _UNSET_SENTINEL):
         origin = f"env:{variables[0]}"

@@ -30,19 +30,17 @@ def load_kernel(name: str, library: bytes) -> Callable[..., None]:
     Raises `ImportError` or `OSError` where the library cannot be loaded on this machine.
     """
     os.environ[_ADDRESS] = str(torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr)
-    # From memory, so that what runs is the bytes that were verified, wherever the cache lies.
+    # From memory, so that what runs is the bytes that were verified, wherever the cache lies. The
+    # descriptor stays open: the loader takes a path that it has seen for the library it had then.
     descriptor = os.memfd_create(name)
-    try:
-        with os.fdopen(os.dup(descriptor), "wb") as file:
-            file.write(library)
-        path = f"/proc/self/fd/{descriptor}"
-        loader = importlib.machinery.ExtensionFileLoader(f"vllmc_{name}.kernel", path)
-        spec = importlib.util.spec_from_file_location(loader.name, path, loader=loader)
-        assert spec is not None
-        module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
-    finally:
-        os.close(descriptor)
+    with os.fdopen(os.dup(descriptor), "wb") as file:
+        file.write(library)
+    path = f"/proc/self/fd/{descriptor}"
+    loader = importlib.machinery.ExtensionFileLoader(f"vllmc_{descriptor}.kernel", path)
+    spec = importlib.util.spec_from_file_location(loader.name, path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
     kernel: Callable[..., None] = module.kernel
     return kernel
 

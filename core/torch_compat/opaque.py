@@ -28,7 +28,7 @@ def register_value_type(cls: type, *, hoist: bool = True) -> str:
 
 
 def opaque_type_name(value: object) -> str:
-    """The name of an opaque value's type, as op schemas write it. Raises `ValueError` for others."""
+    """The name of an opaque value's type, as op schemas write it. `ValueError` for others."""
     return _name_of(type(value))
 
 

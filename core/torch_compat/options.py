@@ -1,4 +1,4 @@
-"""The options of Inductor and functorch that `-O` sets: their names, and values of the right type."""
+"""The options of Inductor and functorch that `-O` sets: their names, and values of their type."""
 
 from __future__ import annotations
 
@@ -117,7 +117,9 @@ def _require(group: OptionGroup, name: str) -> None:
         "unknown-option",
         f"there is no option '{full}' in {MODULES[group]}",
         context={"option": full, "nearest": nearest},
-        hint=f"did you mean {nearest}?" if nearest else f"the options are those of {MODULES[group]}",
+        hint=f"did you mean {nearest}?"
+        if nearest
+        else f"the options are those of {MODULES[group]}",
     )
 
 

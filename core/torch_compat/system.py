@@ -1,4 +1,4 @@
-"""What the installed torch, the CPU, the GPU and the C++ compiler are, as far as code depends on it.
+"""What the torch, the CPU, the GPU and the C++ compiler here are, as far as code depends on it.
 
 Slow answers are remembered below the cache directory, in `facts/`, under the digest of what they
 follow from. Whatever goes wrong with such a file, the answer is found anew.
@@ -28,7 +28,14 @@ if TYPE_CHECKING:
 
 # The levels of the x86-64 ABI, as far as torch reports what they ask for.
 _X86_LEVEL_3: Final = ("avx2", "bmi", "bmi2", "f16c", "fma3", "lzcnt")
-_X86_LEVEL_4: Final = (*_X86_LEVEL_3, "avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl")
+_X86_LEVEL_4: Final = (
+    *_X86_LEVEL_3,
+    "avx512_f",
+    "avx512_bw",
+    "avx512_cd",
+    "avx512_dq",
+    "avx512_vl",
+)
 # What Inductor asks the CPU for beyond its level: torch/_inductor/cpu_vec_isa.py.
 _X86_EXTENSIONS: Final = (
     "avx512_vnni",
@@ -158,7 +165,9 @@ def torch_state(device: str) -> dict[str, JsonValue]:
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "deterministic_warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "fill_uninitialized_memory": torch.utils.deterministic.fill_uninitialized_memory,
-        "autocast": str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
+        "autocast": str(torch.get_autocast_dtype(kind))
+        if torch.is_autocast_enabled(kind)
+        else None,
         "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
     }
     if kind == "cuda":

@@ -119,6 +119,13 @@ def test_an_operating_system_error_is_not_called_a_fault_of_vllmc(
     assert "/x" in err
 
 
+def test_a_pipe_that_breaks_inside_the_computation_is_not_hidden(
+    workplace: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(failing_app(BrokenPipeError(32, "a worker died")), ["fail"]) == 1
+    assert "a worker died" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "command_name", "mentions"),
     [
@@ -200,7 +207,9 @@ def test_the_console_script_exits_with_the_code_of_main(
     assert stop.value.code == 2
 
 
-def spawn(*words: str, cwd: Path, stdout: Any = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+def spawn(
+    *words: str, cwd: Path, stdout: Any = subprocess.PIPE
+) -> subprocess.CompletedProcess[str]:
     program = (
         "import sys\n"
         "from vllmc.cli.app import main\n"

@@ -102,9 +102,7 @@ def test_a_project_file_s_lines_are_those_of_the_file(tmp_path: Path) -> None:
     "text",
     ["[project]\nname = 1\n", "[tool.other]\nx = 1\n", "tool = {}\n", "this is no TOML", ""],
 )
-def test_a_project_file_that_does_not_mention_vllmc_is_no_config(
-    tmp_path: Path, text: str
-) -> None:
+def test_a_project_file_that_does_not_mention_vllmc_is_no_config(tmp_path: Path, text: str) -> None:
     (tmp_path / "pyproject.toml").write_text(text)
     assert load(tmp_path).config is None
 

@@ -17,6 +17,7 @@ from vllmc.kernels.layer_name import LayerName
 
 OP = torch.ops.vllmc.unified_attention_with_output
 BLOCK_SIZE = 4
+LAYER = LayerName("layer")
 # (tokens before this step, tokens of this step): whole prompts, chunks and decodes.
 MIXED = ((0, 5), (7, 1), (0, 1), (12, 6), (30, 1), (3, 2))
 
@@ -80,7 +81,8 @@ class Batch:
             (sum(counts) + 2, BLOCK_SIZE, case.kv_heads, case.key_size), math.nan, dtype=case.dtype
         )
         value_cache = torch.full(
-            (sum(counts) + 2, BLOCK_SIZE, case.kv_heads, case.value_size), math.nan,
+            (sum(counts) + 2, BLOCK_SIZE, case.kv_heads, case.value_size),
+            math.nan,
             dtype=case.dtype,
         )
         self.keys, self.values, spans, slots, begin = [], [], [], [], 0
@@ -104,12 +106,13 @@ class Batch:
             self.keys.append(keys)
             self.values.append(values)
         self.query = rand(1, begin, case.heads, case.key_size)
-        self.key = torch.cat([k[-new:] for k, (_, new) in zip(self.keys, case.sequences)])[None]
-        self.value = torch.cat([v[-new:] for v, (_, new) in zip(self.values, case.sequences)])[None]
+        new_keys = [k[c:] for k, (c, _) in zip(self.keys, case.sequences, strict=True)]
+        new_values = [v[c:] for v, (c, _) in zip(self.values, case.sequences, strict=True)]
+        self.key, self.value = torch.cat(new_keys)[None], torch.cat(new_values)[None]
         self.metadata = AttentionMetadata(slots=torch.tensor(slots), sequences=tuple(spans))
-        self.cache = LayerCache(key=key_cache, value=value_cache)
+        self.cache = LayerCache(key_cache.flatten(0, 1), value_cache.flatten(0, 1))
 
-    def run(self, layer_name: LayerName | str = LayerName("layer")) -> torch.Tensor:
+    def run(self, layer_name: LayerName | str = LAYER) -> torch.Tensor:
         case = self.case
         shape = (1, self.query.shape[1], case.heads, case.value_size)
         output = torch.full(shape, math.nan, dtype=case.dtype)
@@ -127,7 +130,8 @@ class Batch:
         case = self.case
         rows = []
         queries = iter(self.query[0].double())
-        for keys, values, (context, new) in zip(self.keys, self.values, case.sequences):
+        stored = zip(self.keys, self.values, case.sequences, strict=True)
+        for keys, values, (context, new) in stored:
             for position in range(context, context + new):
                 query = next(queries)
                 heads = []
@@ -176,10 +180,10 @@ def test_the_steps_keys_and_values_are_stored_where_the_metadata_says() -> None:
     batch = Batch(Case(scattered=True, value_size=6), seed=3)
     batch.run()
     slots = batch.metadata.slots
-    assert torch.equal(batch.cache.key.flatten(0, 1)[slots], batch.key[0])
-    assert torch.equal(batch.cache.value.flatten(0, 1)[slots], batch.value[0])
+    assert torch.equal(batch.cache.key[slots], batch.key[0])
+    assert torch.equal(batch.cache.value[slots], batch.value[0])
     stored = sum(context + new for context, new in MIXED)
-    written = ~batch.cache.key.flatten(0, 1).isnan().any(dim=(1, 2))
+    written = ~batch.cache.key.isnan().any(dim=(1, 2))
     assert int(written.sum()) == stored, "a slot of no token was written"
 
 
@@ -200,7 +204,7 @@ def test_transposed_inputs_and_outputs_are_taken_as_they_are() -> None:
 
 def test_without_a_forward_context_the_error_names_the_layer() -> None:
     tensor = torch.zeros(1, 1, 1, 4)
-    with pytest.raises(VllmcError, match="model.layers.3") as caught:
+    with pytest.raises(VllmcError, match=r"model\.layers\.3") as caught:
         OP.str(tensor, tensor, tensor, tensor.clone(), "model.layers.3", 1.0)
     assert caught.value.code == "no-forward-context"
 

@@ -48,9 +48,12 @@ def test_shared_artifacts_count_once_in_all_and_once_for_each_model(store, warm)
 
 def test_artifacts_that_no_record_names_are_unreferenced(store, warm):
     warmed = warm(b"one")
+    [unit] = warmed.units
     store.put_artifact(b"left over")
     assert store.stats().unreferenced_bytes == len(b"left over")
+    store.layout.unit(unit.key).unlink()
+    assert store.stats().unreferenced_bytes == len(b"left over"), "the program still names it"
     store.layout.program(warmed.program.key, warmed.program.id).unlink()
-    assert store.stats().unreferenced_bytes == len(b"left over")
-    store.layout.unit(warmed.units[0].key).unlink()
     assert store.stats().unreferenced_bytes == len(b"left over" + b"one")
+    store.put_unit(unit)
+    assert store.stats().unreferenced_bytes == len(b"left over")

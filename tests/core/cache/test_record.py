@@ -89,13 +89,18 @@ programs = st.builds(
 )
 
 
+def sealed(body: bytes, *, name: str = "vllmc.unit", version: int = 1) -> bytes:
+    """A record file of any body, under a checksum that is right for it."""
+    checksum = hashlib.sha256(f"{name} {version}\n".encode() + body).hexdigest()
+    header = f'{{"format":"{name}","version":{version},"checksum":"{checksum}","body":'
+    return header.encode() + body + b"}\n"
+
+
 def rewritten(data: bytes, *, version: int = 1, **fields: object) -> bytes:
     """The record with other fields in its body, under a checksum that is right for them."""
     document = json.loads(data)
     body = canonical_json(document["body"] | fields).encode()
-    checksum = hashlib.sha256(f"{document['format']} {version}\n".encode() + body).hexdigest()
-    header = f'{{"format":"{document["format"]}","version":{version},"checksum":"{checksum}",'
-    return header.encode() + b'"body":' + body + b"}\n"
+    return sealed(body, name=document["format"], version=version)
 
 
 @given(units | programs)
@@ -213,18 +218,20 @@ def test_piece_counts_must_be_the_four_named_ones(make_program, pieces):
 
 @pytest.mark.parametrize("body", [b"NaN", b"[" * 200_000, b'{"key":Infinity}', b"\xff", b"[]"])
 def test_a_body_that_is_no_json_object_is_refused_whatever_its_checksum(body):
-    checksum = hashlib.sha256(b"vllmc.unit 1\n" + body).hexdigest().encode()
-    data = b'{"format":"vllmc.unit","version":1,"checksum":"' + checksum + b'","body":' + body
     with pytest.raises(CorruptRecord):
-        decode(data + b"}\n")
+        decode(sealed(body))
 
 
-def test_an_unknown_format_or_version_zero_is_refused():
-    for name, version in ((b"vllmc.other", b"1"), (b"vllmc.unit", b"0")):
-        checksum = hashlib.sha256(name + b" " + version + b"\n{}").hexdigest().encode()
-        header = b'{"format":"' + name + b'","version":' + version + b',"checksum":"' + checksum
-        with pytest.raises(CorruptRecord, match="never wrote"):
-            decode(header + b'","body":{}}\n')
+def test_a_number_that_json_does_not_have_is_refused_anywhere(make_program):
+    body = json.dumps(json.loads(encode(make_program()))["body"] | {"program": math.nan})
+    with pytest.raises(CorruptRecord, match="NaN"):
+        decode(sealed(body.encode(), name="vllmc.program"))
+
+
+@pytest.mark.parametrize(("name", "version"), [("vllmc.other", 1), ("vllmc.unit", 0)])
+def test_an_unknown_format_or_version_zero_is_refused(name, version):
+    with pytest.raises(CorruptRecord, match="never wrote"):
+        decode(sealed(b"{}", name=name, version=version))
 
 
 def test_what_a_file_cannot_hold_is_our_own_mistake(make_unit):

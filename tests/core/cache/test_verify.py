@@ -113,6 +113,17 @@ def test_a_link_or_a_directory_in_the_place_of_a_file_is_corrupt(store, caches, 
     assert (tmp_path / "moved").read_bytes() == b"one", "what a link points to is not ours"
 
 
+def test_repair_removes_a_link_to_a_directory_and_not_the_directory(store, caches, tmp_path):
+    [_, one] = caches[0].units
+    (tmp_path / "mine").mkdir()
+    blob = store.layout.blob(one.artifact)
+    blob.unlink()
+    blob.symlink_to(tmp_path / "mine")
+    store.plan_repair(store.verify()).execute()
+    assert store.verify() == ()
+    assert (tmp_path / "mine").is_dir()
+
+
 def test_a_foreign_file_is_named_and_left_alone(store, caches, files):
     (store.layout.top / "blobs" / "notes.txt").write_bytes(b"mine")
     [problem] = store.verify()

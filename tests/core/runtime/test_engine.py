@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
 from vllmc.core.errors import VllmcError
 from vllmc.core.models.attention import ATTENTION_NAME, attach_layer_names, register_attention
 from vllmc.core.runtime.engine import Engine, EngineConfig, GenerationResult

@@ -8,7 +8,7 @@ from vllmc.core.runtime.sampler import Sampler, SamplingParams
 
 
 def sampler(**params: object) -> Sampler:
-    return Sampler(SamplingParams(max_new_tokens=1, **params), "cpu")  # type: ignore[arg-type]
+    return Sampler(SamplingParams(max_new_tokens=1, **params), "cpu")
 
 
 def test_temperature_zero_takes_the_most_probable_token() -> None:
@@ -104,5 +104,5 @@ def test_more_logprobs_than_tokens_give_all() -> None:
 )
 def test_parameters_out_of_range_are_refused(params: dict[str, float]) -> None:
     with pytest.raises(UsageError) as caught:
-        SamplingParams(**{"max_new_tokens": 1, **params})  # type: ignore[arg-type]
+        SamplingParams(**{"max_new_tokens": 1, **params})
     assert caught.value.code == "bad-sampling"

@@ -1,0 +1,183 @@
+"""`vllmc diff-config`: the fields in which two configurations differ, and whether they matter."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vllmc.cli import job as jobs
+from vllmc.cli import report
+from vllmc.cli.options import CommonFlags, CompileFlags, command, compile_request
+from vllmc.cli.settings import Settings
+from vllmc.cli.snapshots import Side, snapshot_side, stored_side, unknown_side
+from vllmc.core.cache.explain import diff, diff_sources
+from vllmc.core.cache.key import Factor
+from vllmc.core.cache.store import Store
+from vllmc.core.errors import CheckFailed, UsageError, VllmcError
+from vllmc.core.models.presets import DEFAULT_PRESET
+
+# Variables that configure torch, Triton and vllmc; `defaults` is without them.
+_CONFIGURING = ("TORCH", "TRITON", "INDUCTOR", "AOT_INDUCTOR", "AOTINDUCTOR", "VLLMC_")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Current:
+    """What `current` and `defaults` are worked out from."""
+
+    settings: Settings
+    compilation: CompileFlags
+    variables: Mapping[str, str]
+    model: str
+
+
+@command
+def diff_config(
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="current, defaults, a stored key or a snapshot file.")
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other side, likewise.")],
+    compilation: CompileFlags,
+    common: CommonFlags,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="A variable of the environment of current; repeatable."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            show_default="the other side's, else tiny-llama",
+            help="Whose factors current and defaults are.",
+        ),
+    ] = None,
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help="Exit 3 when a difference affects the key.")
+    ] = False,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="List also differences that do not affect the key.")
+    ] = False,
+) -> int:
+    """Name the exact fields in which two configurations, caches or machines differ.
+
+    A snapshot file is what vllmc inspect-key --json prints. The options that shape the
+    compilation apply to current.
+    """
+    settings = common.settings()
+    store = Store(settings.cache_dir)
+    known = {text: _known_side(store, text) for text in (a, b)}
+    whose = model or next((s.model for s in known.values() if s and s.model), DEFAULT_PRESET)
+    current = _Current(
+        settings=settings, compilation=compilation, variables=_variables(env or []), model=whose
+    )
+    left, right = (known[text] or _live_side(text, current) for text in (a, b))
+    changes = diff(left.factors, right.factors, include_provenance=show_all)
+    if left.sources and right.sources:
+        changes += diff_sources(left.sources, right.sources)
+    equal = not any(change.affects_key for change in changes)
+    identities = {f.identity for f in left.factors} | {f.identity for f in right.factors}
+    different = diff(left.factors, right.factors, include_provenance=True)
+    row = {
+        "a": {"kind": left.kind, "name": left.name},
+        "b": {"kind": right.kind, "name": right.name},
+        "equal": equal,
+        "changes": [change.to_json() for change in changes],
+        "same": len(identities) - len(different),
+    }
+    common.output("diff-config").data(row, lambda: report.diff(row))
+    return CheckFailed.exit_code if exit_code and not equal else 0
+
+
+def _variables(pairs: list[str]) -> dict[str, str]:
+    variables = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise UsageError(
+                "bad-value", f"'{pair}' sets no variable", hint="write it as --env NAME=VALUE"
+            )
+        variables[name] = value
+    return variables
+
+
+def _known_side(store: Store, text: str) -> Side | None:
+    """The side `text`, where it is a file or a stored key."""
+    if text in ("current", "defaults"):
+        return None
+    if Path(text).is_file():
+        return snapshot_side(Path(text))
+    side = stored_side(store, text)
+    if side is None:
+        raise unknown_side(text)
+    return side
+
+
+def _live_side(text: str, current: _Current) -> Side:
+    if text == "defaults":
+        environment = {
+            name: value
+            for name, value in current.settings.environment.items()
+            if not name.startswith(_CONFIGURING)
+        }
+        words = [current.model, "--config", os.devnull]
+        return Side(
+            kind="defaults", name="", model=current.model, factors=_elsewhere(words, environment)
+        )
+    if current.variables:
+        # torch reads variables when it is imported, so others need a process of their own.
+        words = [current.model, *_words(current.compilation)]
+        if current.settings.config is not None:
+            words += ["--config", str(current.settings.config.path)]
+        factors = _elsewhere(words, {**current.settings.environment, **current.variables})
+    else:
+        request = compile_request(current.settings, current.compilation, current.model)
+        factors = jobs.make(current.settings, request).factors
+    return Side(kind="current", name="", model=current.model, factors=factors)
+
+
+def _elsewhere(words: list[str], environment: Mapping[str, str]) -> tuple[Factor, ...]:
+    """The factors that `inspect-key` finds in a process with this environment."""
+    program = "from vllmc.cli.app import entry_point; entry_point()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "inspect-key", "--json", "-q", *words],
+        env=dict(environment),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    try:
+        data: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        data = {}
+    if (error := data.get("error")) is not None:
+        raise VllmcError(
+            error["code"], error["message"], context=error["context"], hint=error["hint"]
+        )
+    if "factors" not in data:
+        raise VllmcError(
+            "inspect-failed",
+            "the factors under the other environment could not be worked out",
+            context={"exit": done.returncode, "stderr": done.stderr[-500:]},
+            hint="run vllmc inspect-key under that environment to see why",
+        )
+    return tuple(Factor.from_json(row) for row in data["factors"])
+
+
+def _words(compilation: CompileFlags) -> list[str]:
+    """The flags as they were typed."""
+    words = []
+    for field in dataclasses.fields(compilation):
+        flag = "-O" if field.name == "option" else f"--{field.name.replace('_', '-')}"
+        given = getattr(compilation, field.name)
+        for value in [given] if isinstance(given, str) else given or []:
+            words += [flag, value]
+    return words

@@ -1,0 +1,68 @@
+"""From options to a job: the one place where a command line meets torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllmc.cli.options import CompileRequest
+from vllmc.cli.settings import Settings
+
+if TYPE_CHECKING:
+    from vllmc.core.job import Job
+
+_FIELDS = {
+    "device": "device",
+    "dtype": "dtype",
+    "compile-range": "ranges",
+    "compile-size": "sizes",
+    "dynamic-shapes": "dynamic_shapes",
+    "layer-names": "layer_names",
+    "splitting-op": "splitting_ops",
+    "backend": "backend",
+}
+
+
+def make(settings: Settings, request: CompileRequest) -> Job:
+    """Resolves the model and the options. Raises `VllmcError` for what is not there."""
+    from vllmc.core.models.resolve import resolve
+
+    # A console script does not have the working directory on its path, where `module:attribute`
+    # is looked for.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    model = resolve(request.model, layers=request.layers)
+
+    from vllmc.core.job import make_job, resolve_spec
+    from vllmc.core.spec import CompileSpec
+    from vllmc.core.torch_compat.options import read_option
+
+    options = {"inductor": dict[str, object](), "functorch": dict[str, object]()}
+    for row in request.options:
+        options[row.scope][row.name] = read_option(row.scope, row.name, row.text)
+    spec = CompileSpec(
+        device=request.device,
+        dtype=request.dtype,
+        ranges=request.ranges,
+        sizes=request.sizes,
+        dynamic_shapes=request.dynamic_shapes,
+        layer_names=request.layer_names,
+        splitting_ops=request.splitting_ops,
+        inductor=tuple(sorted(options["inductor"].items())),  # type: ignore[arg-type]
+        functorch=tuple(sorted(options["functorch"].items())),  # type: ignore[arg-type]
+        backend=request.backend,
+    )
+    return make_job(
+        model,
+        resolve_spec(spec, model),
+        environment=settings.environment,
+        cache_dir=settings.cache_dir,
+        origins=_origins(request),
+    )
+
+
+def _origins(request: CompileRequest) -> Mapping[tuple[str, str], str]:
+    origins = {("spec", field): request.origins[name] for name, field in _FIELDS.items()}
+    return origins | {(row.scope, row.name): row.origin for row in request.options}

@@ -1,0 +1,176 @@
+"""What commands that compile or compare say to a person, from the rows that `--json` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from vllmc.cli.render import Listing, changes, duration, facts, factors, names, short_key, size
+
+Row = Mapping[str, Any]
+
+_OUTCOMES = {
+    "hit": ("green", "everything was stored already"),
+    "compiled": ("yellow", "nothing was stored, so everything was compiled"),
+    "partial": ("yellow", "some units were stored, the others were compiled"),
+    "would-hit": ("green", "everything is stored"),
+    "would-miss": ("yellow", "a warm would compile"),
+    "unknown": ("yellow", "only capture can tell"),
+    "unsafe": ("red", "the cache holds something that must not be used"),
+}
+_SHOWN_CHANGES = 12
+
+
+def warm(rows: Sequence[Row]) -> RenderableType:
+    """The report of `warm`, one part per model."""
+    parts: list[RenderableType] = []
+    for row in rows:
+        parts += ["", _warm_one(row)] if parts else [_warm_one(row)]
+    return Group(*parts)
+
+
+def _warm_one(row: Row) -> RenderableType:
+    style, meaning = _OUTCOMES[row["outcome"]]
+    counts = row["counts"]
+    lines = [("model", row["model"]), ("key", short_key(row["key"]))]
+    if row["pieces"] is not None:
+        pieces = row["pieces"]
+        lines.append(
+            (
+                "pieces",
+                f"{pieces['total']}: {pieces['splitting']} splitting, "
+                f"{pieces['compilable']} compilable, {pieces['unique']} unique",
+            )
+        )
+    if row["units"]:
+        lines.append(
+            ("units", ", ".join(f"{count} {name}" for name, count in counts.items() if count))
+        )
+    if row["seconds"]["total"]:
+        seconds = row["seconds"]
+        spent = [f"{duration(seconds[n])} {n}" for n in ("capture", "compile") if seconds[n]]
+        lines.append(("time", f"{duration(seconds['total'])} ({', '.join(spent)})" if spent
+                      else duration(seconds["total"])))
+        lines.append(("memory", f"{row['peak_rss_mb']} MB at most"))
+    parts: list[RenderableType] = [
+        Text.assemble((row["outcome"], f"bold {style}"), f"  {row.get('reason') or meaning}"),
+        facts(*lines),
+    ]
+    if row["units"] and row["outcome"] != "would-hit":
+        parts += ["", _units(row["units"])]
+    if row["miss"] is not None:
+        parts += ["", *_miss(row["miss"])]
+    return Group(*parts)
+
+
+def _units(units: Sequence[Row]) -> RenderableType:
+    return Listing(
+        headings=("UNIT", "RANGE", "OUTCOME", ">SIZE", ">TIME", "ARTIFACT"),
+        rows=tuple(
+            (
+                names(unit["pieces"], 3),
+                unit["range"],
+                unit["outcome"],
+                size(unit["bytes"]),
+                duration(unit["seconds"]) if unit["seconds"] else "",
+                short_key(unit["artifact"]),
+            )
+            for unit in units
+        ),
+    )
+
+
+def _miss(miss: Row) -> list[RenderableType]:
+    if miss["nearest_key"] is None:
+        return [Text("the cache held no program to compare with", style="dim")]
+    nearest = short_key(miss["nearest_key"])
+    if not miss["changes"]:
+        return [Text(f"the record of {nearest} is there, but not all of its artifacts")]
+    return [
+        Text(f"compared with {nearest}, the nearest program in the cache:"),
+        changes_table(miss["changes"]),
+    ]
+
+
+def changes_table(rows: Sequence[Row], limit: int = _SHOWN_CHANGES) -> RenderableType:
+    """The first rows CHANGE, and how many more there are."""
+    if len(rows) <= limit:
+        return changes(rows)
+    more = Text(f"and {len(rows) - limit} more; --json lists them all", style="dim")
+    return Group(changes(rows[:limit]), more)
+
+
+def inspect(row: Row, *, whole: bool) -> RenderableType:
+    """The report of `inspect-key`: the prediction, and the factors that somebody set."""
+    parts: list[RenderableType] = [facts(("model", row["model"]), ("key", row["key"]))]
+    if (prediction := row.get("prediction")) is not None:
+        parts += ["", *_prediction(prediction)]
+    shown = [f for f in row["factors"] if whole or not f["is_default"] or not f["affects_key"]]
+    parts += ["", factors(shown)]
+    if not whole:
+        hidden = len(row["factors"]) - len(shown)
+        parts += ["", Text(f"{hidden} more at their defaults; -v shows them", style="dim")]
+    return Group(*parts)
+
+
+def _prediction(prediction: Row) -> list[RenderableType]:
+    style = {"hit": "green", "unsafe": "red"}.get(prediction["outcome"], "yellow")
+    head = Text.assemble(
+        ("prediction  ", "bold"),
+        (prediction["outcome"], f"bold {style}"),
+        f"  {prediction['reason']}",
+    )
+    if not prediction["changes"]:
+        return [head]
+    return [head, changes_table(prediction["changes"])]
+
+
+def diff(row: Row) -> RenderableType:
+    """The report of `diff-config`."""
+    a, b = (f"{row[side]['kind']} {row[side]['name']}".strip() for side in ("a", "b"))
+    if row["equal"]:
+        verdict = Text("equal: no difference affects the key", style="bold green")
+    else:
+        count = sum(change["affects_key"] for change in row["changes"])
+        verdict = Text(f"{count} differences affect the key", style="bold yellow")
+    parts: list[RenderableType] = [facts(("a", a), ("b", b)), "", verdict]
+    if row["changes"]:
+        parts.append(changes(row["changes"]))
+    parts.append(Text(f"{row['same']} factors are the same", style="dim"))
+    return Group(*parts)
+
+
+def run(row: Row) -> RenderableType:
+    """The report of `run`: the outputs, the speed, and every recompile with its cure."""
+    parts: list[RenderableType] = []
+    for output in row["outputs"]:
+        generated = output["text"]
+        if generated is None:
+            generated = ", ".join(map(str, output["token_ids"]))
+        parts += [Text(f"> {output['prompt']}", style="dim"), Text(generated)]
+    counts, seconds, rates = row["counts"], row["seconds"], row["tokens_per_second"]
+    parts += [
+        "",
+        facts(
+            ("units", ", ".join(f"{n} {name}" for name, n in counts.items() if n)),
+            ("load", duration(seconds["load"])),
+            ("first token", duration(seconds["first_token"])),
+            ("speed", f"prefill {rates['prefill']:.0f}, decode {rates['decode']:.0f} tokens/s"),
+            ("recompiles", str(sum(r["count"] for r in row["recompiles"]))),
+        ),
+    ]
+    for recompile in row["recompiles"]:
+        parts += [
+            "",
+            facts(
+                ("frame", recompile["frame"]),
+                ("guard", recompile["guard"]),
+                ("class", recompile["class"]),
+                ("count", str(recompile["count"])),
+                ("fix", recompile["fix"]),
+            ),
+        ]
+    return Group(*parts)

@@ -1,0 +1,261 @@
+"""`vllmc run`: generates with the compiled program and reports what compiled again, and why."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllmc.cli import job as jobs
+from vllmc.cli import report
+from vllmc.cli.options import CommonFlags, CompileFlags, command, compile_request
+from vllmc.core.cache.store import Store
+from vllmc.core.errors import CheckFailed, UsageError, VllmcError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from vllmc.core.models.model import ModelInfo
+    from vllmc.core.runtime.engine import Output as Generated
+    from vllmc.core.runtime.workload import WorkloadResult
+
+DEFAULT_PROMPT = "1,2,3"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationFlags:
+    """What to generate."""
+
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="A prompt, for the model's tokenizer; repeatable."),
+    ] = None
+    prompt_ids: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="IDS",
+            show_default=DEFAULT_PROMPT,
+            help="A prompt as token ids, separated by commas; repeatable.",
+        ),
+    ] = None
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="How many tokens to generate for each prompt.")
+    ] = 16
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="N", help="Run the prompts, repeated or cut to N; repeatable, each in turn."
+        ),
+    ] = None
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="0 always takes the most probable token.")
+    ] = 0.0
+    top_p: Annotated[
+        float,
+        typer.Option(metavar="P", help="Sample from the fewest tokens that hold this much."),
+    ] = 1.0
+    seed: Annotated[int, typer.Option(metavar="N", help="Makes sampling repeatable.")] = 0
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K", help="Report each token's log-probability and the K most probable."
+        ),
+    ] = None
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Generate on after a stop token.")
+    ] = False
+
+
+@command
+def run(
+    compilation: CompileFlags,
+    generation: GenerationFlags,
+    common: CommonFlags,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            show_default="tiny-llama",
+            help="module:attribute, a directory, a preset or a hub id.",
+        ),
+    ] = None,
+    fail_on_recompile: Annotated[
+        bool, typer.Option("--fail-on-recompile", help="Exit 3 when something compiled again.")
+    ] = False,
+    fail_on_miss: Annotated[
+        bool,
+        typer.Option(
+            "--fail-on-miss", help="Exit 3 rather than compile, 4 on what is corrupt."
+        ),
+    ] = False,
+) -> int:
+    """Generate with the compiled program, and report each recompile with cause and fix.
+
+    Weights come from the model's directory, else they are random, always the same.
+    """
+    settings = common.settings()
+    output = common.output("run")
+    job = jobs.make(settings, compile_request(settings, compilation, model))
+
+    import torch
+
+    from vllmc.core.obtain import Policy
+    from vllmc.core.pipeline import obtain_program, open_program
+    from vllmc.core.runtime.sampler import SamplingParams
+    from vllmc.core.runtime.workload import Limits, run_workload
+
+    spec, info = job.spec, job.model.info
+    params = SamplingParams(
+        max_new_tokens=generation.max_new_tokens,
+        temperature=generation.temperature,
+        top_p=generation.top_p,
+        seed=generation.seed,
+        logprobs=generation.logprobs,
+        ignore_eos=generation.ignore_eos,
+        stop_token_ids=info.stop_token_ids,
+    )
+    tokenizer = _tokenizer(info)
+    names, prompts = _prompts(generation, tokenizer)
+    for size in generation.batch_size or []:
+        if size < 1:
+            raise UsageError("bad-value", f"a batch of {size} prompts", hint="--batch-size 1")
+    with output.progress() as observer:
+        ready = obtain_program(
+            job, Store(settings.cache_dir), observer, policy=Policy(may_compile=not fail_on_miss)
+        )
+        observer.stage("load")
+        started = time.perf_counter()
+        entry = job.model.build(
+            "real", device=spec.device, dtype=spec.dtype, layer_names=spec.layer_names, seed=0
+        )
+        program = open_program(ready, entry)
+        load = time.perf_counter() - started
+    result = run_workload(
+        program,
+        prompts,
+        params,
+        Limits(
+            vocab_size=_vocabulary(info, job.model.name),
+            max_position=info.max_position,
+            dtype=getattr(torch, spec.dtype),
+            device=spec.device,
+        ),
+        batch_sizes=generation.batch_size or [],
+    )
+    row = {
+        "model": job.model.name,
+        "key": job.key,
+        "outputs": [
+            _output_row(names[index % len(names)], generated, tokenizer)
+            for index, generated in enumerate(result.outputs)
+        ],
+        "counts": {name: ready.count(name) for name in ("hit", "dup", "compiled")},
+        "recompiles": [recompile.to_json() for recompile in result.recompiles],
+        **_speed(result, load),
+    }
+    output.data(row, lambda: report.run(row))
+    return CheckFailed.exit_code if fail_on_recompile and result.recompiles else 0
+
+
+def _vocabulary(info: ModelInfo, model: str) -> int:
+    if info.vocab_size is None:
+        raise VllmcError(
+            "unknown-vocabulary",
+            f"{model} does not say how many tokens its vocabulary has",
+            hint="give it a config with a vocab_size",
+        )
+    return info.vocab_size
+
+
+def _speed(result: WorkloadResult, load: float) -> dict[str, Any]:
+    timings = result.timings
+
+    def rate(tokens: int, seconds: float) -> float:
+        return round(tokens / seconds, 2) if seconds else 0.0
+
+    return {
+        "seconds": {
+            "load": round(load, 4),
+            "first_token": round(timings[0].first_token_seconds, 4),
+            "total": round(result.seconds, 4),
+        },
+        "tokens_per_second": {
+            "prefill": rate(
+                sum(t.prefill_tokens for t in timings), sum(t.prefill_seconds for t in timings)
+            ),
+            "decode": rate(
+                sum(t.decode_tokens for t in timings), sum(t.decode_seconds for t in timings)
+            ),
+        },
+    }
+
+
+def _output_row(
+    prompt: str, generated: Generated, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, Any]:
+    ids = list(generated.token_ids)
+    row: dict[str, Any] = {
+        "prompt": prompt,
+        "token_ids": ids,
+        "text": tokenizer.decode(ids) if tokenizer else None,
+        "finish_reason": generated.finish_reason,
+    }
+    if generated.logprobs is not None:
+        row["logprobs"] = [
+            {
+                "token_id": token.token_id,
+                "logprob": token.logprob,
+                "top": [{"token_id": i, "logprob": value} for i, value in token.top],
+            }
+            for token in generated.logprobs
+        ]
+    return row
+
+
+def _tokenizer(info: ModelInfo) -> PreTrainedTokenizerBase | None:
+    directory = info.tokenizer
+    if directory is None or not any(directory.glob("tokenizer*")):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise VllmcError(
+            "bad-tokenizer",
+            f"the tokenizer in {directory} cannot be loaded",
+            context={"cause": str(error).splitlines()[0]},
+            hint="give prompts as token ids: --prompt-ids 1,2,3",
+        ) from error
+    return tokenizer
+
+
+def _prompts(
+    generation: GenerationFlags, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[list[str], list[list[int]]]:
+    """What each prompt is called in the output, and its token ids."""
+    texts = generation.prompt or []
+    if texts and tokenizer is None:
+        raise VllmcError(
+            "no-tokenizer",
+            "the model has no tokenizer for the text of --prompt",
+            hint="give prompts as token ids: --prompt-ids 1,2,3",
+        )
+    names, prompts = list(texts), [list(tokenizer(t).input_ids) for t in texts if tokenizer]
+    for text in generation.prompt_ids or ([] if texts else [DEFAULT_PROMPT]):
+        names.append(text)
+        prompts.append(_ids(text))
+    return names, prompts
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(
+            "bad-value",
+            f"'{text}' is no list of token ids",
+            hint="separate them by commas: --prompt-ids 1,2,3",
+        ) from None

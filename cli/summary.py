@@ -1,0 +1,76 @@
+"""The Markdown summary of `warm`, as GitHub Actions shows it on a run's page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllmc.cli.render import duration, names, plain_value, size
+from vllmc.core.errors import VllmcError
+
+Row = Mapping[str, Any]
+
+
+def write_summary(path: Path, rows: Sequence[Row]) -> None:
+    """Appends the summary to `path`. Raises `VllmcError` (`not-writable`)."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(summary(rows))
+    except OSError as error:
+        raise VllmcError(
+            "not-writable",
+            f"the summary cannot be written to {path}",
+            context={"cause": str(error)},
+            hint="give another --summary FILE",
+        ) from error
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """A table of the models, then what each compiled and why it missed."""
+    lines = [
+        "### vllmc warm",
+        "",
+        "| model | outcome | hit | dup | compiled | unique pieces | time |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        counts = row["counts"]
+        unique = row["pieces"]["unique"] if row["pieces"] else ""
+        lines.append(
+            f"| {row['model']} | **{row['outcome']}** | {counts['hit']} | {counts['dup']} "
+            f"| {counts['compiled']} | {unique} | {duration(row['seconds']['total'])} |"
+        )
+    for row in rows:
+        lines += ["", *_units(row), *_changes(row)]
+    return "\n".join(lines) + "\n"
+
+
+def _units(row: Row) -> list[str]:
+    compiled = [unit for unit in row["units"] if unit["outcome"] != "hit"]
+    if not compiled:
+        return []
+    table = [f"#### {row['model']}: compiled", "", "| pieces | range | size | time |"]
+    table.append("|---|---|---:|---:|")
+    table += [
+        f"| {names(u['pieces'])} | {u['range']} | {size(u['bytes'])} | {duration(u['seconds'])} |"
+        for u in compiled
+    ]
+    return [*table, ""]
+
+
+def _changes(row: Row) -> list[str]:
+    changes = row["miss"]["changes"] if row["miss"] else []
+    if not changes:
+        return []
+    table = [f"#### {row['model']}: what differs from the nearest program", ""]
+    table += ["| factor | before | after | origin |", "|---|---|---|---|"]
+    for change in changes:
+        cells = (
+            f"{change['group']}.{change['name']}",
+            plain_value(change["before"]),
+            plain_value(change["after"]),
+            str(change["origin_after"] or change["origin_before"]),
+        )
+        table.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return table

@@ -1,0 +1,273 @@
+"""The factors of a program's and a unit's cache key, all but the model, the graph and the range.
+
+| group | what |
+|---|---|
+| environment | variables that change generated code and show nowhere else; torch's own switches |
+| versions | Python, torch, Triton, Transformers |
+| system | the device, the CPU's instruction set; the C++ compiler as provenance |
+| code | vllmc's own modules that shape programs, by digest |
+| inductor, functorch | whole config snapshots, under the overrides that compilation applies |
+| dynamo | the settings that matter to capture |
+| spec | what the user asked for |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import platform
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+import torch
+import xxhash
+from vllmc.core.cache.key import Factor, JsonValue
+from vllmc.core.spec import CompileSpec
+from vllmc.core.torch_compat import system
+from vllmc.core.torch_compat.config import (
+    Overrides,
+    cxx_candidates,
+    snapshot,
+    vllmc_overrides,
+)
+from vllmc.core.torch_compat.config_scope import EXCLUDED
+
+_DEBUG_CODE: Final = "builds the C++ code without optimisation, or with debug symbols"
+_TRITON_CODE: Final = "changes what Triton makes of a kernel"
+_TRITON_TOOL: Final = "another assembler or library than the one that comes with Triton"
+
+ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "TORCHINDUCTOR_DEBUG_COMPILE": _DEBUG_CODE,
+        "TORCHINDUCTOR_DEBUG_SYMBOL": _DEBUG_CODE,
+        "TENSORIFY_PYTHON_SCALARS": "decides whether traced Python numbers become tensors",
+        "FX_PATCH_GETITEM": "decides whether symbolic tracing follows indexing",
+    }
+)
+"""The environment variables that are factors on every device, and the reason.
+
+Most variables that torch reads set an option and are covered by the snapshots. These are read
+within torch's compiler itself (or Triton's, below).
+"""
+
+CUDA_ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "DISABLE_LLVM_OPT": _TRITON_CODE,
+        "DISABLE_MMA_V3": _TRITON_CODE,
+        "DISABLE_MMA_V5": _TRITON_CODE,
+        "DISABLE_PTXAS_OPT": _TRITON_CODE,
+        "PTXAS_OPTIONS": _TRITON_CODE,
+        "TRITON_DEFAULT_FP_FUSION": _TRITON_CODE,
+        "TRITON_DISABLE_LINE_INFO": _TRITON_CODE,
+        "TRITON_F32_DEFAULT": _TRITON_CODE,
+        "TRITON_INTERPRET": "runs kernels in Python instead of compiling them",
+        "TRITON_OVERRIDE_ARCH": "compiles for another GPU than the one there is",
+        "TRITON_USE_META_WS": _TRITON_CODE,
+        "TRITON_LIBDEVICE_PATH": _TRITON_TOOL,
+        "TRITON_PTXAS_PATH": _TRITON_TOOL,
+        "TRITON_PTXAS_BLACKWELL_PATH": _TRITON_TOOL,
+    }
+)
+"""The environment variables that are factors on a GPU as well; of a file, its contents count."""
+
+# One factor each, so that a diff names the package. Relative to the directory of vllmc.core or
+# vllmc.kernels; what only displays, stores or explains is not here.
+_CODE: Final[Sequence[tuple[str, str, tuple[str, ...]]]] = (
+    ("core.graph", "vllmc.core", ("graph/**/*.py",)),
+    ("core.compiler", "vllmc.core", ("compiler/**/*.py",)),
+    ("core.models", "vllmc.core", ("models/**/*.py",)),
+    ("core.torch_compat", "vllmc.core", ("torch_compat/**/*.py",)),
+    ("core.runtime", "vllmc.core", ("runtime/program*.py", "runtime/loader*.py")),
+    ("core.pipeline", "vllmc.core", ("pipeline.py",)),
+    ("kernels", "vllmc.kernels", ("**/*.py",)),
+)
+
+_UNIT_GROUPS: Final = frozenset({"environment", "system", "inductor", "functorch", "passes"})
+_UNIT_FACTORS: Final = frozenset(
+    {
+        ("versions", "python"),
+        ("versions", "python_abi"),
+        ("versions", "torch"),
+        ("versions", "torch_key"),
+        ("versions", "triton"),
+        ("code", "core.graph"),
+        ("code", "core.compiler"),
+        ("code", "core.torch_compat"),
+        ("spec", "dtype"),
+        ("spec", "device"),
+        ("spec", "dynamic_shapes"),
+        ("spec", "backend"),
+    }
+)
+
+Origins = Mapping[tuple[str, str], str]
+
+
+def program_factors(
+    *,
+    spec: CompileSpec,
+    model_factors: Iterable[Factor],
+    environment: Mapping[str, str],
+    cache_dir: Path | None,
+    option_origins: Origins,
+) -> tuple[Factor, ...]:
+    """Every factor of a program's key, known before anything is captured.
+
+    `environment` is what the process was started with; `cache_dir` is where slow answers are
+    remembered. `option_origins` says where the user's values came from, by (group, name): an
+    option's in group `inductor` or `functorch`, a field of the spec in group `spec`. Raises
+    `UsageError` for options that torch does not have, `VllmcError` (`no-device`).
+    """
+    overrides = vllmc_overrides(spec)
+    return (
+        *_environment(spec, environment),
+        *_versions(cache_dir),
+        *_system(spec, overrides, environment, cache_dir),
+        *_code(),
+        *_configs(overrides, environment, option_origins),
+        *_spec(spec, option_origins),
+        *model_factors,
+    )
+
+
+def unit_factors(program_factors: Iterable[Factor]) -> tuple[Factor, ...]:
+    """Those of a program's factors that a single artifact depends on.
+
+    Neither model nor sources, list of ranges or Dynamo's settings: what they come to is in the
+    piece's graph, whose digest and range are factors of the unit's own.
+    """
+    return tuple(
+        factor
+        for factor in program_factors
+        if factor.group in _UNIT_GROUPS or factor.identity in _UNIT_FACTORS
+    )
+
+
+def excluded() -> tuple[tuple[str, str], ...]:
+    """(name, reason) of each thing that is no factor, though it might seem to be one."""
+    options = [(f"{group}.{name}", reason) for (group, name), reason in EXCLUDED.items()]
+    return (
+        *sorted(options),
+        ("dynamo.*", "settings of guards, logs and recompiling: a linked program has no guards"),
+        ("environment.*", "variables that set an option count there; no other changes the code"),
+        ("system.cache_sizes", "of the CPU: they size blocks of autotuned products, for speed"),
+        ("system.cxx_compiler", "provenance: compared only when something must be compiled"),
+        ("system.driver", "of the GPU: code is made for the device and the CUDA toolkit"),
+        ("system.threads", "generated code asks OpenMP for their number when it runs"),
+        ("torch._inductor.config_comms", "orders collectives of several devices; vllmc uses one"),
+    )
+
+
+def _environment(spec: CompileSpec, environment: Mapping[str, str]) -> Iterator[Factor]:
+    names = [*ENVIRONMENT, *(CUDA_ENVIRONMENT if spec.device != "cpu" else ())]
+    for name in sorted(names):
+        value = environment.get(name)
+        yield Factor(
+            group="environment",
+            name=name,
+            value=value and _content(value),
+            origin="default" if value is None else f"env:{name}",
+            is_default=value is None,
+        )
+    for name, state in system.torch_state(spec.device).items():
+        yield _probed("environment", f"torch.{name}", state)
+
+
+def _content(value: str) -> str:
+    """`value`, or the digest of the file that it names: paths differ between machines."""
+    if not Path(value).is_absolute():
+        return value
+    try:
+        return f"file:{xxhash.xxh3_128_hexdigest(Path(value).read_bytes())}"
+    except OSError:
+        return "file:unreadable"
+
+
+def _versions(cache_dir: Path | None) -> Iterator[Factor]:
+    abi = sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag
+    implementation = sys.implementation.name
+    yield _probed(
+        "versions", "python", f"{implementation} {sys.version_info.major}.{sys.version_info.minor}"
+    )
+    yield _probed("versions", "python_abi", str(abi))
+    yield _probed("versions", "torch", str(torch.__version__))
+    yield _probed("versions", "torch_key", system.torch_key_hex(cache_dir))
+    yield _probed("versions", "triton", system.triton_version())
+    yield _probed("versions", "transformers", system.transformers_version())
+    yield _probed("versions", "python_full", platform.python_version(), affects_key=False)
+
+
+def _system(
+    spec: CompileSpec,
+    overrides: Overrides,
+    environment: Mapping[str, str],
+    cache_dir: Path | None,
+) -> Iterator[Factor]:
+    for name, value in system.device_properties(spec.device).items():
+        yield _probed("system", f"device_{name}", value)
+    march = dict(overrides.inductor).get("cpp.march")
+    assert march is None or isinstance(march, str)
+    yield _probed("system", "cpu_capability", system.cpu_capability())
+    yield _probed("system", "cpu_features", list(system.cpu_features(march=march)))
+    compiler = system.cxx_compiler(
+        cxx_candidates(overrides), search_path=environment.get("PATH", ""), cache=cache_dir
+    )
+    yield _probed("system", "cxx_compiler", compiler, affects_key=False)
+
+
+def _code() -> Iterator[Factor]:
+    for name, package, patterns in _CODE:
+        root = Path(importlib.import_module(package).__path__[0])
+        files = {file for pattern in patterns for file in root.glob(pattern)}
+        hasher = hashlib.sha256()
+        for file in sorted(files):
+            content = file.read_bytes()
+            relative = file.relative_to(root).as_posix()
+            hasher.update(f"{relative}\0{len(content)}\0".encode())
+            hasher.update(content)
+        yield _probed("code", name, hasher.hexdigest())
+
+
+def _configs(
+    overrides: Overrides, environment: Mapping[str, str], origins: Origins
+) -> Iterator[Factor]:
+    for group in ("inductor", "functorch", "dynamo"):
+        for entry in snapshot(group, overrides, environment=environment, option_origins=origins):
+            yield Factor(
+                group=group,
+                name=entry.name,
+                value=entry.value,
+                origin=entry.origin,
+                is_default=entry.is_default,
+            )
+
+
+def _spec(spec: CompileSpec, origins: Origins) -> Iterator[Factor]:
+    # Their order, and saying one twice, mean nothing.
+    values: Mapping[str, Callable[[CompileSpec], JsonValue]] = {
+        "device": lambda s: s.device,
+        "dtype": lambda s: s.dtype,
+        "ranges": lambda s: [f"{r.start}:{r.end}" for r in sorted(s.ranges)],
+        "sizes": lambda s: [*sorted(set(s.sizes))],
+        "dynamic_shapes": lambda s: s.dynamic_shapes,
+        "layer_names": lambda s: s.layer_names,
+        "splitting_ops": lambda s: [*sorted(set(s.splitting_ops))],
+        "backend": lambda s: s.backend,
+    }
+    default = CompileSpec()
+    for name, value_of in values.items():
+        yield Factor(
+            group="spec",
+            name=name,
+            value=value_of(spec),
+            origin=origins.get(("spec", name), "default"),
+            is_default=value_of(spec) == value_of(default),
+        )
+
+
+def _probed(group: str, name: str, value: JsonValue, *, affects_key: bool = True) -> Factor:
+    return Factor(group=group, name=name, value=value, origin="probe", affects_key=affects_key)

@@ -1,0 +1,108 @@
+"""A workload for a program: prompts, run at one batch size after another, with recompiles seen."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllmc.core.diagnose.recompiles import Recompile, explain, merge
+from vllmc.core.runtime.engine import Engine, EngineConfig, Output, Timings
+from vllmc.core.runtime.program import Program
+from vllmc.core.runtime.sampler import SamplingParams
+from vllmc.kernels.kv_cache import KVCacheSpec, blocks_needed
+
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the model allows: `vocab_size` tokens, sequences of `max_position` (None: any)."""
+
+    vocab_size: int
+    max_position: int | None
+    dtype: torch.dtype
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadResult:
+    """The outputs of the last batch size; timings are sums, `first_token_seconds` the first's."""
+
+    outputs: tuple[Output, ...]
+    timings: tuple[Timings, ...]
+    recompiles: tuple[Recompile, ...]
+    seconds: float
+
+
+def run_workload(
+    program: Program,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    limits: Limits,
+    *,
+    batch_sizes: Sequence[int] = (),
+) -> WorkloadResult:
+    """Generates for `prompts`, repeated or cut to each of `batch_sizes` (none: as they are).
+
+    Raises what `Engine.generate` raises.
+    """
+    # Watching needs Dynamo, which is there only if something compiles with it.
+    from vllmc.core.torch_compat.recompiles import watch_recompiles
+
+    batches = [_repeat(prompts, size) for size in batch_sizes] or [list(prompts)]
+    engine = _engine(program, batches, params, limits)
+    started = time.perf_counter()
+    with watch_recompiles() as recompilations:
+        results = [engine.generate(batch, params) for batch in batches]
+    return WorkloadResult(
+        outputs=results[-1].outputs,
+        timings=tuple(result.timings for result in results),
+        recompiles=merge(
+            explain(
+                file=r.file, line=r.line, function=r.function, reason=r.reason, seconds=r.seconds
+            )
+            for r in recompilations
+        ),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _repeat(prompts: Sequence[Sequence[int]], size: int) -> list[Sequence[int]]:
+    return list(itertools.islice(itertools.cycle(prompts), size))
+
+
+def _engine(
+    program: Program,
+    batches: Sequence[Sequence[Sequence[int]]],
+    params: SamplingParams,
+    limits: Limits,
+) -> Engine:
+    needed = max(
+        sum(blocks_needed(len(p) + params.max_new_tokens, BLOCK_SIZE) for p in batch)
+        for batch in batches
+    )
+    return Engine(
+        program,
+        [
+            KVCacheSpec(
+                layer_name=site.layer,
+                num_kv_heads=site.kv_heads,
+                key_size=site.key_size,
+                value_size=site.value_size,
+            )
+            for site in program.layout.attention
+        ],
+        EngineConfig(
+            vocab_size=limits.vocab_size,
+            max_position=limits.max_position,
+            max_tokens_per_step=program.max_tokens,
+            num_blocks=max(needed, 1),
+            block_size=BLOCK_SIZE,
+            dtype=limits.dtype,
+            device=limits.device,
+        ),
+    )
