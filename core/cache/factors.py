@@ -25,6 +25,7 @@ from typing import Final
 
 import torch
 import xxhash
+
 from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat import system

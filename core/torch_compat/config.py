@@ -7,15 +7,14 @@ then a key describes the very settings that its code was generated under.
 from __future__ import annotations
 
 import contextlib
-import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
-import torch._functorch.config
-import torch._inductor.config
 from torch.utils._config_module import _UNSET_SENTINEL
+
+from vllmc.core.torch_compat.config_modules import import_config, present_config
 from vllmc.core.torch_compat.config_scope import CAPTURE, EXCLUDED
 from vllmc.core.torch_compat.config_source import default_without_environment, definitions
 from vllmc.core.torch_compat.config_values import canonical, stable
@@ -120,15 +119,17 @@ def vllmc_overrides(spec: CompileSpec) -> Overrides:
 
 
 @contextlib.contextmanager
-def applied(overrides: Overrides) -> Iterator[None]:
-    """Runs a block under the overrides.
+def applied(
+    overrides: Overrides, *, config: Callable[[str], Any] = import_config
+) -> Iterator[None]:
+    """Runs a block under the overrides; `config` finds the modules that they are set in.
 
     They are context-local in torch: a thread started within the block does not see them and
     enters `applied` itself, so that threads may compile under different options.
     """
     with (
-        torch._inductor.config.patch(dict(overrides.inductor)),
-        torch._functorch.config.patch(dict(overrides.functorch)),
+        config(MODULES["inductor"]).patch(dict(overrides.inductor)),
+        config(MODULES["functorch"]).patch(dict(overrides.functorch)),
     ):
         yield
 
@@ -145,11 +146,11 @@ def snapshot(
     Inductor's and functorch's configs are whole, private options and those that torch's own cache
     key ignores included, but for `EXCLUDED`; of Dynamo's only `CAPTURE`. `environment` is what the
     process was started with; `option_origins` says where the user's options came from (`flag` for
-    those it lacks).
+    those it lacks). Imports no compiler: see `config_modules`.
     """
     given = overrides.of(group)
     entries = []
-    with applied(overrides):
+    with applied(overrides, config=present_config):
         for name, module_name, key in _settings(group):
             set_by: str | None
             if (group, name) in overrides.chosen:
@@ -162,8 +163,8 @@ def snapshot(
 
 def cxx_candidates(overrides: Overrides) -> tuple[str | None, ...]:
     """The C++ compilers that Inductor tries under `overrides`, in order; None is a download."""
-    with applied(overrides):
-        cxx = torch._inductor.config.cpp.cxx
+    with applied(overrides, config=present_config):
+        cxx = present_config(MODULES["inductor"]).cpp.cxx
     return tuple(cxx) if isinstance(cxx, (list, tuple)) else (cxx,)
 
 
@@ -173,11 +174,11 @@ def _settings(group: Group) -> Iterator[tuple[str, str, str]]:
         for name in sorted(CAPTURE):
             prefix = next(p for p in _CAPTURE_PREFIXES if name.startswith(p))
             module_name, key = _CAPTURE_PREFIXES[prefix], name.removeprefix(prefix)
-            if key in _module(module_name)._config:
+            if key in present_config(module_name)._config:
                 yield name, module_name, key
         return
     module_name = MODULES[group]
-    for key, entry in sorted(_module(module_name)._config.items()):
+    for key, entry in sorted(present_config(module_name)._config.items()):
         # An alias names an option that is listed itself.
         if entry.alias is None and (group, key) not in EXCLUDED:
             yield key, module_name, key
@@ -190,7 +191,7 @@ def _entry(
     set_by: str | None,
     environment: Mapping[str, str],
 ) -> ConfigEntry:
-    registered = _module(module_name)._config[key]
+    registered = present_config(module_name)._config[key]
     value = stable(_value(module_name, key))
     defined = definitions(module_name).get(key)
     variables = [v for v in defined.variables if v in environment] if defined else []
@@ -209,12 +210,8 @@ def _entry(
 
 
 def _value(module_name: str, key: str) -> Any:
-    module = _module(module_name)
+    module = present_config(module_name)
     if getattr(module._config[key], "deprecated", False):
         # Reading the attribute would warn.
         return module.get_config_copy()[key]
     return getattr(module, key)
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(name)

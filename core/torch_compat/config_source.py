@@ -11,12 +11,12 @@ from __future__ import annotations
 import ast
 import functools
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import Any, TypeAlias
+
+from vllmc.core.torch_compat.config_modules import config_file, present_config
 
 _Functions: TypeAlias = "dict[str, ast.FunctionDef]"
 
@@ -37,10 +37,8 @@ class Definition:
 
 @functools.cache
 def definitions(module: str) -> dict[str, Definition]:
-    """The definitions of a config module that has been imported, by dotted option name."""
-    file = sys.modules[module].__file__
-    assert file is not None
-    tree = ast.parse(Path(file).read_bytes())
+    """The definitions in a config module of torch, by dotted option name."""
+    tree = ast.parse(config_file(module).read_bytes())
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     found: dict[str, Definition] = {}
     _collect(tree.body, "", functions, found)
@@ -50,11 +48,12 @@ def definitions(module: str) -> dict[str, Definition]:
 def default_without_environment(module: str, name: str) -> Any:
     """The option's default with no environment variable set. Raises `KeyError` if undefined."""
     defined = definitions(module)[name]
-    bare = dict(vars(sys.modules[module]))
+    namespace = vars(present_config(module))
+    bare = dict(namespace)
     bare["os"] = SimpleNamespace(environ={}, getenv=lambda _, default=None: default, path=os.path)
     bare["get_tristate_env"] = lambda _, default=None: default
     for key, value in list(bare.items()):
-        if isinstance(value, FunctionType) and value.__module__ == module:
+        if isinstance(value, FunctionType) and value.__globals__ is namespace:
             bare[key] = FunctionType(
                 value.__code__, bare, value.__name__, value.__defaults__, value.__closure__
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import json
 import types
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from typing import (
 )
 
 from vllmc.core.errors import UsageError
+from vllmc.core.torch_compat.config_modules import present_config
 
 if TYPE_CHECKING:
     from vllmc.core.spec import OptionValue
@@ -206,4 +206,4 @@ def _full(group: OptionGroup, name: str) -> str:
 
 
 def _config(group: OptionGroup) -> Any:
-    return importlib.import_module(MODULES[group])
+    return present_config(MODULES[group])

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import torch
+
 from vllmc.core.errors import VllmcError
 
 if TYPE_CHECKING:

@@ -75,6 +75,17 @@ def test_a_changed_file_is_stale_and_says_which_functions_it_held(
     assert sources.verify(found) == ()
 
 
+def test_sources_are_shown_as_they_are_now(load: Callable[[str], ModuleType]) -> None:
+    layers, single = load("mymodels.deep.layers"), load("mymodule")
+    found = sources.collect({file_of(layers): ["Layer.forward"], file_of(single): ["attend"]})
+    assert sources.current(found) == found
+    Path(file_of(layers)).write_text("changed")
+    Path(file_of(single)).unlink()
+    [now] = sources.current(found)
+    assert (now.path, now.functions) == ("deep/layers.py", ("Layer.forward",))
+    assert now.digest != found[0].digest
+
+
 def test_a_missing_file_and_a_missing_package_are_stale(
     load: Callable[[str], ModuleType],
 ) -> None:

@@ -266,6 +266,39 @@ def test_without_variables_only_what_vllmc_sets_differs_from_the_default(tmp_pat
     assert {row[1] for row in found.values()} == {"default", "vllmc"}
 
 
+STAND_IN = """
+import json, os, sys, torch
+from vllmc.core.spec import CompileSpec
+from vllmc.core.torch_compat.config import snapshot, vllmc_overrides
+from vllmc.core.torch_compat.options import option_names, parse_option
+
+def everything():
+    overrides = vllmc_overrides(CompileSpec(inductor=(("max_autotune", True),)))
+    groups = ("inductor", "functorch", "dynamo")
+    return (
+        [snapshot(group, overrides, environment=os.environ) for group in groups],
+        option_names("inductor"),
+        parse_option("cpp.simdlen=256"),
+    )
+
+before = everything()
+compilers = {"torch._dynamo", "torch._inductor", "sympy"}
+assert not compilers & set(sys.modules), compilers & set(sys.modules)
+import torch._inductor.config
+import transformers.models.llama.modeling_llama
+assert everything() == before
+torch._inductor.config.dce = True
+torch._dynamo.config.specialize_float = True
+after = everything()
+changed = [a.name for s, t in zip(before[0], after[0]) for a, b in zip(s, t) if a != b]
+assert changed == ["dce", "specialize_float"], changed
+"""
+
+
+def test_a_snapshot_is_the_same_with_and_without_the_compilers_imported(tmp_path: Path) -> None:
+    run_python(STAND_IN, cwd=tmp_path, TORCHINDUCTOR_COORDINATE_DESCENT_TUNING="1")
+
+
 @pytest.mark.parametrize(
     "module",
     [
