@@ -64,6 +64,7 @@ def capture(model: Model, entry: torch.nn.Module, spec: CompileSpec) -> Capture:
         for node in graph.nodes
         if node.op == "placeholder"
     )
+    _check_positions(model, inputs)
     sites = _attention_sites(graph, inputs)
     _check_attention(model, sites)
     functions: dict[str, set[str]] = {}
@@ -167,6 +168,16 @@ def _check_attention(model: Model, sites: Sequence[AttentionSite]) -> None:
         [site.window for site in sites],
         sliding_window=model.info.sliding_window,
     )
+
+
+def _check_positions(model: Model, inputs: Sequence[GraphInput]) -> None:
+    """Refuses a model that counts positions by itself: a flattened batch has several sequences."""
+    if not any(given.kind == "activation" and given.name == "position_ids" for given in inputs):
+        raise _unsupported(
+            model.name,
+            "it does not use the position_ids that it is given",
+            hint="vllmc runs several sequences as one batch, so each token brings its position",
+        )
 
 
 def _refuse_constants(model: Model, graph: fx.Graph) -> None:

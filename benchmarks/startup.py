@@ -1,0 +1,263 @@
+"""Time to the first output, cold and warm: eager, stock torch.compile and vllmc.
+
+    python benchmarks/startup.py [--layers 2 8 32] [--runs 3] [--json FILE]
+
+Every measurement is a fresh process, and the alternatives take turns. A cold run has empty
+caches; a warm one those of the cold run before it. Times run from the first call to its end;
+imports and building the model are not counted. Medians, and ratios to stock torch.compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+ALTERNATIVES = ("eager", "stock", "vllmc")
+PROMPT_TOKENS = 16
+STEPS = 30
+
+
+def main() -> None:
+    """Runs the comparison, or one measurement of it (`--one`)."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 8, 32])
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", choices=ALTERNATIVES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(options.one, options.layers[0])))
+        return
+    samples = compare(options.layers, options.runs)
+    rows = summarize(samples)
+    print(table(rows))
+    if options.json:
+        report = {"machine": machine(), "runs": options.runs, "rows": rows}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def compare(layers: list[int], runs: int) -> dict[tuple[int, str, str], list[dict[str, float]]]:
+    """`(layers, alternative, "cold" or "warm") -> one sample per run`."""
+    samples: dict[tuple[int, str, str], list[dict[str, float]]] = defaultdict(list)
+    for depth in layers:
+        for run in range(runs):
+            for alternative in ALTERNATIVES:
+                with tempfile.TemporaryDirectory() as caches:
+                    for state in ("cold", "warm"):
+                        sample = in_fresh_process(alternative, depth, Path(caches))
+                        samples[depth, alternative, state].append(sample)
+                        print(
+                            f"{depth} layers, run {run}, {alternative} {state}: {sample}",
+                            file=sys.stderr,
+                            flush=True,
+                        )
+    return samples
+
+
+def in_fresh_process(alternative: str, layers: int, caches: Path) -> dict[str, float]:
+    """One measurement with all caches below `caches`."""
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "VLLMC_CACHE_DIR": str(caches / "vllmc"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, __file__, "--one", alternative, "--layers", str(layers)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{alternative} failed:\n{done.stderr}")
+    sample: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return sample
+
+
+def model_config(layers: int) -> Any:
+    """A Llama with hidden size 256 in float32."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=32000,
+    )
+
+
+def measure(alternative: str, layers: int) -> dict[str, float]:
+    """Seconds to the first output and per step, and peak memory in MB."""
+    import torch
+
+    step = vllmc_step(layers) if alternative == "vllmc" else transformers_step(alternative, layers)
+    started = time.perf_counter()
+    step(PROMPT_TOKENS)
+    first = time.perf_counter() - started
+    times = {}
+    for tokens in (1, PROMPT_TOKENS):
+        for _ in range(3):
+            step(tokens)
+        laps = []
+        for _ in range(STEPS):
+            lap = time.perf_counter()
+            step(tokens)
+            laps.append(time.perf_counter() - lap)
+        times[tokens] = statistics.median(laps)
+    assert torch.get_num_threads() > 0
+    return {
+        "first": first,
+        "step_1": times[1],
+        "step_16": times[PROMPT_TOKENS],
+        "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def transformers_step(alternative: str, layers: int) -> Any:
+    """A forward of the model as Transformers builds it, plain or under stock `torch.compile`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(model_config(layers), dtype=torch.float32).eval()
+    call = model
+    if alternative == "stock":
+        call = torch.compile(model, fullgraph=True, dynamic=True)
+
+    def step(tokens: int) -> torch.Tensor:
+        ids = torch.ones(1, tokens, dtype=torch.int64)
+        positions = torch.arange(tokens)[None]
+        with torch.no_grad():
+            return call(
+                input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1
+            ).logits
+
+    return step
+
+
+def vllmc_step(layers: int) -> Any:
+    """The same forward with vllmc. Obtaining and linking the program are part of the first call."""
+    import torch
+
+    from vllmc.core.cache.store import Store
+    from vllmc.core.events import SilentObserver
+    from vllmc.core.job import make_job
+    from vllmc.core.models.transformers_model import ConfigSource, TransformersModel
+    from vllmc.core.pipeline import obtain_program, open_program
+    from vllmc.core.spec import CompileSpec
+    from vllmc.kernels.forward_context import (
+        AttentionMetadata,
+        ForwardContext,
+        SequenceSpan,
+        forward_context,
+    )
+    from vllmc.kernels.kv_cache import BlockTable, KVCacheSpec, LayerCache
+
+    cache = Path(os.environ["VLLMC_CACHE_DIR"])
+    model = TransformersModel("bench", model_config(layers), ConfigSource(label="bench"), None)
+    spec = CompileSpec(dtype="float32")
+    entry = model.build("real", device="cpu", dtype="float32", layer_names="hoisted", seed=0)
+    table = BlockTable.of([0], PROMPT_TOKENS, "cpu")
+    state: dict[str, Any] = {}
+
+    def start() -> None:
+        job = make_job(model, spec, environment=dict(os.environ), cache_dir=cache, origins={})
+        program = open_program(obtain_program(job, Store(cache), SilentObserver()), entry)
+        state["program"] = program
+        state["caches"] = {
+            site.layer: LayerCache.allocate(
+                KVCacheSpec(
+                    layer_name=site.layer,
+                    num_kv_heads=site.kv_heads,
+                    key_size=site.key_size,
+                    value_size=site.value_size,
+                ),
+                slots=PROMPT_TOKENS,
+                dtype=torch.float32,
+                device="cpu",
+            )
+            for site in program.layout.attention
+        }
+
+    def step(tokens: int) -> torch.Tensor:
+        if not state:
+            start()
+        span = SequenceSpan(query_start=0, query_len=tokens, total_len=tokens, table=table)
+        metadata = AttentionMetadata(slots=torch.arange(tokens), sequences=(span,))
+        with (
+            torch.no_grad(),
+            forward_context(ForwardContext(metadata=metadata, caches=state["caches"])),
+        ):
+            logits: torch.Tensor = state["program"](
+                torch.ones(1, tokens, dtype=torch.int64),
+                torch.arange(tokens)[None],
+                torch.tensor([tokens - 1]),
+            )
+            return logits
+
+    return step
+
+
+def summarize(
+    samples: dict[tuple[int, str, str], list[dict[str, float]]],
+) -> list[dict[str, Any]]:
+    """Medians with their spread, and ratios to stock in the same state."""
+    rows: list[dict[str, Any]] = []
+    for (depth, alternative, state), group in samples.items():
+        row: dict[str, Any] = {"layers": depth, "alternative": alternative, "state": state}
+        for name in group[0]:
+            values = [sample[name] for sample in group]
+            row[name] = statistics.median(values)
+            row[f"{name}_spread"] = [min(values), max(values)]
+        stock = samples[depth, "stock", state]
+        for name in ("first", "step_1", "step_16"):
+            row[f"{name}_ratio"] = row[name] / statistics.median(s[name] for s in stock)
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| layers | | | first output | of stock | step, 1 token | of stock "
+        "| step, 16 tokens | of stock | memory |",
+        "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        low, high = row["first_spread"]
+        lines.append(
+            f"| {row['layers']} | {row['alternative']} | {row['state']} "
+            f"| {row['first']:.2f} s ({low:.2f} to {high:.2f}) | {row['first_ratio']:.2f} "
+            f"| {row['step_1'] * 1e3:.2f} ms | {row['step_1_ratio']:.2f} "
+            f"| {row['step_16'] * 1e3:.2f} ms | {row['step_16_ratio']:.2f} "
+            f"| {row['memory_mb']:.0f} MB |"
+        )
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    import torch
+    import transformers
+
+    return {
+        "cpus": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+if __name__ == "__main__":
+    main()
