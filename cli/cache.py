@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Annotated
 
 import typer
+
 from vllmc.cli import render
 from vllmc.cli.options import CommonFlags, command
 from vllmc.core.cache.key import Factor, JsonValue

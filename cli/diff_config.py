@@ -70,7 +70,12 @@ def diff_config(
     """Name the exact fields in which two configurations, caches or machines differ.
 
     A snapshot file is what vllmc inspect-key --json prints. The options that shape the
-    compilation apply to current.
+    compilation apply to current; defaults is without them, config file and environment variables.
+
+    With --json: a and b (kind, name), equal (no difference affects the key), changes (group,
+    name, before, after, kind: changed, added or removed; class: codegen, surroundings, identity,
+    secret or unknown; affects_key, origin_before, origin_after, note) and same, the number of
+    factors that are.
     """
     settings = common.settings()
     store = Store(settings.cache_dir)
@@ -126,27 +131,43 @@ def _live_side(text: str, current: _Current) -> Side:
         environment = {
             name: value
             for name, value in current.settings.environment.items()
-            if not name.startswith(_CONFIGURING)
+            if not _configures(name)
         }
-        words = [current.model, "--config", os.devnull]
+        words = ["--config", os.devnull]
         return Side(
-            kind="defaults", name="", model=current.model, factors=_elsewhere(words, environment)
+            kind="defaults",
+            name="",
+            model=current.model,
+            factors=_elsewhere(current, words, environment),
         )
     if current.variables:
         # torch reads variables when it is imported, so others need a process of their own.
-        words = [current.model, *_words(current.compilation)]
+        words = _words(current.compilation)
         if current.settings.config is not None:
             words += ["--config", str(current.settings.config.path)]
-        factors = _elsewhere(words, {**current.settings.environment, **current.variables})
+        environment = {**current.settings.environment, **current.variables}
+        factors = _elsewhere(current, words, environment)
     else:
         request = compile_request(current.settings, current.compilation, current.model)
         factors = jobs.make(current.settings, request).factors
     return Side(kind="current", name="", model=current.model, factors=factors)
 
 
-def _elsewhere(words: list[str], environment: Mapping[str, str]) -> tuple[Factor, ...]:
-    """The factors that `inspect-key` finds in a process with this environment."""
+def _configures(variable: str) -> bool:
+    """Whether a variable may change a factor, so that `defaults` is without it."""
+    from vllmc.core.cache.factors import CUDA_ENVIRONMENT, ENVIRONMENT
+
+    return (
+        variable.startswith(_CONFIGURING) or variable in ENVIRONMENT or variable in CUDA_ENVIRONMENT
+    )
+
+
+def _elsewhere(
+    current: _Current, words: list[str], environment: Mapping[str, str]
+) -> tuple[Factor, ...]:
+    """The factors that `inspect-key` with the options `words` finds under this environment."""
     program = "from vllmc.cli.app import entry_point; entry_point()"
+    words = [current.model, "--cache-dir", str(current.settings.cache_dir), *words]
     done = subprocess.run(
         [sys.executable, "-c", program, "inspect-key", "--json", "-q", *words],
         env=dict(environment),

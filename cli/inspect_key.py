@@ -27,7 +27,7 @@ def inspect_key(
     target: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL|KEY]",
+            metavar="MODEL|KEY",
             show_default="tiny-llama",
             help="A model, or a stored key (8 or more hex digits of it).",
         ),
@@ -35,17 +35,20 @@ def inspect_key(
 ) -> None:
     """Show the factors of a model's cache key and predict whether the cache would hit.
 
-    For a stored KEY it shows the factors that were recorded, with no prediction. -v shows also
-    the factors that are at their defaults.
+    For a stored KEY it shows the factors that were recorded, with no prediction. It exits 0
+    whatever it predicts: warm --check is the check. -v shows also the factors that nobody set, and
+    what is no factor.
+
+    With --json: model, key, prediction (outcome: hit, miss, unsafe or unknown; reason,
+    nearest_key, changes as diff-config lists them), factors (group, name, value, digest, origin:
+    default, env:NAME, file:NAME:LINE, flag, vllmc or probe; is_default, affects_key) and excluded
+    (name, reason). Written to a file it is a snapshot for diff-config.
     """
     settings = common.settings()
     output = common.output("inspect-key")
     store = Store(settings.cache_dir)
     key = stored_key(store, target) if target and not Path(target).exists() else None
-    if key is not None:
-        row = _stored(store, key)
-    else:
-        row = _current(settings, compilation, store, target)
+    row = _stored(store, key) if key else _current(settings, compilation, store, target)
     output.data(row, lambda: report.inspect(row, whole=output.verbosity > 0))
 
 
@@ -56,9 +59,7 @@ def _stored(store: Store, key: str) -> Row:
     return {"model": record[0].model, **_key_row(key, record[0].factors), "excluded": []}
 
 
-def _current(
-    settings: Settings, compilation: CompileFlags, store: Store, model: str | None
-) -> Row:
+def _current(settings: Settings, compilation: CompileFlags, store: Store, model: str | None) -> Row:
     job = jobs.make(settings, compile_request(settings, compilation, model))
     from vllmc.core.cache.factors import excluded
     from vllmc.core.prediction import predict

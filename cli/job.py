@@ -29,9 +29,9 @@ def make(settings: Settings, request: CompileRequest) -> Job:
     """Resolves the model and the options. Raises `VllmcError` for what is not there."""
     from vllmc.core.models.resolve import resolve
 
-    # A console script does not have the working directory on its path, where `module:attribute`
-    # is looked for.
-    if str(Path.cwd()) not in sys.path:
+    # `module:attribute` is looked for in the working directory too, which a console script does
+    # not have on its path.
+    if ":" in request.model and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     model = resolve(request.model, layers=request.layers)
 

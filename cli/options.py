@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
 
 import typer
+
 from vllmc.cli.output import Output
 from vllmc.cli.settings import RawOption, Setting, Settings, load_settings
 from vllmc.core.errors import UsageError
@@ -232,22 +233,22 @@ def compile_request(
         model=model or DEFAULT_PRESET,
         layers=layers[0] if layers else None,
         device=_device(given("device", flags.device, "auto")),
-        dtype=_choice("dtype", given("dtype", flags.dtype, "auto"), DTYPES),
+        dtype=choice("dtype", given("dtype", flags.dtype, "auto"), DTYPES),
         ranges=tuple(sorted(_located(ranges, CompileRange.parse))),
         sizes=tuple(sorted(set(sizes))),
-        dynamic_shapes=_choice("dynamic-shapes", shapes, get_args(DynamicShapes)),
-        layer_names=_choice("layer-names", names, get_args(LayerNames)),
+        dynamic_shapes=choice("dynamic-shapes", shapes, get_args(DynamicShapes)),
+        layer_names=choice("layer-names", names, get_args(LayerNames)),
         splitting_ops=tuple(dict.fromkeys(_located(ops, _op_name))),
         options=_merge(settings.raw_options, flags.option or ()),
-        backend=_choice("backend", given("backend", flags.backend, "inductor"), BACKENDS),
+        backend=choice("backend", given("backend", flags.backend, "inductor"), BACKENDS),
         origins=origins,
     )
     check_ranges(request.ranges, request.sizes)
     return request
 
 
-def _choice(name: str, setting: Setting, choices: tuple[T, ...]) -> T:
-    """The one of `choices` that the setting spells."""
+def choice(name: str, setting: Setting, choices: tuple[T, ...]) -> T:
+    """The one of `choices` that the setting spells; raises `UsageError` (`bad-value`)."""
     if setting.value not in choices:
         raise UsageError(
             "bad-value",

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
+
 from vllmc.cli.render import duration
 from vllmc.core.errors import VllmcError
 from vllmc.core.events import Observer, SilentObserver, UnitOutcome

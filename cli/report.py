@@ -8,18 +8,25 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from vllmc.cli.render import Listing, changes, duration, facts, factors, names, short_key, size
+from vllmc.cli.render import Listing, changes, duration, factors, facts, names, short_key, size
 
 Row = Mapping[str, Any]
 
 _OUTCOMES = {
-    "hit": ("green", "everything was stored already"),
-    "compiled": ("yellow", "nothing was stored, so everything was compiled"),
+    "hit": ("green", "nothing had to be compiled"),
+    "compiled": ("yellow", "none of its units was stored, so all were compiled"),
     "partial": ("yellow", "some units were stored, the others were compiled"),
     "would-hit": ("green", "everything is stored"),
     "would-miss": ("yellow", "a warm would compile"),
     "unknown": ("yellow", "only capture can tell"),
     "unsafe": ("red", "the cache holds something that must not be used"),
+}
+_FORCED = "everything was compiled again, as --force asks"
+_DUP = "dup: compiled now, and the code turned out to be stored already under another key"
+_COUNTS = {
+    "hit": "from the cache",
+    "compiled": "compiled",
+    "dup": "compiled to code that was stored already",
 }
 _SHOWN_CHANGES = 12
 
@@ -34,7 +41,8 @@ def warm(rows: Sequence[Row]) -> RenderableType:
 
 def _warm_one(row: Row) -> RenderableType:
     style, meaning = _OUTCOMES[row["outcome"]]
-    counts = row["counts"]
+    if row["program"] == "miss" and row["miss"] is None:
+        meaning = _FORCED
     lines = [("model", row["model"]), ("key", short_key(row["key"]))]
     if row["pieces"] is not None:
         pieces = row["pieces"]
@@ -46,24 +54,30 @@ def _warm_one(row: Row) -> RenderableType:
             )
         )
     if row["units"]:
-        lines.append(
-            ("units", ", ".join(f"{count} {name}" for name, count in counts.items() if count))
-        )
+        lines.append(("units", _counts(row["counts"])))
     if row["seconds"]["total"]:
-        seconds = row["seconds"]
-        spent = [f"{duration(seconds[n])} {n}" for n in ("capture", "compile") if seconds[n]]
-        lines.append(("time", f"{duration(seconds['total'])} ({', '.join(spent)})" if spent
-                      else duration(seconds["total"])))
-        lines.append(("memory", f"{row['peak_rss_mb']} MB at most"))
+        lines += [("time", _times(row["seconds"])), ("memory", f"{row['peak_rss_mb']} MB at most")]
     parts: list[RenderableType] = [
         Text.assemble((row["outcome"], f"bold {style}"), f"  {row.get('reason') or meaning}"),
         facts(*lines),
     ]
     if row["units"] and row["outcome"] != "would-hit":
         parts += ["", _units(row["units"])]
-    if row["miss"] is not None:
+    if row["counts"]["dup"]:
+        parts.append(Text(_DUP, style="dim"))
+    if row["miss"] is not None and row["miss"]["nearest_key"] is not None:
         parts += ["", *_miss(row["miss"])]
     return Group(*parts)
+
+
+def _counts(counts: Row) -> str:
+    return ", ".join(f"{counts[name]} {what}" for name, what in _COUNTS.items() if counts[name])
+
+
+def _times(seconds: Row) -> str:
+    spent = [f"{duration(seconds[n])} {n}" for n in ("capture", "compile") if seconds[n]]
+    total = duration(seconds["total"])
+    return f"{total} ({', '.join(spent)})" if spent else total
 
 
 def _units(units: Sequence[Row]) -> RenderableType:
@@ -84,13 +98,11 @@ def _units(units: Sequence[Row]) -> RenderableType:
 
 
 def _miss(miss: Row) -> list[RenderableType]:
-    if miss["nearest_key"] is None:
-        return [Text("the cache held no program to compare with", style="dim")]
     nearest = short_key(miss["nearest_key"])
     if not miss["changes"]:
-        return [Text(f"the record of {nearest} is there, but not all of its artifacts")]
+        return [Text(f"the record of {nearest} is stored, but not all of its artifacts")]
     return [
-        Text(f"compared with {nearest}, the nearest program in the cache:"),
+        Text(f"what differs from {nearest}, the nearest program in the cache:"),
         changes_table(miss["changes"]),
     ]
 
@@ -104,15 +116,23 @@ def changes_table(rows: Sequence[Row], limit: int = _SHOWN_CHANGES) -> Renderabl
 
 
 def inspect(row: Row, *, whole: bool) -> RenderableType:
-    """The report of `inspect-key`: the prediction, and the factors that somebody set."""
-    parts: list[RenderableType] = [facts(("model", row["model"]), ("key", row["key"]))]
+    """The report of `inspect-key`: the prediction, and the factors that somebody set.
+
+    `whole` shows every factor, and what is none.
+    """
+    # A unit serves any model, and names none.
+    lines = [("model", row["model"])] if row["model"] else []
+    parts: list[RenderableType] = [facts(*lines, ("key", row["key"]))]
     if (prediction := row.get("prediction")) is not None:
         parts += ["", *_prediction(prediction)]
     shown = [f for f in row["factors"] if whole or not f["is_default"] or not f["affects_key"]]
     parts += ["", factors(shown)]
-    if not whole:
+    if whole and row["excluded"]:
+        excluded = tuple((item["name"], item["reason"]) for item in row["excluded"])
+        parts += ["", Listing(headings=("NO FACTOR", "WHY"), rows=excluded)]
+    elif not whole:
         hidden = len(row["factors"]) - len(shown)
-        parts += ["", Text(f"{hidden} more at their defaults; -v shows them", style="dim")]
+        parts += ["", Text(f"{hidden} more that nobody set; -v shows them", style="dim")]
     return Group(*parts)
 
 
@@ -125,7 +145,7 @@ def _prediction(prediction: Row) -> list[RenderableType]:
     )
     if not prediction["changes"]:
         return [head]
-    return [head, changes_table(prediction["changes"])]
+    return [head, *_miss(prediction)]
 
 
 def diff(row: Row) -> RenderableType:
@@ -135,7 +155,8 @@ def diff(row: Row) -> RenderableType:
         verdict = Text("equal: no difference affects the key", style="bold green")
     else:
         count = sum(change["affects_key"] for change in row["changes"])
-        verdict = Text(f"{count} differences affect the key", style="bold yellow")
+        what = "1 difference affects" if count == 1 else f"{count} differences affect"
+        verdict = Text(f"{what} the key", style="bold yellow")
     parts: list[RenderableType] = [facts(("a", a), ("b", b)), "", verdict]
     if row["changes"]:
         parts.append(changes(row["changes"]))
@@ -151,11 +172,11 @@ def run(row: Row) -> RenderableType:
         if generated is None:
             generated = ", ".join(map(str, output["token_ids"]))
         parts += [Text(f"> {output['prompt']}", style="dim"), Text(generated)]
-    counts, seconds, rates = row["counts"], row["seconds"], row["tokens_per_second"]
+    seconds, rates = row["seconds"], row["tokens_per_second"]
     parts += [
         "",
         facts(
-            ("units", ", ".join(f"{n} {name}" for name, n in counts.items() if n)),
+            ("units", _counts(row["counts"])),
             ("load", duration(seconds["load"])),
             ("first token", duration(seconds["first_token"])),
             ("speed", f"prefill {rates['prefill']:.0f}, decode {rates['decode']:.0f} tokens/s"),
@@ -169,7 +190,7 @@ def run(row: Row) -> RenderableType:
                 ("frame", recompile["frame"]),
                 ("guard", recompile["guard"]),
                 ("class", recompile["class"]),
-                ("count", str(recompile["count"])),
+                ("times", str(recompile["count"])),
                 ("fix", recompile["fix"]),
             ),
         ]

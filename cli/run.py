@@ -76,7 +76,7 @@ def run(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             show_default="tiny-llama",
             help="module:attribute, a directory, a preset or a hub id.",
         ),
@@ -86,14 +86,20 @@ def run(
     ] = False,
     fail_on_miss: Annotated[
         bool,
-        typer.Option(
-            "--fail-on-miss", help="Exit 3 rather than compile, 4 on what is corrupt."
-        ),
+        typer.Option("--fail-on-miss", help="Exit 3 rather than compile, 4 on what is corrupt."),
     ] = False,
 ) -> int:
     """Generate with the compiled program, and report each recompile with cause and fix.
 
-    Weights come from the model's directory, else they are random, always the same.
+    Weights come from the model's directory, else they are random, always the same. Prompts longer
+    than the last compile range are computed in parts. --fail-on-miss is decided before anything
+    is compiled.
+
+    With --json: model, key, outputs (prompt, token_ids, text or null, finish_reason: length or
+    stop; with --logprobs logprobs: token_id, logprob and top for each token), counts (hit, dup,
+    compiled units), recompiles (frame, class, guard, subject, expected, observed, count,
+    limit_hit, cost_seconds, fix), seconds (load, first_token, total), tokens_per_second (prefill,
+    decode). With several --batch-size, outputs are those of the last.
     """
     settings = common.settings()
     output = common.output("run")
@@ -199,7 +205,7 @@ def _output_row(
     row: dict[str, Any] = {
         "prompt": prompt,
         "token_ids": ids,
-        "text": tokenizer.decode(ids) if tokenizer else None,
+        "text": tokenizer.decode(ids, skip_special_tokens=True) if tokenizer else None,
         "finish_reason": generated.finish_reason,
     }
     if generated.logprobs is not None:

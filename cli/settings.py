@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import platformdirs
+
 from vllmc.core.errors import VllmcError
 
 Scope: TypeAlias = Literal["inductor", "functorch"]
@@ -52,6 +53,8 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="splitting-op", repeatable=True),
     Option(name="layers", kind="integer"),
     Option(name="backend"),
+    Option(name="weights"),
+    Option(name="summary"),
 )
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
+
 from vllmc.cli import job as jobs
 from vllmc.cli import report
-from vllmc.cli.options import CommonFlags, CompileFlags, command, compile_request
+from vllmc.cli.options import CommonFlags, CompileFlags, choice, command, compile_request
+from vllmc.cli.output import Output
+from vllmc.cli.settings import Settings
 from vllmc.cli.summary import write_summary
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import CheckFailed, UnsafeCacheError, UsageError
+from vllmc.core.models.presets import DEFAULT_PRESET
 
 if TYPE_CHECKING:
     from vllmc.core.job import Job
@@ -20,7 +25,9 @@ if TYPE_CHECKING:
     from vllmc.core.prediction import Miss, Prediction
 
 Row = dict[str, Any]
+Weights: TypeAlias = Literal["fake", "real"]
 
+WEIGHTS: tuple[Weights, ...] = ("fake", "real")
 _PREDICTED = {"hit": "would-hit", "miss": "would-miss"}
 
 
@@ -31,15 +38,19 @@ def warm(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL]...",
+            metavar="MODEL",
             show_default="tiny-llama",
             help="module:attribute, a directory, a preset or a hub id.",
         ),
     ] = None,
     weights: Annotated[
-        str,
-        typer.Option(metavar="fake|real", help="Whether to allocate and read the weights."),
-    ] = "fake",
+        str | None,
+        typer.Option(
+            metavar="fake|real",
+            show_default="fake",
+            help="Whether to allocate and read the weights; compiling needs none.",
+        ),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Compile nothing and predict: exit 0, 3 or 4.")
     ] = False,
@@ -47,7 +58,7 @@ def warm(
         bool, typer.Option("--force", help="Compile again what is stored already.")
     ] = False,
     summary: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             metavar="FILE",
             show_default="$GITHUB_STEP_SUMMARY when set",
@@ -55,40 +66,76 @@ def warm(
         ),
     ] = None,
 ) -> int:
-    """Compile every piece of a model for every compile range, and store the artifacts."""
-    if weights not in ("fake", "real"):
-        raise UsageError("bad-value", f"'{weights}' is no kind of weights", hint="fake or real")
-    if check and force:
-        raise UsageError("bad-value", "--check compiles nothing, so it cannot --force")
+    """Compile every piece of a model for every compile range, and store the artifacts.
+
+    outcome is hit where nothing had to be compiled, compiled where nothing was found, else
+    partial; with --check would-hit (exit 0), would-miss or unknown (exit 3), or unsafe (exit 4).
+    program says whether the program as a whole was found. There is one unit for each unique piece
+    and range: hit (found), compiled, or dup (compiled, and the code turned out to be stored
+    already under another key). pieces names every piece that shares the unit.
+
+    With --json: model, key, outcome, program, pieces (total, splitting, compilable, unique; null
+    where only capture shows them), counts (hit, dup, compiled), units (pieces, range, outcome,
+    artifact, bytes, seconds), seconds (total, capture, compile, store), peak_rss_mb, miss (null, or
+    nearest_key and changes, as diff-config lists them); with --check also reason. Several models
+    give results, a list of these.
+    """
     settings = common.settings()
     output = common.output("warm")
+    kind = choice("weights", settings.find("weights", _given(weights), default=("fake",)), WEIGHTS)
+    if check and force:
+        raise UsageError(
+            "bad-value", "--check compiles nothing, so it cannot --force", hint="leave one out"
+        )
+    # All of them first, so that a mistake in the last is found before anything is compiled.
+    todo = [
+        jobs.make(settings, compile_request(settings, compilation, model))
+        for model in models or [DEFAULT_PRESET]
+    ]
     store = Store(settings.cache_dir)
-    rows: list[Row] = []
-    with output.progress() as observer:
-        for model in models or [None]:
-            job = jobs.make(settings, compile_request(settings, compilation, model))
-            from vllmc.core.obtain import Policy
-            from vllmc.core.pipeline import obtain_program
-            from vllmc.core.prediction import predict
+    if check:
+        rows = [_predict(job, store) for job in todo]
+    else:
+        rows = _obtain(todo, store, output, force=force, weights=kind)
+    if (path := _summary_file(settings, summary)) is not None:
+        write_summary(path, rows)
+    output.data(rows[0] if len(rows) == 1 else {"results": rows}, lambda: report.warm(rows))
+    if any(row["outcome"] == "unsafe" for row in rows):
+        output.note("hint: vllmc warm compiles it again; vllmc cache verify lists all that is bad")
+    return _exit_code(rows)
 
-            if check:
-                rows.append(_check_row(job, predict(job, store)))
-                continue
+
+def _given(flag: str | None) -> tuple[str, ...]:
+    return () if flag is None else (flag,)
+
+
+def _summary_file(settings: Settings, flag: str | None) -> Path | None:
+    values = settings.find("summary", _given(flag), default=()).values
+    return Path(values[0]).expanduser() if values else settings.step_summary
+
+
+def _predict(job: Job, store: Store) -> Row:
+    from vllmc.core.prediction import predict
+
+    return _check_row(job, predict(job, store))
+
+
+def _obtain(
+    todo: Sequence[Job], store: Store, output: Output, *, force: bool, weights: Weights
+) -> list[Row]:
+    from vllmc.core.obtain import Policy
+    from vllmc.core.pipeline import obtain_program
+
+    rows = []
+    with output.progress() as observer:
+        for job in todo:
+            if len(todo) > 1:
+                observer.stage(job.model.name)
             ready = obtain_program(
-                job,
-                store,
-                observer,
-                policy=Policy(force=force),
-                weights=cast("Literal['fake', 'real']", weights),
+                job, store, observer, policy=Policy(force=force), weights=weights
             )
             rows.append(_row(job, ready))
-    output.data(
-        rows[0] if len(rows) == 1 else {"results": rows},
-        lambda: report.warm(rows),
-    )
-    if (path := summary or settings.step_summary) is not None:
-        write_summary(path, rows)
-    return _exit_code(rows)
+    return rows
 
 
 def _exit_code(rows: list[Row]) -> int:

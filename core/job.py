@@ -24,6 +24,12 @@ class Job:
     spec: CompileSpec
     factors: tuple[Factor, ...]
 
+    @property
+    def label(self) -> str:
+        """The model's name in records, which hold no absolute path: its last part stands for it."""
+        path = Path(self.model.name)
+        return path.name if path.is_absolute() else self.model.name
+
     @cached_property
     def key(self) -> str:
         """The program key, known before any capture."""

@@ -8,6 +8,7 @@ a layout, and artifacts as bytes.
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,7 +83,13 @@ def obtain_program(
     reader = Reader(store, observer, repairs=policy.may_compile)
     if not policy.force and (found := reader.program(job)) is not None:
         return _hit(job, store, found, started)
-    with store.lock(job.key, lambda: observer.waiting("another process compiles this model")):
+    # A cache may be read-only where nothing is to be compiled.
+    lock = (
+        store.lock(job.key, lambda: observer.waiting("another process compiles this model"))
+        if policy.may_compile
+        else nullcontext()
+    )
+    with lock:
         if not policy.force and (found := reader.program(job)) is not None:
             return _hit(job, store, found, started)
         return _build(job, reader, observer, policy, weights, started)
@@ -115,7 +122,7 @@ def _build(
     from vllmc.core.torch_compat.config import applied, vllmc_overrides
 
     spec = job.spec
-    miss = explain_miss(job, reader.store)
+    miss = None if policy.force else explain_miss(job, reader.store)
     compiler = find_compiler(spec.backend)
     with applied(vllmc_overrides(spec)):
         observer.stage("capture")
@@ -136,7 +143,7 @@ def _build(
             results.append(result)
     record = ProgramRecord(
         key=job.key,
-        model=job.model.name,
+        model=job.label,
         created=time.time(),
         factors=job.factors,
         sources=collect(captured.functions),

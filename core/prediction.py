@@ -70,16 +70,14 @@ def predict(job: Job, store: Store) -> Prediction:
         miss = Miss(nearest_key=job.key, changes=())
         return Prediction(outcome="miss", reason=str(error), miss=miss, found=None)
     if found is not None:
-        return Prediction(
-            outcome="hit", reason="the program is stored", miss=None, found=found
-        )
+        return Prediction(outcome="hit", reason="the program is stored", miss=None, found=found)
     miss = explain_miss(job, store)
     reason = _miss_reason(job, miss)
     if _shares_compiler(job, store):
         return Prediction(
             outcome="unknown",
-            reason=f"{reason}; units of other programs were compiled in the same way, and only "
-            "capture shows whether they serve this one",
+            reason=f"{reason}; units of other programs may serve it, which is known once it is "
+            "captured",
             miss=miss,
             found=None,
         )
@@ -88,7 +86,7 @@ def predict(job: Job, store: Store) -> Prediction:
 
 def explain_miss(job: Job, store: Store) -> Miss:
     """The nearest stored program, and the factors or source files in which it differs."""
-    record = nearest(job.factors, store.readable_programs(), job.model.name)
+    record = nearest(job.factors, store.readable_programs(), job.label)
     if record is None:
         return Miss(nearest_key=None, changes=())
     changes = (
@@ -103,7 +101,8 @@ def _miss_reason(job: Job, miss: Miss) -> str:
         return "the cache holds no program yet"
     if miss.nearest_key == job.key:
         return "source files changed since the program was stored"
-    return f"no program is stored under this key; the nearest differs in {len(miss.changes)}"
+    factors = "1 factor" if len(miss.changes) == 1 else f"{len(miss.changes)} factors"
+    return f"no program is stored under this key; the nearest differs in {factors}"
 
 
 def _shares_compiler(job: Job, store: Store) -> bool:
