@@ -84,7 +84,12 @@ def diff_config(
     current = _Current(
         settings=settings, compilation=compilation, variables=_variables(env or []), model=whose
     )
-    left, right = (known[text] or _live_side(text, current) for text in (a, b))
+    try:
+        left, right = (known[text] or _live_side(text, current) for text in (a, b))
+    except VllmcError as error:
+        if error.code == "unknown-model" and model is None:
+            error.hint = "--model MODEL says whose factors current and defaults are"
+        raise
     changes = diff(left.factors, right.factors, include_provenance=show_all)
     if left.sources and right.sources:
         changes += diff_sources(left.sources, right.sources)
@@ -180,9 +185,8 @@ def _elsewhere(
     except ValueError:
         data = {}
     if (error := data.get("error")) is not None:
-        raise VllmcError(
-            error["code"], error["message"], context=error["context"], hint=error["hint"]
-        )
+        kind = UsageError if done.returncode == UsageError.exit_code else VllmcError
+        raise kind(error["code"], error["message"], context=error["context"], hint=error["hint"])
     if "factors" not in data:
         raise VllmcError(
             "inspect-failed",

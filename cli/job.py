@@ -65,4 +65,5 @@ def make(settings: Settings, request: CompileRequest) -> Job:
 
 def _origins(request: CompileRequest) -> Mapping[tuple[str, str], str]:
     origins = {("spec", field): request.origins[name] for name, field in _FIELDS.items()}
+    origins["model", "layers"] = request.origins["layers"]
     return origins | {(row.scope, row.name): row.origin for row in request.options}

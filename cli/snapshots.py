@@ -31,7 +31,7 @@ def stored_key(store: Store, text: str) -> str | None:
 
     Raises `VllmcError` (`unknown-key`, `ambiguous-key`) where it does.
     """
-    return store.resolve_prefix(text) if _PREFIX.fullmatch(text) else None
+    return store.resolve_prefix(text) if _PREFIX.fullmatch(text.lower()) else None
 
 
 def stored_side(store: Store, text: str) -> Side | None:

@@ -49,10 +49,19 @@ def make_job(
     cache_dir: Path,
     origins: Mapping[tuple[str, str], str],
 ) -> Job:
-    """Collects the factors; `origins` says where each option of the spec was set."""
+    """Collects the factors.
+
+    `origins` says where each option of the spec was set, and for `("model", "layers")` the number
+    of layers.
+    """
+    layers_origin = origins.get(("model", "layers"), "flag")
     factors = program_factors(
         spec=spec,
-        model_factors=model.factors(),
+        # A model knows only that its number of layers was asked for.
+        model_factors=[
+            replace(factor, origin=layers_origin) if factor.origin == "flag" else factor
+            for factor in model.factors()
+        ],
         environment=environment,
         cache_dir=cache_dir,
         option_origins=origins,

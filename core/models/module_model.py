@@ -14,28 +14,10 @@ from transformers.initialization import no_init_weights
 
 from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.errors import VllmcError
-from vllmc.core.models.attention import ATTENTION_NAME, attach_layer_names, register_attention
+from vllmc.core.models.building import build_entry
 from vllmc.core.models.model import ModelInfo, Weights
-from vllmc.core.models.transformers_model import DecoderEntry
 from vllmc.core.spec import LayerNames
 from vllmc.core.torch_compat.fake import fake_weights
-
-
-class PlainEntry(torch.nn.Module):
-    """A module of the user's own: `forward(input_ids, position_ids) -> [1, T, vocab]`."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        logits_indices: torch.Tensor,
-    ) -> torch.Tensor:
-        """`[1, T]`, `[1, T]`, `[B]` (int64) to logits `[B, vocab]`."""
-        return self.model(input_ids, position_ids)[0, logits_indices]
 
 
 class ModuleModel:
@@ -92,16 +74,7 @@ class ModuleModel:
     ) -> torch.nn.Module:
         """See `Model.build`."""
         model = self._instantiate(weights, device, getattr(torch, dtype), seed=seed)
-        model.eval().requires_grad_(False)
-        entry: torch.nn.Module
-        if isinstance(model, PreTrainedModel):
-            register_attention()
-            model.config._attn_implementation = ATTENTION_NAME
-            entry = DecoderEntry(model)
-        else:
-            entry = PlainEntry(model)
-        attach_layer_names(entry, layer_names)
-        return entry
+        return build_entry(model, layer_names)
 
     def _instantiate(
         self, weights: Weights, device: str, dtype: torch.dtype | None, *, seed: int

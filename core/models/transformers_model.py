@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
-from transformers.initialization import no_init_weights
+from transformers.configuration_utils import PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, AutoConfig
 
 from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.errors import VllmcError
-from vllmc.core.models.attention import ATTENTION_NAME, attach_layer_names, register_attention
+from vllmc.core.models.errors import unsupported_model
 from vllmc.core.models.model import ModelInfo, Weights
 from vllmc.core.spec import LayerNames
-from vllmc.core.torch_compat.fake import fake_weights
+
+if TYPE_CHECKING:
+    import torch
 
 # Options of a configuration that change no graph: names, tokens and what `generate` does.
 _NOT_IDENTITY = frozenset(
@@ -61,32 +61,6 @@ class ConfigSource:
     revision: str | None = None
 
 
-class DecoderEntry(torch.nn.Module):
-    """A causal language model called on a flattened batch, with logits of chosen tokens only."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.selects = "logits_to_keep" in inspect.signature(model.forward).parameters
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        logits_indices: torch.Tensor,
-    ) -> torch.Tensor:
-        """`[1, T]`, `[1, T]`, `[B]` (int64) to logits `[B, vocab]`."""
-        if self.selects:
-            return self.model(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                logits_to_keep=logits_indices,
-                use_cache=False,
-            ).logits[0]
-        output = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        return output.logits[0, logits_indices]
-
-
 class TransformersModel:
     """A causal language model that Transformers can build from a configuration."""
 
@@ -96,7 +70,7 @@ class TransformersModel:
         self._name = name
         self._source = source
         self._layers = layers
-        self._config = _with_layers(_decoder_config(name, config), layers)
+        self._config = _with_layers(config, layers)
 
     @property
     def name(self) -> str:
@@ -147,61 +121,31 @@ class TransformersModel:
         self, weights: Weights, *, device: str, dtype: str, layer_names: LayerNames, seed: int
     ) -> torch.nn.Module:
         """See `Model.build`. Raises `VllmcError` (`bad-weights`, `unsupported-model`)."""
-        register_attention()
-        torch_dtype = getattr(torch, dtype)
-        if weights == "fake":
-            with fake_weights(), no_init_weights(), torch.device(device):
-                model = self._from_config(torch_dtype)
-        elif self._has_weights():
-            model = self._from_pretrained(torch_dtype).to(device)
-        else:
-            with torch.random.fork_rng(devices=[]), torch.device(device):
-                torch.manual_seed(seed)
-                model = self._from_config(torch_dtype)
-        model.eval().requires_grad_(False)
-        entry = DecoderEntry(model)
-        attach_layer_names(entry, layer_names)
-        return entry
+        # Transformers' modeling code takes two seconds to import, which a prediction does without.
+        from vllmc.core.models.building import build_entry, initialize, load_weights
 
-    def _from_config(self, dtype: torch.dtype) -> Any:
         config = type(self._config).from_dict(self._config.to_dict())
-        try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except (ValueError, ImportError) as error:
-            raise _unsupported(self._name, str(error).splitlines()[0]) from error
-        model.config._attn_implementation = ATTENTION_NAME
-        return model
-
-    def _from_pretrained(self, dtype: torch.dtype) -> Any:
-        source = self._source.directory or self._source.hub_id
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                source,
-                config=type(self._config).from_dict(self._config.to_dict()),
-                dtype=dtype,
-                revision=self._source.revision or "main",
+        if weights == "real" and (source := self._weights_source()) is not None:
+            model = load_weights(self._name, config, source, self._source.revision, dtype).to(
+                device
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise VllmcError(
-                "bad-weights",
-                f"the weights of {self._name} cannot be loaded",
-                context={"cause": str(error).splitlines()[0]},
-                hint="check that the directory is complete; --weights fake needs none",
-            ) from error
-        model.config._attn_implementation = ATTENTION_NAME
-        return model
+        else:
+            model = initialize(self._name, config, weights, device=device, dtype=dtype, seed=seed)
+        return build_entry(model, layer_names)
 
-    def _has_weights(self) -> bool:
+    def _weights_source(self) -> str | None:
+        """The directory or hub id that the weights come from, if the model has any."""
         directory = self._source.directory
         if directory is None:
-            return self._source.hub_id is not None
-        return any(directory.glob("*.safetensors"))
+            return self._source.hub_id
+        return str(directory) if any(directory.glob("*.safetensors")) else None
 
     def _stop_token_ids(self) -> tuple[int, ...]:
         stop = getattr(self._config, "eos_token_id", None)
         directory = self._source.directory
         if directory is not None and (directory / "generation_config.json").is_file():
-            stop = GenerationConfig.from_pretrained(directory).eos_token_id
+            # Whatever else the file holds, `generate` would read its stop tokens from here.
+            stop = _read_json(directory / "generation_config.json").get("eos_token_id", stop)
         if stop is None:
             return ()
         return tuple(stop) if isinstance(stop, (list, tuple)) else (int(stop),)
@@ -227,26 +171,32 @@ def load_preset(name: str, fields: Mapping[str, Any], layers: int | None) -> Tra
 def load_directory(name: str, directory: Path, layers: int | None) -> TransformersModel:
     """The model of a directory with a `config.json`. Raises `VllmcError` (`bad-config`)."""
     path = directory / "config.json"
-    try:
-        text = path.read_text()
-        fields = json.loads(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise _bad_config(path, str(error)) from error
-    if not isinstance(fields, dict) or "model_type" not in fields:
-        raise _bad_config(path, "it is no JSON object with a 'model_type'")
-    if "auto_map" in fields and fields["model_type"] not in _known_types():
-        raise _unsupported(name, "its code lies in its own directory, and vllmc runs none of it")
-    source = ConfigSource(label="config.json", text=text, directory=directory)
+    fields = _read_json(path)
+    if "model_type" not in fields:
+        raise _bad_config(path, "it names no 'model_type'")
+    if "auto_map" in fields and fields["model_type"] not in CONFIG_MAPPING_NAMES:
+        raise unsupported_model(
+            name, "its code lies in its own directory, and vllmc runs none of it"
+        )
+    source = ConfigSource(label="config.json", text=path.read_text(), directory=directory)
     return TransformersModel(name, _read_config(name, str(directory), None), source, layers)
 
 
-def load_hub(
-    name: str, hub_id: str, revision: str | None, layers: int | None
-) -> TransformersModel:
+def load_hub(name: str, hub_id: str, revision: str | None, layers: int | None) -> TransformersModel:
     """The model `hub_id`, through the Transformers cache. Raises `VllmcError` (`unknown-model`)."""
     config = _read_config(name, hub_id, revision)
     source = ConfigSource(label="hub", hub_id=hub_id, revision=revision)
     return TransformersModel(name, config, source, layers)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _bad_config(path, str(error)) from error
+    if not isinstance(fields, dict):
+        raise _bad_config(path, "it holds no JSON object")
+    return fields
 
 
 def _read_config(name: str, source: str, revision: str | None) -> PretrainedConfig:
@@ -267,22 +217,6 @@ def _read_config(name: str, source: str, revision: str | None) -> PretrainedConf
             context={"cause": cause},
             hint="check config.json against the model's published one",
         ) from error
-
-
-def _known_types() -> frozenset[str]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    return frozenset(CONFIG_MAPPING_NAMES)
-
-
-def _decoder_config(name: str, config: PretrainedConfig) -> PretrainedConfig:
-    if getattr(config, "is_encoder_decoder", False):
-        raise _unsupported(name, f"{type(config).__name__} is an encoder-decoder")
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise _unsupported(
-            name, f"Transformers has no causal language model for {type(config).__name__}"
-        )
-    return config
 
 
 def _with_layers(config: PretrainedConfig, layers: int | None) -> PretrainedConfig:
@@ -313,13 +247,4 @@ def _bad_config(path: Path, cause: str) -> VllmcError:
         f"{path} is not a model's configuration",
         context={"cause": cause},
         hint="a Transformers directory holds a config.json as save_pretrained writes it",
-    )
-
-
-def _unsupported(name: str, cause: str) -> VllmcError:
-    return VllmcError(
-        "unsupported-model",
-        f"the model '{name}' cannot be compiled",
-        context={"cause": cause},
-        hint="docs/models.md lists what is known to work",
     )

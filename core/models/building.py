@@ -1,0 +1,121 @@
+"""Building the module that is captured or run, with fake or real weights."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from vllmc.core.errors import VllmcError
+from vllmc.core.models.attention import ATTENTION_NAME, attach_layer_names, register_attention
+from vllmc.core.models.errors import unsupported_model
+from vllmc.core.models.model import Weights
+from vllmc.core.spec import LayerNames
+from vllmc.core.torch_compat.fake import fake_weights
+
+
+class DecoderEntry(torch.nn.Module):
+    """A causal language model called on a flattened batch, with logits of chosen tokens only."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.selects = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        logits_indices: torch.Tensor,
+    ) -> torch.Tensor:
+        """`[1, T]`, `[1, T]`, `[B]` (int64) to logits `[B, vocab]`."""
+        if self.selects:
+            return self.model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                logits_to_keep=logits_indices,
+                use_cache=False,
+            ).logits[0]
+        output = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        return output.logits[0, logits_indices]
+
+
+class PlainEntry(torch.nn.Module):
+    """A module of the user's own: `forward(input_ids, position_ids) -> [1, T, vocab]`."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        logits_indices: torch.Tensor,
+    ) -> torch.Tensor:
+        """`[1, T]`, `[1, T]`, `[B]` (int64) to logits `[B, vocab]`."""
+        return self.model(input_ids, position_ids)[0, logits_indices]
+
+
+def build_entry(model: torch.nn.Module, layer_names: LayerNames) -> torch.nn.Module:
+    """The entry module of `model`, in eval mode, with vllmc's attention and layer names."""
+    model.eval().requires_grad_(False)
+    entry: torch.nn.Module
+    if isinstance(model, PreTrainedModel):
+        register_attention()
+        model.config._attn_implementation = ATTENTION_NAME
+        entry = DecoderEntry(model)
+    else:
+        entry = PlainEntry(model)
+    attach_layer_names(entry, layer_names)
+    return entry
+
+
+def initialize(
+    name: str, config: PretrainedConfig, weights: Weights, *, device: str, dtype: str, seed: int
+) -> torch.nn.Module:
+    """The model of `config` with fake weights, or with random ones drawn from `seed`.
+
+    Raises `VllmcError` (`unsupported-model`).
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise unsupported_model(name, f"{type(config).__name__} is an encoder-decoder")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise unsupported_model(
+            name, f"Transformers has no causal language model for {type(config).__name__}"
+        )
+
+    def make() -> torch.nn.Module:
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        except (ValueError, ImportError) as error:
+            raise unsupported_model(name, str(error).splitlines()[0]) from error
+
+    if weights == "fake":
+        with fake_weights(), no_init_weights(), torch.device(device):
+            return make()
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(seed)
+        return make()
+
+
+def load_weights(
+    name: str, config: PretrainedConfig, source: str, revision: str | None, dtype: str
+) -> torch.nn.Module:
+    """The model of `config` with the weights of a directory or hub id, on the CPU.
+
+    Raises `VllmcError` (`bad-weights`).
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=getattr(torch, dtype), revision=revision or "main"
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise VllmcError(
+            "bad-weights",
+            f"the weights of {name} cannot be loaded",
+            context={"cause": str(error).splitlines()[0]},
+            hint="check that all files of the model are there; --weights fake needs none",
+        ) from error
