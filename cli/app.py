@@ -10,7 +10,9 @@ import contextlib
 import os
 import select
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -168,8 +170,16 @@ def _as_vllmc_error(error: BaseException, command: str) -> VllmcError:
     return VllmcError(
         "internal",
         f"{type(error).__name__}: {error}",
-        hint="this is a fault in vllmc; report it with the traceback that -vv shows",
+        context={"at": _place(error)},
+        hint="unless the model's own code is at fault, this is a fault in vllmc: report it with "
+        "the traceback that -vv shows",
     )
+
+
+def _place(error: BaseException) -> str:
+    """Where an exception was raised, as `file.py:12 in function`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}"
 
 
 def _nobody_reads() -> bool:

@@ -283,11 +283,12 @@ def _counts(name: str, setting: Setting) -> tuple[int, ...]:
 
 
 def _op_name(text: str) -> str:
-    if not re.fullmatch(r"\w+::\w+(\.\w+)?", text):
+    if not re.fullmatch(r"\w+::\w+(\.\w+)?|[^\W\d]\w*(\.\w+)+", text):
         raise UsageError(
             "bad-value",
             f"'{text}' is no name of an op",
-            hint=f"write it as torch registers it: {ATTENTION_OP}",
+            hint=f"write an op as torch registers it ({ATTENTION_OP}), another function as Python "
+            "imports it (torch.nn.functional.silu), a method as torch.Tensor.NAME",
         )
     return text
 

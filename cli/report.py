@@ -184,14 +184,13 @@ def run(row: Row) -> RenderableType:
         ),
     ]
     for recompile in row["recompiles"]:
-        parts += [
-            "",
-            facts(
-                ("frame", recompile["frame"]),
-                ("guard", recompile["guard"]),
-                ("class", recompile["class"]),
-                ("times", str(recompile["count"])),
-                ("fix", recompile["fix"]),
-            ),
-        ]
+        parts += ["", _recompile(recompile)]
     return Group(*parts)
+
+
+def _recompile(row: Row) -> RenderableType:
+    lines = [("frame", row["frame"]), ("guard", row["guard"]), ("class", row["class"])]
+    if row["expected"]:
+        observed = f", found {row['observed']}" if row["observed"] else ""
+        lines.append(("expected", f"{row['expected']}{observed}"))
+    return facts(*lines, ("times", str(row["count"])), ("fix", row["fix"]))

@@ -109,6 +109,7 @@ def run(
 
     from vllmc.core.obtain import Policy
     from vllmc.core.pipeline import obtain_program, open_program
+    from vllmc.core.runtime.engine import check_prompts
     from vllmc.core.runtime.sampler import SamplingParams
     from vllmc.core.runtime.workload import Limits, run_workload
 
@@ -124,6 +125,11 @@ def run(
     )
     tokenizer = _tokenizer(info)
     names, prompts = _prompts(generation, tokenizer)
+    # Before anything is compiled for what cannot run.
+    vocab_size = _vocabulary(info, job.model.name)
+    check_prompts(
+        prompts, params.max_new_tokens, vocab_size=vocab_size, max_position=info.max_position
+    )
     for size in generation.batch_size or []:
         if size < 1:
             raise UsageError("bad-value", f"a batch of {size} prompts", hint="--batch-size 1")
@@ -143,7 +149,7 @@ def run(
         prompts,
         params,
         Limits(
-            vocab_size=_vocabulary(info, job.model.name),
+            vocab_size=vocab_size,
             max_position=info.max_position,
             dtype=getattr(torch, spec.dtype),
             device=spec.device,

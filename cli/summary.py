@@ -11,6 +11,8 @@ from vllmc.core.errors import VllmcError
 
 Row = Mapping[str, Any]
 
+_SHOWN_CHANGES = 30
+
 
 def write_summary(path: Path, rows: Sequence[Row]) -> None:
     """Appends the summary to `path`. Raises `VllmcError` (`not-writable`)."""
@@ -37,13 +39,32 @@ def summary(rows: Sequence[Row]) -> str:
     for row in rows:
         counts = row["counts"]
         unique = row["pieces"]["unique"] if row["pieces"] else ""
+        # A prediction takes no time worth a figure.
+        seconds = row["seconds"]["total"]
         lines.append(
-            f"| {row['model']} | **{row['outcome']}** | {counts['hit']} | {counts['dup']} "
-            f"| {counts['compiled']} | {unique} | {duration(row['seconds']['total'])} |"
+            _line(
+                row["model"],
+                f"**{row['outcome']}**",
+                counts["hit"],
+                counts["dup"],
+                counts["compiled"],
+                unique,
+                duration(seconds) if seconds else "",
+            )
         )
     for row in rows:
-        lines += ["", *_units(row), *_changes(row)]
+        for part in (_reason(row), _units(row), _changes(row)):
+            if part:
+                lines += ["", *part]
     return "\n".join(lines) + "\n"
+
+
+def _line(*cells: object) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _reason(row: Row) -> list[str]:
+    return [f"{row['model']}: {row['reason']}"] if row.get("reason") else []
 
 
 def _units(row: Row) -> list[str]:
@@ -53,10 +74,10 @@ def _units(row: Row) -> list[str]:
     table = [f"#### {row['model']}: compiled", "", "| pieces | range | size | time |"]
     table.append("|---|---|---:|---:|")
     table += [
-        f"| {names(u['pieces'])} | {u['range']} | {size(u['bytes'])} | {duration(u['seconds'])} |"
+        _line(names(u["pieces"]), u["range"], size(u["bytes"]), duration(u["seconds"]))
         for u in compiled
     ]
-    return [*table, ""]
+    return table
 
 
 def _changes(row: Row) -> list[str]:
@@ -65,12 +86,15 @@ def _changes(row: Row) -> list[str]:
         return []
     table = [f"#### {row['model']}: what differs from the nearest program", ""]
     table += ["| factor | before | after | origin |", "|---|---|---|---|"]
-    for change in changes:
-        cells = (
+    table += [
+        _line(
             f"{change['group']}.{change['name']}",
             plain_value(change["before"]),
             plain_value(change["after"]),
-            str(change["origin_after"] or change["origin_before"]),
+            change["origin_after"] or change["origin_before"],
         )
-        table.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        for change in changes[:_SHOWN_CHANGES]
+    ]
+    if len(changes) > _SHOWN_CHANGES:
+        table += ["", f"and {len(changes) - _SHOWN_CHANGES} more"]
     return table

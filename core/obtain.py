@@ -121,7 +121,12 @@ class Policy:
 
 
 def obtain(
-    unit: Unit, pieces: tuple[str, ...], job: Job, reader: Reader, compiler: Compiler, policy: Policy
+    unit: Unit,
+    pieces: tuple[str, ...],
+    job: Job,
+    reader: Reader,
+    compiler: Compiler,
+    policy: Policy,
 ) -> UnitResult:
     """Finds the unit by its key, or compiles and stores it.
 

@@ -5,7 +5,6 @@ Imports no torch. `manifest.json` names the format and lists the rest.
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import zipfile
@@ -62,11 +61,3 @@ def unpack(data: bytes) -> Container:
             context={"cause": str(error)},
             hint="compile it again: vllmc warm --force",
         ) from error
-
-
-def import_by_name(module: str, name: str) -> object:
-    """The object called `name` (dotted; empty for the module itself) in `module`."""
-    found: object = importlib.import_module(module)
-    for part in name.split(".") if name else ():
-        found = getattr(found, part)
-    return found

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from vllmc.core.cache.key import JsonValue, sha256_hex
-from vllmc.core.compiler.container import EAGER, import_by_name, pack
+from vllmc.core.cache.key import JsonValue, canonical_json, sha256_hex
+from vllmc.core.compiler.container import EAGER, pack
 from vllmc.core.compiler.protocol import Compiled, Unit
+from vllmc.core.graph.targets import import_path
 from vllmc.core.spec import CompileSpec
 
 
@@ -23,7 +24,7 @@ class EagerCompiler:
         return Compiled(
             format=EAGER,
             artifact=pack(EAGER, {"imports": imports}, {"graph.py": source}),
-            code=sha256_hex(source),
+            code=sha256_hex(canonical_json({"source": code.src, "imports": imports})),
         )
 
 
@@ -31,10 +32,8 @@ def _import_path(value: object) -> JsonValue:
     if isinstance(value, ModuleType):
         return [value.__name__, ""]
     if isinstance(value, float):
+        # The names `inf` and `nan`; a sign stands before them in the source.
         return ["math", repr(value).lstrip("-")]
     if value is type(None):
         return ["types", "NoneType"]
-    module = getattr(value, "__module__", None) or "torch"
-    name = getattr(value, "__qualname__", None) or str(value)
-    assert import_by_name(module, name) is value, f"{value!r} cannot be imported by name"
-    return [module, name]
+    return list(import_path(value))

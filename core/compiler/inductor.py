@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 
 import torch
+
 from vllmc.core.cache.key import canonical_json, sha256_hex
 from vllmc.core.compiler.container import BUNDLE, NATIVE, pack
 from vllmc.core.compiler.protocol import Compiled, Unit, example_inputs, example_scope
@@ -50,7 +51,8 @@ class InductorCompiler:
                     "compile-failed",
                     f"Inductor could not compile a piece for the range {unit.range}",
                     context={"cause": str(error).strip()[:2000]},
-                    hint="run again with -vv for the whole trace; --backend eager avoids Inductor",
+                    hint="run again with -vv for the whole trace; --dynamic-shapes "
+                    "backed-size-oblivious or --compile-size N may compile it",
                 ) from error
         _refuse_narrowed(unit, scope.narrowed())
         return compiled
@@ -73,7 +75,7 @@ def _native(generated: inductor.Generated) -> Compiled:
         format=NATIVE,
         artifact=pack(
             NATIVE,
-            {"provided": list(reduced.provided)},
+            {"provided": list(reduced.provided), "extern_kernels": dict(reduced.products)},
             {
                 "wrapper.py": reduced.source.encode(),
                 **{f"kernels/{k.name}.so": k.library for k in kernels},
@@ -84,6 +86,7 @@ def _native(generated: inductor.Generated) -> Compiled:
             canonical_json(
                 {
                     "wrapper": reduced.source,
+                    "extern_kernels": dict(reduced.products),
                     "kernels": {k.name: k.code for k in kernels},
                     "constants": {name: sha256_hex(data) for name, data in constants.items()},
                 }

@@ -42,16 +42,20 @@ class Compiler(Protocol):
 
 
 def example_scope(unit: Unit, spec: CompileSpec) -> ShapeScope:
-    """Symbols for the unit's sizes: tokens within the range, rows of logits up to its end."""
+    """Symbols for the unit's sizes: tokens within the range, rows of logits up to its end.
+
+    Where the token count plays no part the unit serves every range, so no end limits it. Only
+    token counts are ever backed.
+    """
+    piece = unit.piece
+    end = unit.range.end if piece.depends_on_tokens else None
     ranges = []
-    for index, role in enumerate(unit.piece.roles):
-        low, high = {
-            "tokens": (unit.range.start, unit.range.end),
-            "rows": (1, unit.range.end),
-            "data": (0, None),
-        }[role]
-        ranges.append(SymbolRange(symbol=symbol(index), low=low, high=high))
-    return ShapeScope(ranges, spec.dynamic_shapes)
+    for index, role in enumerate(piece.roles):
+        low = {"tokens": unit.range.start, "rows": 1, "data": 0}[role]
+        backed = role == "tokens" and spec.dynamic_shapes != "unbacked"
+        high = None if role == "data" else end
+        ranges.append(SymbolRange(symbol=symbol(index), low=low, high=high, backed=backed))
+    return ShapeScope(ranges)
 
 
 def example_inputs(unit: Unit, scope: ShapeScope) -> list[object]:

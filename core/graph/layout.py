@@ -23,8 +23,8 @@ class GraphInput:
     """One input of the graph.
 
     `activation`: an argument of the call, by `name`. `size`: `shape[dim]` of the argument `name`.
-    `attribute`: a tensor of this `dtype` and `shape` that the module holds at the dotted path
-    `name`. `layer-name`: the hoisted name of the layer `name`.
+    `attribute`: a tensor of this `dtype`, `shape` and `stride` (in elements) that the module
+    holds at the dotted path `name`. `layer-name`: the hoisted name of the layer `name`.
     """
 
     kind: InputKind
@@ -32,6 +32,7 @@ class GraphInput:
     dim: int = -1
     dtype: str = ""
     shape: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,13 +90,16 @@ class Layout:
 
     @classmethod
     def from_json(cls, data: Any) -> Layout:
-        """Reads what `to_json` wrote. Raises `UnsafeCacheError` (`bad-record`) for anything else."""
+        """Reads what `to_json` wrote. Raises `UnsafeCacheError` (`bad-record`) for all else."""
         try:
             return cls(
                 pieces=tuple(data["pieces"]),
                 ranges=tuple(data["ranges"]),
                 inputs=tuple(
-                    GraphInput(**{**row, "shape": tuple(row["shape"])}) for row in data["inputs"]
+                    GraphInput(
+                        **{**row, "shape": tuple(row["shape"]), "stride": tuple(row["stride"])}
+                    )
+                    for row in data["inputs"]
                 ),
                 steps=tuple(_step(row) for row in data["steps"]),
                 output=data["output"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 
+import sympy
 import torch
 import torch.fx as fx
 
@@ -20,19 +21,31 @@ def is_symbolic(node: fx.Node) -> bool:
     return isinstance(value_of(node), (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
+def symbols_of(value: object) -> set[sympy.Symbol]:
+    """The symbols among the numbers or the sizes of `value`."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return set(value.node.expr.free_symbols)
+    if isinstance(value, torch.Tensor):
+        return {symbol for size in value.shape for symbol in symbols_of(size)}
+    return set()
+
+
 def normalize(graph: fx.Graph) -> None:
     """Prepares `graph` for splitting, in place: see the functions below, in their order."""
-    drop_logging_calls(graph)
+    drop_global_switches(graph)
     decompose_sizes(graph)
     share_size_inputs(graph)
-    drop_entry_assertions(graph)
-    drop_unused_sizes(graph)
 
 
-def drop_logging_calls(graph: fx.Graph) -> None:
-    """Removes torch's API-usage logging: it computes nothing and no compiler takes it."""
+def drop_global_switches(graph: fx.Graph) -> None:
+    """Removes calls that compute nothing and that no piece should make on its own.
+
+    Logging of API usage, which no compiler takes; and switching gradients on and off, which
+    begins in one piece and ends in another. Gradients are never taken.
+    """
+    dropped = (torch._C._log_api_usage_once, torch._C._set_grad_enabled)
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is torch._C._log_api_usage_once:
+        if node.op == "call_function" and node.target in dropped:
             graph.erase_node(node)
 
 
@@ -101,28 +114,4 @@ def share_size_inputs(graph: fx.Graph) -> None:
             continue
         if (shared := inputs.get(str(value.node.expr))) is not None:
             node.replace_all_uses_with(shared)
-            graph.erase_node(node)
-
-
-def drop_entry_assertions(graph: fx.Graph) -> None:
-    """Removes assertions about sizes of the inputs alone: linking checks those once per call."""
-    for node in list(graph.nodes):
-        if node.target is not torch.ops.aten._assert_scalar.default:
-            continue
-        condition = node.args[0]
-        if not isinstance(condition, fx.Node) or _depends_on_inputs_alone(condition):
-            graph.erase_node(node)
-
-
-def _depends_on_inputs_alone(node: fx.Node) -> bool:
-    return all(
-        source.op == "placeholder" or (is_symbolic(source) and _depends_on_inputs_alone(source))
-        for source in node.all_input_nodes
-    )
-
-
-def drop_unused_sizes(graph: fx.Graph) -> None:
-    """Removes arithmetic on sizes that nothing reads any more."""
-    for node in reversed(list(graph.nodes)):
-        if node.op in {"call_function", "call_method"} and not node.users and is_symbolic(node):
             graph.erase_node(node)

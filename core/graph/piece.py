@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import sympy
 import torch
 import torch.fx as fx
+
 from vllmc.core.cache.key import canonical_json, sha256_hex
-from vllmc.core.graph.normalize import is_symbolic, value_of
+from vllmc.core.graph.normalize import value_of
 from vllmc.core.graph.split import Cut
+from vllmc.core.graph.targets import target_name
 from vllmc.core.torch_compat.opaque import is_opaque_value, opaque_type_name, real_value
 
 SymbolRole: TypeAlias = Literal["tokens", "rows", "data"]
@@ -79,8 +80,11 @@ def symbol(index: int) -> sympy.Symbol:
     return sympy.Symbol(f"s{index}", integer=True, nonnegative=True)
 
 
-def canonical_piece(cut: Cut, roles: dict[sympy.Symbol, SymbolRole]) -> Piece:
-    """Rewrites `cut` without names. `roles` knows the symbols of the whole graph's inputs."""
+def canonical_piece(cut: Cut, roles: Mapping[sympy.Symbol, SymbolRole]) -> Piece:
+    """Rewrites `cut` without names. `roles` knows the symbols of the whole graph's inputs.
+
+    Raises what `target_name` raises.
+    """
     symbols = _Symbols(roles)
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -88,23 +92,11 @@ def canonical_piece(cut: Cut, roles: dict[sympy.Symbol, SymbolRole]) -> Piece:
     for index, node in enumerate(cut.inputs):
         env[node] = graph.placeholder(f"a{index}")
         inputs.append(_describe(node, symbols))
-    counter = itertools.count()
-
-    def copy(node: fx.Node) -> fx.Node:
-        if node not in env:
-            # Only sizes are read from another piece: computed anew here.
-            assert node in members or is_symbolic(node), f"{node} is no input of {cut.name}"
-            for source in node.all_input_nodes:
-                copy(source)
-            fresh = graph.node_copy(node, lambda n: env[n])
-            fresh._rename(f"n{next(counter)}")
-            fresh.meta.clear()
-            env[node] = fresh
-        return env[node]
-
-    members = frozenset(cut.nodes)
-    for node in cut.nodes:
-        copy(node)
+    for index, node in enumerate(cut.nodes):
+        fresh = graph.node_copy(node, lambda n: env[n])
+        fresh._rename(f"n{index}")
+        fresh.meta.clear()
+        env[node] = fresh
     graph.output(tuple(env[node] for node in cut.outputs))
     return Piece(
         graph=graph,
@@ -118,7 +110,7 @@ def canonical_piece(cut: Cut, roles: dict[sympy.Symbol, SymbolRole]) -> Piece:
 class _Symbols:
     """Renames the whole graph's symbols to `s0`, `s1`, ... in order of appearance."""
 
-    def __init__(self, roles: dict[sympy.Symbol, SymbolRole]) -> None:
+    def __init__(self, roles: Mapping[sympy.Symbol, SymbolRole]) -> None:
         self._known = roles
         self._renamed: dict[sympy.Symbol, sympy.Symbol] = {}
         self.roles: list[SymbolRole] = []
@@ -174,24 +166,6 @@ def _row(given: PieceInput) -> list[object]:
             return ["size", str(given.value)]
         case OpaqueInput():
             return ["opaque", given.type_name]
-
-
-def target_name(node: fx.Node) -> str:
-    """A name of the node's target that is the same in every process."""
-    target = node.target
-    if isinstance(target, str):
-        return target
-    if isinstance(target, torch._ops.OpOverload):
-        return f"torch.ops.{target}"
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return f"torch.ops.{target._qualified_op_name}"
-    return _callable_name(target)
-
-
-def _callable_name(target: Callable[..., object]) -> str:
-    name = getattr(target, "__qualname__", None) or getattr(target, "__name__", None)
-    assert name is not None, f"{target} has no name"
-    return f"{getattr(target, '__module__', None)}.{name}"
 
 
 def _text(value: object, order: dict[fx.Node, int]) -> object:

@@ -14,9 +14,9 @@ from vllmc.core.compiler.protocol import Unit
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.capture import Capture
 from vllmc.core.graph.layout import Layout, OpStep, UnitStep
-from vllmc.core.graph.normalize import is_symbolic
-from vllmc.core.graph.piece import Piece, canonical_piece, target_name
+from vllmc.core.graph.piece import Piece, canonical_piece
 from vllmc.core.graph.split import Cut, split, splits_at
+from vllmc.core.graph.targets import nearest_names, target_name
 from vllmc.core.spec import CompileRange, CompileSpec
 
 
@@ -55,12 +55,7 @@ def make_plan(captured: Capture, spec: CompileSpec) -> Plan:
     """
     cuts = split(captured.graph, splits_at(spec.splitting_ops))
     if not any(cut.splitting for cut in cuts):
-        raise VllmcError(
-            "no-splitting-op",
-            "none of the splitting ops occurs in the graph",
-            context={"splitting_ops": list(spec.splitting_ops)},
-            hint="name an op of the graph as namespace::name, or leave --splitting-op out",
-        )
+        raise _no_splitting_op(captured.graph, spec)
     pieces: dict[str, Piece] = {}
     names: dict[str, list[str]] = {}
     digests: dict[str, str] = {}
@@ -82,6 +77,19 @@ def make_plan(captured: Capture, spec: CompileSpec) -> Plan:
             attention=captured.attention,
             **_steps(captured.graph, cuts, {name: order[d] for name, d in digests.items()}),
         ),
+    )
+
+
+def _no_splitting_op(graph: fx.Graph, spec: CompileSpec) -> VllmcError:
+    calls = [node for node in graph.nodes if node.op in {"call_function", "call_method"}]
+    near = list(dict.fromkeys(n for op in spec.splitting_ops for n in nearest_names(op, calls)))
+    return VllmcError(
+        "no-splitting-op",
+        "none of the splitting ops occurs in the graph",
+        context={"splitting_ops": list(spec.splitting_ops), "nearest": near},
+        hint=f"did you mean --splitting-op {near[0]}?"
+        if near
+        else "leave --splitting-op out to split at the attention op",
     )
 
 
@@ -139,28 +147,16 @@ def _steps(graph: fx.Graph, cuts: Sequence[Cut], piece_of: Mapping[str, int]) ->
     return _Steps(steps=tuple(steps), output=names[output])
 
 
-def _op_steps(cut: Cut, names: dict[fx.Node, str]) -> list[OpStep]:
-    steps: list[OpStep] = []
-
-    def emit(node: fx.Node) -> None:
-        for source in node.all_input_nodes:
-            if source not in names:
-                # A size that another piece computed: computed anew here.
-                assert is_symbolic(source), f"{source} is no input of {cut.name}"
-                names[source] = f"v{len(names)}"
-                emit(source)
-        steps.append(
-            OpStep(
-                target=f"{node.op}:{target_name(node)}",
-                args=tuple(encode(a, names) for a in node.args),
-                kwargs={key: encode(value, names) for key, value in node.kwargs.items()},
-                result=names[node],
-            )
+def _op_steps(cut: Cut, names: Mapping[fx.Node, str]) -> list[OpStep]:
+    return [
+        OpStep(
+            target=f"{node.op}:{target_name(node)}",
+            args=tuple(encode(a, names) for a in node.args),
+            kwargs={key: encode(value, names) for key, value in node.kwargs.items()},
+            result=names[node],
         )
-
-    for node in cut.nodes:
-        emit(node)
-    return steps
+        for node in cut.nodes
+    ]
 
 
 def encode(value: object, names: Mapping[fx.Node, str]) -> JsonValue:
@@ -172,11 +168,13 @@ def encode(value: object, names: Mapping[fx.Node, str]) -> JsonValue:
             return value
         case float():
             return {"float": value.hex()}
-        case list() | tuple():
-            return {type(value).__name__: [encode(v, names) for v in value]}
+        case tuple():
+            return {"tuple": [encode(v, names) for v in value]}
+        case list():
+            return {"list": [encode(v, names) for v in value]}
         case slice():
             return {"slice": [encode(v, names) for v in (value.start, value.stop, value.step)]}
-        case torch.dtype() | torch.device() | torch.memory_format():
+        case torch.dtype() | torch.device() | torch.memory_format() | torch.layout():
             return {"torch": str(value).removeprefix("torch."), "of": type(value).__name__}
         case _ if value is ...:
             return {"ellipsis": True}

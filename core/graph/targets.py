@@ -84,7 +84,7 @@ def find_target(name: str) -> Any:
                 if not dot:
                     raise
                 attribute = f"{part}.{attribute}"
-    except (AttributeError, ImportError) as error:
+    except (AttributeError, ImportError, ValueError) as error:
         raise VllmcError(
             "unknown-op",
             f"the program calls {name}, which is not registered in this process",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -14,6 +15,16 @@ from vllmc.core.models.errors import unsupported_model
 from vllmc.core.models.model import Weights
 from vllmc.core.spec import LayerNames
 from vllmc.core.torch_compat.fake import fake_weights
+
+EXPERTS_NAME = "grouped_mm"
+"""The implementation of mixtures of experts, where a model lets one choose.
+
+Transformers' own loop over the experts that were hit cannot be captured: which they are is known
+only when it runs. This one sorts the tokens by expert and multiplies each group, in bfloat16 as one
+op, else as Transformers' op `grouped_mm_fallback`. Products are those of the loop; what a token's
+experts give is added up in the order of their weights, in float32, instead of in the order of the
+experts, in the model's dtype.
+"""
 
 
 class DecoderEntry(torch.nn.Module):
@@ -66,6 +77,7 @@ def build_entry(model: torch.nn.Module, layer_names: LayerNames) -> torch.nn.Mod
     if isinstance(model, PreTrainedModel):
         register_attention()
         model.config._attn_implementation = ATTENTION_NAME
+        model.config._experts_implementation = EXPERTS_NAME
         entry = DecoderEntry(model)
     else:
         entry = PlainEntry(model)
@@ -112,7 +124,7 @@ def load_weights(
         return AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=getattr(torch, dtype), revision=revision or "main"
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise VllmcError(
             "bad-weights",
             f"the weights of {name} cannot be loaded",

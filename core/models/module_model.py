@@ -122,6 +122,13 @@ def load_module(name: str) -> ModuleModel:
             context={"cause": str(error)},
             hint="run in the directory that holds the module, or set PYTHONPATH",
         ) from error
+    except SyntaxError as error:
+        raise VllmcError(
+            "bad-model",
+            f"the module of {name} is not valid Python",
+            context={"cause": str(error)},
+            hint="correct it, and see that this Python imports it",
+        ) from error
     if not isinstance(found, torch.nn.Module) and not callable(found):
         raise VllmcError(
             "bad-model",

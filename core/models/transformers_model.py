@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, AutoConfig
 
@@ -80,8 +81,8 @@ class TransformersModel:
     @property
     def info(self) -> ModelInfo:
         """What the configuration says."""
-        config = self._config
-        dtype = getattr(config, "dtype", None)
+        config = self._config.get_text_config(decoder=True)
+        dtype = getattr(self._config, "dtype", None)
         return ModelInfo(
             dtype=str(dtype).removeprefix("torch.") if dtype is not None else "float32",
             vocab_size=getattr(config, "vocab_size", None),
@@ -141,7 +142,7 @@ class TransformersModel:
         return str(directory) if any(directory.glob("*.safetensors")) else None
 
     def _stop_token_ids(self) -> tuple[int, ...]:
-        stop = getattr(self._config, "eos_token_id", None)
+        stop = getattr(self._config.get_text_config(decoder=True), "eos_token_id", None)
         directory = self._source.directory
         if directory is not None and (directory / "generation_config.json").is_file():
             # Whatever else the file holds, `generate` would read its stop tokens from here.
@@ -209,7 +210,7 @@ def _read_config(name: str, source: str, revision: str | None) -> PretrainedConf
             context={"cause": str(error).splitlines()[0]},
             hint="check the name and the connection (HF_HUB_OFFLINE), or give a directory",
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise VllmcError(
             "bad-config",
@@ -223,11 +224,14 @@ def _with_layers(config: PretrainedConfig, layers: int | None) -> PretrainedConf
     if layers is None:
         return config
     fields = config.to_dict()
+    text = config.get_text_config(decoder=True)
+    # A configuration of several parts holds that of its decoder under a name.
+    part = next((name for name in config.sub_configs if getattr(config, name) is text), None)
+    inner = fields if part is None else fields[part]
     for key in ("layer_types", "mlp_layer_types"):
-        if pattern := fields.get(key):
-            fields[key] = [pattern[i % len(pattern)] for i in range(layers)]
-    depth = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    fields[depth] = layers
+        if pattern := inner.get(key):
+            inner[key] = [pattern[i % len(pattern)] for i in range(layers)]
+    inner[text.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = layers
     return type(config).from_dict(fields)
 
 
@@ -238,7 +242,9 @@ def _flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", json.loads(json.dumps(value, default=str))
+            # Infinities, as in a state space model's `time_step_limit`, are no JSON: kept as text.
+            text = json.dumps(value, default=str)
+            yield f"{prefix}{key}", json.loads(text, parse_constant=str)
 
 
 def _bad_config(path: Path, cause: str) -> VllmcError:

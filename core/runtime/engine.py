@@ -120,8 +120,17 @@ class Engine:
         `VllmcError`, before anything is computed: `empty-prompt`, `bad-token-id`,
         `prompt-too-long`, `out-of-blocks` (a prompt that the empty cache could not hold).
         """
-        for number, prompt in enumerate(prompts):
-            self._check(number, prompt, params.max_new_tokens)
+        config = self._config
+        check_prompts(
+            prompts,
+            params.max_new_tokens,
+            vocab_size=config.vocab_size,
+            max_position=config.max_position,
+        )
+        for prompt in prompts:
+            needed = blocks_needed(_stored_tokens(prompt, params.max_new_tokens), config.block_size)
+            if params.max_new_tokens and needed > config.num_blocks:
+                raise OutOfBlocksError(needed, config.num_blocks)
         sequences = [_Sequence(prompt, params) for prompt in prompts]
         # Nothing is differentiated; compiled pieces were captured under `no_grad`, and under
         # `inference_mode` would be handed tensors of another kind.
@@ -130,8 +139,19 @@ class Engine:
             timings = run.generate(sequences)
         return GenerationResult(outputs=tuple(s.output() for s in sequences), timings=timings)
 
-    def _check(self, number: int, prompt: Sequence[int], new_tokens: int) -> None:
-        config = self._config
+
+def check_prompts(
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    vocab_size: int,
+    max_position: int | None,
+) -> None:
+    """Whether a model can continue each prompt (token ids) by `new_tokens` tokens.
+
+    Raises `VllmcError`: `empty-prompt`, `bad-token-id`, `prompt-too-long`.
+    """
+    for number, prompt in enumerate(prompts):
         if not prompt:
             raise VllmcError(
                 "empty-prompt",
@@ -139,32 +159,29 @@ class Engine:
                 context={"prompt": number},
                 hint="give at least one token, such as the model's beginning-of-sequence token",
             )
-        strange = next((token for token in prompt if not 0 <= token < config.vocab_size), None)
+        strange = next((token for token in prompt if not 0 <= token < vocab_size), None)
         if strange is not None:
             raise VllmcError(
                 "bad-token-id",
                 f"prompt {number} holds the token id {strange}; the model's vocabulary has "
-                f"{config.vocab_size} tokens, from 0",
-                context={"prompt": number, "token_id": strange, "vocab_size": config.vocab_size},
+                f"{vocab_size} tokens, from 0",
+                context={"prompt": number, "token_id": strange, "vocab_size": vocab_size},
                 hint="tokenize with this model's own tokenizer",
             )
         total = len(prompt) + new_tokens
-        if config.max_position is not None and total > config.max_position:
+        if max_position is not None and total > max_position:
             raise VllmcError(
                 "prompt-too-long",
                 f"prompt {number} has {len(prompt)} tokens, with {new_tokens} new ones {total}; "
-                f"the model's maximum is {config.max_position}",
+                f"the model's maximum is {max_position}",
                 context={
                     "prompt": number,
                     "prompt_tokens": len(prompt),
                     "new_tokens": new_tokens,
-                    "max_position": config.max_position,
+                    "max_position": max_position,
                 },
                 hint="shorten the prompt or generate fewer tokens",
             )
-        needed = blocks_needed(_stored_tokens(prompt, new_tokens), config.block_size)
-        if new_tokens and needed > config.num_blocks:
-            raise OutOfBlocksError(needed, config.num_blocks)
 
 
 def _stored_tokens(prompt: Sequence[int], new_tokens: int) -> int:

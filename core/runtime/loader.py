@@ -7,15 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from vllmc.core.compiler.container import (
-    BUNDLE,
-    EAGER,
-    NATIVE,
-    Container,
-    import_by_name,
-    unpack,
-)
+
+from vllmc.core.compiler.container import BUNDLE, EAGER, NATIVE, Container, unpack
 from vllmc.core.errors import UnsafeCacheError, VllmcError
+from vllmc.core.graph.targets import import_by_name
 from vllmc.core.torch_compat import native
 
 PieceCallable: TypeAlias = Callable[[list[Any]], Sequence[Any]]
@@ -38,7 +33,7 @@ def load_artifact(data: bytes) -> PieceCallable:
         )
     try:
         return load(container)
-    except (ImportError, OSError, KeyError) as error:
+    except (ImportError, AttributeError, OSError, KeyError) as error:
         raise VllmcError(
             "artifact-not-loadable",
             "a stored artifact cannot be loaded on this machine",
@@ -50,10 +45,12 @@ def load_artifact(data: bytes) -> PieceCallable:
 def _load_native(container: Container) -> PieceCallable:
     provided: dict[str, object] = {}
     names = container.description["provided"]
+    products = container.description["extern_kernels"]
     assert isinstance(names, list)
+    assert isinstance(products, dict)
     for name in map(str, names):
-        if name == "extern_kernels":
-            provided[name] = native.LIGHT_EXTERN_KERNELS
+        if name == native.EXTERN_KERNELS:
+            provided[name] = native.extern_kernels(products)
         elif (library := container.files.get(f"kernels/{name}.so")) is not None:
             provided[name] = native.load_kernel(name, library)
         else:

@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 import torch
 
 from vllmc.core.cache.key import JsonValue
-from vllmc.core.compiler.container import import_by_name
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.inputs import find_attribute
 from vllmc.core.graph.layout import GraphInput, Layout, OpStep, UnitStep
+from vllmc.core.graph.targets import find_target
 from vllmc.core.runtime.loader import PieceCallable
 from vllmc.core.spec import CompileRange
 from vllmc.kernels.layer_name import LayerName
@@ -65,15 +65,25 @@ class Program:
         position_ids: torch.Tensor,
         logits_indices: torch.Tensor,
     ) -> torch.Tensor:
-        """Raises `VllmcError` (`zero-tokens`, `size-out-of-range`, `shape-mismatch`)."""
-        tokens = input_ids.shape[1]
-        if position_ids.shape[1] != tokens:
+        """Raises `VllmcError` (`zero-tokens`, `size-out-of-range`, `bad-input`)."""
+        # Compiled code reads memory as it was told to: what it is given is checked here.
+        _check_input("input_ids", input_ids, 2)
+        _check_input("position_ids", position_ids, 2)
+        _check_input("logits_indices", logits_indices, 1)
+        if input_ids.shape[0] != 1 or position_ids.shape != input_ids.shape:
             raise VllmcError(
-                "shape-mismatch",
-                f"input_ids has {tokens} tokens and position_ids {position_ids.shape[1]}",
+                "bad-input",
+                f"input_ids has the shape {list(input_ids.shape)} and position_ids "
+                f"{list(position_ids.shape)}",
                 hint="both have the shape [1, T]",
             )
-        return self.variant(tokens)(input_ids, position_ids, logits_indices)
+        if logits_indices.shape[0] == 0:
+            raise VllmcError(
+                "bad-input",
+                "no token's logits are asked for",
+                hint="give at least one of the batch's tokens in logits_indices",
+            )
+        return self.variant(input_ids.shape[1])(input_ids, position_ids, logits_indices)
 
     def variant(self, tokens: int) -> Step:
         """The step that was compiled for `tokens`."""
@@ -92,6 +102,17 @@ class Program:
             context={"ranges": [str(r) for r in self.ranges]},
             hint=f"compile one that does: --compile-range 1:{max(tokens, self.max_tokens)}",
         )
+
+
+def _check_input(name: str, tensor: torch.Tensor, dims: int) -> None:
+    if tensor.dtype is torch.int64 and tensor.dim() == dims and tensor.is_contiguous():
+        return
+    raise VllmcError(
+        "bad-input",
+        f"{name} is {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} with the "
+        f"strides {list(tensor.stride())}",
+        hint=f"it is a contiguous int64 tensor of {dims} dimension{'s' if dims > 1 else ''}",
+    )
 
 
 def link(layout: Layout, entry: torch.nn.Module, variants: Sequence[Variant]) -> Program:
@@ -126,22 +147,22 @@ def _bind(entry: torch.nn.Module, given: GraphInput) -> object:
     if not isinstance(found, torch.Tensor):
         raise _mismatch(given, "it has none")
     dtype = str(found.dtype).removeprefix("torch.")
-    if (dtype, tuple(found.shape)) != (given.dtype, given.shape):
-        raise _mismatch(given, f"it has {dtype} {list(found.shape)}")
+    strides = tuple(found.stride())
+    if (dtype, tuple(found.shape), strides) != (given.dtype, given.shape, given.stride):
+        raise _mismatch(given, f"it has {dtype} {list(found.shape)}, strides {list(strides)}")
     return found.detach()
 
 
 def _mismatch(given: GraphInput, found: str) -> VllmcError:
     return VllmcError(
         "weights-mismatch",
-        f"the program wants the tensor {given.name} as {given.dtype} {list(given.shape)}: {found}",
+        f"the program wants the tensor {given.name} as {given.dtype} {list(given.shape)}, "
+        f"strides {list(given.stride)}: {found}",
         hint="compile for this model: vllmc warm --force",
     )
 
 
-def _step_source(
-    layout: Layout, bound: Mapping[str, object], targets: dict[str, object]
-) -> str:
+def _step_source(layout: Layout, bound: Mapping[str, object], targets: dict[str, object]) -> str:
     """Python source of `bind(...)`, which returns the step as a closure over what it is given."""
     lines = []
     for index, given in enumerate(layout.inputs):
@@ -248,23 +269,3 @@ def _references(value: JsonValue | list[JsonValue]) -> list[str]:
             return [str(value["ref"])]
         return [name for item in value.values() for name in _references(item)]
     return []
-
-
-def find_target(name: str) -> Any:
-    """The function that a record calls `name`. Raises `VllmcError` (`unknown-op`)."""
-    try:
-        if name.startswith("torch.ops."):
-            namespace, _, op = name.removeprefix("torch.ops.").replace("::", ".").partition(".")
-            found: Any = getattr(torch.ops, namespace)
-            for part in op.split("."):
-                found = getattr(found, part)
-            return found
-        module, _, attribute = name.rpartition(".")
-        return import_by_name(module, attribute)
-    except (AttributeError, ImportError) as error:
-        raise VllmcError(
-            "unknown-op",
-            f"the program calls {name}, which is not registered in this process",
-            context={"cause": str(error)},
-            hint="import the module that registers it before running",
-        ) from error

@@ -12,13 +12,18 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
+import sympy
 import torch
 import torch._dynamo.convert_frame as convert_frame
 import torch.fx as fx
 from torch._dynamo.decorators import mark_dynamic, mark_unbacked
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import ObservedException, TorchDynamoException, TorchRuntimeError
+from torch._dynamo.pgo import reset_code_state
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
+from torch._inductor import config as inductor_config
 from torch.fx.experimental import _config as symbolic_config
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+
 from vllmc.core.spec import DynamicShapes
 
 
@@ -27,12 +32,14 @@ class RawCapture:
     """What Dynamo made of one call.
 
     `sources` maps each placeholder's name to the expression that Dynamo read it from
-    (`L['self']._modules['model']._parameters['weight']`); `code` are the code objects traced.
+    (`L['self']._modules['model']._parameters['weight']`); `code` are the code objects traced;
+    `guards` are the conditions on backed sizes under which the graph holds.
     """
 
     module: fx.GraphModule
     sources: dict[str, str]
     code: tuple[CodeType, ...]
+    guards: tuple[sympy.Basic, ...]
 
 
 class CaptureError(Exception):
@@ -64,6 +71,11 @@ def size_oblivious(kind: DynamicShapes) -> Iterator[None]:
         yield
 
 
+def freezes_weights() -> bool:
+    """Whether Inductor is to take parameters for constants, under the configuration in force."""
+    return bool(inductor_config.freezing)
+
+
 def capture_full_graph(
     module: torch.nn.Module, args: tuple[torch.Tensor, ...], kind: DynamicShapes
 ) -> RawCapture:
@@ -72,7 +84,8 @@ def capture_full_graph(
     Parameters may be fake; `args` must be real tensors with their dimensions marked, because
     marks on fake tensors are not seen.
     """
-    torch._dynamo.reset()
+    # What earlier captures of the same code saw would decide which sizes are dynamic here.
+    reset_code_state()
     try:
         with (
             torch.no_grad(),
@@ -83,8 +96,6 @@ def capture_full_graph(
             captured = convert_frame.fullgraph_capture(module, args)
     except TorchDynamoException as error:
         raise CaptureError(_reason(error), _frames(error)) from error
-    finally:
-        torch._dynamo.reset()
     backend_input = captured.backend_input
     if backend_input is None:
         raise CaptureError("the forward runs no tensor operation", ())
@@ -97,7 +108,14 @@ def capture_full_graph(
             if node.op == "placeholder"
         },
         code=tuple(captured.graph_capture_output.traced_code),
+        guards=_guards(backend_input.fake_mode.shape_env),
     )
+
+
+def _guards(shape_env: ShapeEnv | None) -> tuple[sympy.Basic, ...]:
+    if shape_env is None:
+        return ()
+    return tuple(shape_env.replace(guard.expr) for guard in shape_env.guards)
 
 
 def _source_name(node: fx.Node) -> str:
@@ -109,13 +127,45 @@ def _source_name(node: fx.Node) -> str:
 
 
 def _reason(error: TorchDynamoException) -> str:
-    """The first paragraph of Dynamo's message: what, without the advice and the trace."""
+    """What stood in the way, in words; Dynamo's message holds advice to its developers besides."""
+    causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, GuardOnDataDependentSymNode):
+            return (
+                "what it computes hangs on a number that is not known while it is captured: "
+                f"{cause.cond}" + _meaning(cause.cond)
+            )
+        if isinstance(cause, ObservedException):
+            return f"it raises {type(cause).__name__.removeprefix('Observed')}"
+    if isinstance(error, TorchRuntimeError):
+        text = str(causes[-1]).replace("FakeTensor", "Tensor")
+        return f"an operation fails: {type(causes[-1]).__name__}: {text}"
+    if getattr(error, "gb_type", None) == "Data-dependent branching":
+        return "it branches on the values of a tensor"
+    return _first_paragraph(str(error)) or type(error).__name__
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
+
+
+def _meaning(condition: object) -> str:
+    """The first size that a forward reads is that of `input_ids`."""
+    free = {str(symbol) for symbol in getattr(condition, "free_symbols", ())}
+    return " (u0 is the number of tokens)" if "u0" in free else ""
+
+
+def _first_paragraph(text: str) -> str:
     lines: list[str] = []
-    for line in str(error).strip().splitlines():
+    for line in text.strip().splitlines():
         if lines and not line.strip():
             break
-        lines.append(line.strip())
-    return " ".join(lines) or type(error).__name__
+        if not line.strip().startswith("Hint:"):
+            lines.append(line.strip())
+    return " ".join(lines)
 
 
 def _frames(error: TorchDynamoException) -> list[traceback.FrameSummary]:

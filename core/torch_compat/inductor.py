@@ -20,8 +20,9 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import standalone_compile as standalone
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 from torch._inductor.output_code import CompiledFxGraph
+
 from vllmc.core.torch_compat.shapes import ShapeScope
 
 
@@ -63,20 +64,50 @@ def generate(module: fx.GraphModule, inputs: Sequence[object], scope: ShapeScope
     Runs under the configuration in force: enter the overrides first. Raises `NoCompilerError`
     and `CompileError`.
     """
-    compiled: list[CompiledFxGraph] = []
+    outputs = len(module.graph.output_node().args[0])
+    generated: list[Generated] = []
 
     def record(graph: fx.GraphModule, examples: Sequence[Any], **kwargs: Any) -> Any:
+        # What stands around this graph otherwise (AOTAutograd's runtime wrappers) is not stored.
+        _check_calling_convention(graph, len(inputs), outputs)
         result = compile_fx_inner(graph, examples, **kwargs)
-        assert isinstance(result, CompiledFxGraph), type(result)
-        compiled.append(result)
+        generated.append(
+            _take_apart(result) if isinstance(result, CompiledFxGraph) else _without_calls(graph)
+        )
         return result
 
     _call_inductor(lambda: compile_fx(module, list(inputs), inner_compile=record), scope)
-    (result,) = compiled
+    (result,) = generated
+    return result
+
+
+def _check_calling_convention(graph: fx.GraphModule, inputs: int, outputs: int) -> None:
+    placeholders = len(graph.graph.find_nodes(op="placeholder"))
+    results = len(graph.graph.output_node().args[0])
+    if (placeholders, results) != (inputs, outputs):
+        raise CompileError(
+            f"AOTAutograd made a graph of {placeholders} inputs and {results} outputs out of one "
+            f"of {inputs} and {outputs}"
+        )
+
+
+def _take_apart(compiled: CompiledFxGraph) -> Generated:
     return Generated(
-        wrapper=result.source_code,
-        kernels=_kernels(result),
-        constants=tuple(sorted((result.constants or {}).items())),
+        wrapper=compiled.source_code,
+        kernels=_kernels(compiled),
+        constants=tuple(sorted((compiled.constants or {}).items())),
+    )
+
+
+def _without_calls(graph: fx.GraphModule) -> Generated:
+    """A wrapper for a graph that only hands inputs on: Inductor makes none."""
+    names = "".join(f"{node.name}, " for node in graph.graph.find_nodes(op="placeholder"))
+    results = "".join(f"{result}, " for result in graph.graph.output_node().args[0])
+    unpack = f"    ({names}) = args\n" if names else ""
+    return Generated(
+        wrapper=f"def call(args):\n{unpack}    args.clear()\n    return ({results})\n",
+        kernels=(),
+        constants=(),
     )
 
 
@@ -111,9 +142,12 @@ def _call_inductor(call: Callable[[], Any], scope: ShapeScope) -> Any:
         raise NoCompilerError(str(error)) from error
     except CppCompileError as error:
         raise CompileError(str(error)) from error
-    except torch._inductor.exc.InductorError as error:
+    except InductorError as error:
         if isinstance(error.inner_exception, InvalidCxxCompiler):
             raise NoCompilerError(str(error.inner_exception)) from error
+        raise CompileError(str(error)) from error
+    except RuntimeError as error:
+        # What AOTAutograd meets before Inductor (a data-dependent size, say) comes unwrapped.
         raise CompileError(str(error)) from error
 
 
@@ -123,7 +157,8 @@ def _kernels(result: CompiledFxGraph) -> tuple[Kernel, ...]:
     for name, value in vars(module).items():
         owner = getattr(value, "__self__", None)
         library = getattr(owner, "__file__", None)
-        if isinstance(value, BuiltinFunctionType) and library is not None:
+        # The module of a kernel is called `kernel`; that of a C++ wrapper is none.
+        if isinstance(value, BuiltinFunctionType) and library and value.__name__ == "kernel":
             path = Path(library)
             code = path.name.partition(".")[0]
             kernels.append(Kernel(name=name, code=code, library=path.read_bytes()))

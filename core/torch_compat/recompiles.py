@@ -26,6 +26,7 @@ class Recompilation:
 def watch_recompiles() -> Iterator[list[Recompilation]]:
     """Yields a list that, when the block ends, holds every recompile that happened in it."""
     found: list[Recompilation] = []
+    limit = dynamo_utils._compilation_metrics.maxlen
     dynamo_utils.set_compilation_metrics_limit(_LIMIT)
     before = len(dynamo_utils.get_compilation_metrics())
     try:
@@ -42,3 +43,5 @@ def watch_recompiles() -> Iterator[list[Recompilation]]:
                         seconds=metrics.entire_frame_compile_time_s,
                     )
                 )
+        # The oldest are dropped, as they would have been.
+        dynamo_utils.set_compilation_metrics_limit(limit)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -10,16 +11,38 @@ import torch
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from vllmc.core.spec import DynamicShapes
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SymbolRange:
-    """What one symbol may be: between `low` and `high` inclusive, `high` None for no limit."""
+    """What one symbol may be: between `low` and `high` inclusive, `high` None for no limit.
+
+    A backed symbol has an example value, which code may be specialised for; it needs a limit.
+    """
 
     symbol: sympy.Symbol
     low: int
     high: int | None
+    backed: bool = False
+
+
+def truth(condition: sympy.Basic, ranges: Mapping[sympy.Symbol, tuple[int, int]]) -> bool | None:
+    """Whether `condition` holds for all values of its symbols in their `ranges` (inclusive).
+
+    False where it is seen to fail for some; None where neither can be shown.
+    """
+    free = condition.free_symbols
+    if not free <= ranges.keys():
+        return None
+    bounds = bound_sympy(condition, {s: ValueRanges(*ranges[s]) for s in free})
+    if bounds.is_singleton():
+        return bool(bounds.lower)
+    for ends in itertools.product(*(ranges[s] for s in free)):
+        values = {s: sympy.Integer(end) for s, end in zip(free, ends, strict=True)}
+        if condition.xreplace(values) == sympy.false:
+            return False
+    return None
 
 
 class ShapeScope:
@@ -28,7 +51,7 @@ class ShapeScope:
     A range of one value becomes that number. Backed symbols get a hint inside their range.
     """
 
-    def __init__(self, ranges: Sequence[SymbolRange], kind: DynamicShapes) -> None:
+    def __init__(self, ranges: Sequence[SymbolRange]) -> None:
         self.shape_env = ShapeEnv()
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env)
         self._sizes: dict[sympy.Symbol, sympy.Expr] = {}
@@ -37,8 +60,7 @@ class ShapeScope:
             if declared.low == declared.high:
                 self._sizes[declared.symbol] = sympy.Integer(declared.low)
                 continue
-            backed = kind != "unbacked" and declared.high is not None
-            fresh = self._backed(index, declared) if backed else self._unbacked(declared)
+            fresh = self._backed(index, declared) if declared.backed else self._unbacked(declared)
             self._sizes[declared.symbol] = fresh
             self._declared[fresh] = declared
 

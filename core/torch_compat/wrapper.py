@@ -9,13 +9,20 @@ provided by whoever runs the result.
 from __future__ import annotations
 
 import ast
+import builtins
+import symtable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch._inductor.select_algorithm import extern_kernels
-from vllmc.core.torch_compat.native import LIGHT_EXTERN_KERNELS
+
+from vllmc.core.torch_compat.native import EXTERN_KERNELS
 
 ENTRY = "call"
-KERNEL_FACTORY = "async_compile"
+
+# What these modules give a wrapper compiles its code when the wrapper is loaded.
+_COMPILING_MODULES = ("torch._inductor.async_compile", "torch._inductor.codecache")
 
 
 class NotPortable(Exception):
@@ -28,50 +35,82 @@ class NotPortable(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reduced:
-    """`source` defines `call(args: list) -> tuple`, given `provided` names in its namespace."""
+    """`source` defines `call(args: list) -> tuple`, given `provided` names in its namespace.
+
+    Where `extern_kernels` is one of them, `products` says which functions of `torch` it holds:
+    (name in the wrapper, name in `torch`).
+    """
 
     source: str
     provided: tuple[str, ...]
+    products: tuple[tuple[str, str], ...]
 
 
 def reduce_wrapper(source: str, *, provided: frozenset[str]) -> Reduced:
     """Reduces `source`; `provided` are the names of its kernels and constants.
 
-    Raises `NotPortable` where a statement that `call` reaches compiles something at load time.
+    Raises `NotPortable` where something that `call` reaches compiles code at load time, or is
+    bound in a way that this reading of the module does not see.
     """
-    module = ast.parse(source)
-    statements = _reached(module.body)
-    if _uses_light_kernels_alone(statements):
-        provided |= {"extern_kernels"}
-    kept = [s for s in (_without(s, provided) for s in statements) if s is not None]
-    for statement in kept:
-        if KERNEL_FACTORY in _names_read(statement):
-            raise NotPortable(ast.unparse(statement).splitlines()[0][:120])
-    text = "\n\n".join(ast.unparse(statement) for statement in kept)
+    body = ast.parse(source).body
+    products = _products(_reached(body, provided))
+    if products is not None:
+        provided |= {EXTERN_KERNELS}
+    statements = _reached(body, provided)
+    for statement in statements:
+        if isinstance(statement, ast.ImportFrom) and statement.module in _COMPILING_MODULES:
+            raise NotPortable(ast.unparse(statement))
+    text = "\n\n".join(ast.unparse(statement) for statement in statements) + "\n"
     used = {name for statement in statements for name in _names_read(statement)}
-    return Reduced(source=text + "\n", provided=tuple(sorted(provided & used)))
+    bound = {name for statement in statements for name in _names_bound(statement)}
+    if unbound := set(_globals_read(text)) - bound - provided - set(dir(builtins)):
+        raise NotPortable(", ".join(sorted(unbound)))
+    return Reduced(
+        source=text,
+        provided=tuple(sorted(provided & used)),
+        products=tuple(sorted((products or {}).items())) if EXTERN_KERNELS in used else (),
+    )
 
 
-def _reached(body: list[ast.stmt]) -> list[ast.stmt]:
-    """The top-level statements that `call` needs, in their order."""
-    wanted, chosen = {ENTRY}, set[int]()
+def _reached(body: list[ast.stmt], provided: frozenset[str]) -> list[ast.stmt]:
+    """The top-level statements that `call` needs, in their order, less bindings of `provided`."""
+    wanted, chosen = {ENTRY}, dict[int, ast.stmt]()
     while True:
         more = [
-            index
+            (index, needed)
             for index, statement in enumerate(body)
-            if index not in chosen and not wanted.isdisjoint(_names_bound(statement))
+            if index not in chosen and (needed := _binding(statement, wanted - provided))
         ]
         if not more:
-            return [body[index] for index in sorted(chosen)]
-        for index in more:
-            chosen.add(index)
-            wanted |= _names_read(body[index])
+            return [chosen[index] for index in sorted(chosen)]
+        for index, statement in more:
+            chosen[index] = statement
+            wanted |= _names_read(statement)
+
+
+def _binding(statement: ast.stmt, wanted: set[str]) -> ast.stmt | None:
+    """`statement` if it binds one of the names; of an import only those that are wanted."""
+    if isinstance(statement, ast.Import):
+        names = [a for a in statement.names if _alias(a) in wanted]
+        return ast.Import(names=names) if names else None
+    if isinstance(statement, ast.ImportFrom):
+        names = [a for a in statement.names if _alias(a) in wanted]
+        return (
+            ast.ImportFrom(module=statement.module, names=names, level=statement.level)
+            if names
+            else None
+        )
+    return None if wanted.isdisjoint(_names_bound(statement)) else statement
+
+
+def _alias(alias: ast.alias) -> str:
+    return (alias.asname or alias.name).split(".")[0]
 
 
 def _names_bound(statement: ast.stmt) -> set[str]:
     match statement:
         case ast.Import(names=names) | ast.ImportFrom(names=names):
-            return {(alias.asname or alias.name).split(".")[0] for alias in names}
+            return {_alias(alias) for alias in names}
         case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
             return {name}
         case ast.Assign(targets=targets):
@@ -88,25 +127,31 @@ def _names_read(statement: ast.stmt) -> set[str]:
     }
 
 
-def _without(statement: ast.stmt, provided: frozenset[str]) -> ast.stmt | None:
-    """`statement` less the bindings of names that are provided; None where nothing is left."""
-    if isinstance(statement, (ast.Import, ast.ImportFrom)):
-        aliases = [a for a in statement.names if (a.asname or a.name) not in provided]
-        if not aliases:
-            return None
-        statement.names = aliases
-        return statement
-    return None if _names_bound(statement) & provided else statement
+def _globals_read(source: str) -> Iterator[str]:
+    """Every name that some scope of `source` takes from the module or the builtins."""
+    tables = [symtable.symtable(source, "<wrapper>", "exec")]
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        module = table.get_type() == "module"
+        for found in table.get_symbols():
+            if found.is_referenced() and (module or found.is_global()):
+                yield found.get_name()
 
 
-def _uses_light_kernels_alone(statements: list[ast.stmt]) -> bool:
-    used = {
-        node.attr
-        for statement in statements
-        for node in ast.walk(statement)
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "extern_kernels"
-    }
-    light = vars(LIGHT_EXTERN_KERNELS)
-    return all(name in light and getattr(extern_kernels, name) is light[name] for name in used)
+def _products(statements: list[ast.stmt]) -> dict[str, str] | None:
+    """The library calls of `statements` by their names in `torch`; None where one has none."""
+    products = {}
+    for statement in statements:
+        for node in ast.walk(statement):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == EXTERN_KERNELS
+            ):
+                function = getattr(extern_kernels, node.attr)
+                name = getattr(function, "__name__", "")
+                if getattr(torch, name, None) is not function:
+                    return None
+                products[node.attr] = name
+    return products

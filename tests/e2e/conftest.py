@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from vllmc.cli.app import main
 
 SURROUNDINGS = (
@@ -133,20 +134,24 @@ Spawn = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start(workplace: Path, cache: Path) -> Iterator[Spawn]:
-    """Starts the console script in a process of its own, which is killed when the test ends."""
+    """Starts the console script in a process of its own, which is killed when the test ends.
+
+    `env` adds to a plain environment; `before` is a command to run it with.
+    """
     started: list[subprocess.Popen[str]] = []
 
     def run(
-        *words: str | Path, env: Mapping[str, str] | None = None, **how: Any
+        *words: str | Path,
+        env: Mapping[str, str] | None = None,
+        before: tuple[str, ...] = (),
     ) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [str(EXECUTABLE), *map(str, words)],
+            [*before, str(EXECUTABLE), *map(str, words)],
             env=plain_environment() | {"VLLMC_CACHE_DIR": str(cache)} | dict(env or {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            **how,
         )
         started.append(process)
         return process
@@ -252,7 +257,7 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-FACTORY = '''
+FACTORY = """
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -270,7 +275,7 @@ def small():
 
 def other_vocabulary():
     return LlamaForCausalLM(config(vocab_size=128))
-'''
+"""
 
 
 @pytest.fixture

@@ -33,7 +33,9 @@ def test_run_generates_with_the_program_that_warm_stored(warmed: Any, eager: Run
     assert row["recompiles"] == []
     assert set(row["seconds"]) == {"load", "first_token", "total"}
     assert set(row["tokens_per_second"]) == {"prefill", "decode"}
-    assert all(value > 0 for value in (*row["seconds"].values(), *row["tokens_per_second"].values()))
+    assert all(
+        value > 0 for value in (*row["seconds"].values(), *row["tokens_per_second"].values())
+    )
 
 
 def test_run_compiles_what_is_missing_and_leaves_it_for_warm(eager: Run) -> None:
@@ -63,7 +65,9 @@ def test_the_workload_runs_at_each_batch_size_in_turn_without_a_recompile(
     outputs = done.json["outputs"]
     assert [o["prompt"] for o in outputs] == ["1,2,3", LONG] * 3 + ["1,2,3"]
     alone = token_ids(eager("run", *words))
-    assert token_ids(done) == alone * 3 + alone[:1], "a batch does not change what each prompt gives"
+    assert token_ids(done) == alone * 3 + alone[:1], (
+        "a batch does not change what each prompt gives"
+    )
 
 
 def test_token_ids_and_text_are_those_of_eager_transformers(llama_dir: Path, eager: Run) -> None:
@@ -193,7 +197,7 @@ def test_run_replaces_a_corrupt_artifact_with_a_warning(
     assert eager("run", *words, "--fail-on-miss").code == 0
 
 
-RECOMPILING = '''
+RECOMPILING = """
 import torch
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -225,7 +229,7 @@ def make():
     model = LlamaForCausalLM(config(num_hidden_layers=1))
     model.model.layers[0].mlp = Halving(model.config)
     return model
-'''
+"""
 
 
 def test_a_recompile_inside_a_splitting_op_is_seen_and_explained(

@@ -50,9 +50,7 @@ def test_warm_compiles_what_is_missing_and_then_finds_it(eager: Run) -> None:
 
 
 @pytest.mark.slow
-def test_inductor_s_artifacts_are_found_by_another_process(
-    inductor_cache: Any, vllmc: Run
-) -> None:
+def test_inductor_s_artifacts_are_found_by_another_process(inductor_cache: Any, vllmc: Run) -> None:
     first = inductor_cache.said
     assert first["outcome"] == "compiled"
     assert first["counts"] == {"hit": 0, "dup": 0, "compiled": 3}
@@ -338,20 +336,3 @@ def test_a_changed_source_file_is_a_miss_that_names_the_file(
     forget(workplace)
     helper.write_text("def twice(x):\n    return x + x\n")
     assert eager("warm", "doubled:make", "--json").json["outcome"] == "hit"
-
-
-def test_no_record_names_a_place_or_a_person(
-    llama_dir: Path, factory: Path, eager: Run, workplace: Path, cache: Path, tmp_path: Path
-) -> None:
-    for model in (llama_dir, "factory:small"):
-        assert eager("warm", model).code == 0
-    import getpass
-
-    records = [p for p in cache.rglob("*.json") if p.is_file()]
-    assert len(records) > 4
-    needles = {str(tmp_path), str(llama_dir), str(Path.home()), str(Path.cwd()), "/site-packages"}
-    needles |= {str(Path(__file__).parents[2]), f"/{getpass.getuser()}/"}
-    for record in records:
-        text = record.read_text()
-        assert [needle for needle in needles if needle in text] == [], record
-

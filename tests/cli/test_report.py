@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from vllmc.cli import report
+
+KEY, NEAREST = "0123456789ab" + "0" * 52, "fedcba987654" + "0" * 52
+
+
+def lines(renderable: RenderableType) -> list[str]:
+    file = io.StringIO()
+    Console(file=file, width=160, force_terminal=False).print(renderable)
+    return [line.rstrip() for line in file.getvalue().splitlines()]
+
+
+def unit(outcome: str, *pieces: str) -> dict[str, Any]:
+    return {
+        "pieces": list(pieces),
+        "range": "1:8192",
+        "outcome": outcome,
+        "artifact": "aa" * 32,
+        "bytes": 1500,
+        "seconds": 0.0 if outcome == "hit" else 1.5,
+    }
+
+
+def change(name: str = "max_autotune", **fields: Any) -> dict[str, Any]:
+    return {
+        "group": "inductor",
+        "name": name,
+        "before": False,
+        "after": True,
+        "kind": "changed",
+        "class": "codegen",
+        "affects_key": True,
+        "origin_before": "default",
+        "origin_after": "flag",
+        "note": "",
+    } | fields
+
+
+def warmed(outcome: str, *units: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    kinds = [u["outcome"] for u in units]
+    return {
+        "model": "tiny-llama",
+        "key": KEY,
+        "outcome": outcome,
+        "program": "hit" if outcome == "hit" else "miss",
+        "pieces": {"total": 5, "splitting": 2, "compilable": 3, "unique": 3},
+        "counts": {name: kinds.count(name) for name in ("hit", "dup", "compiled")},
+        "units": list(units),
+        "seconds": {"total": 4.0, "capture": 1.0, "compile": 2.5, "store": 0.1},
+        "peak_rss_mb": 512,
+        "miss": None if outcome == "hit" else {"nearest_key": None, "changes": []},
+    } | fields
+
+
+def test_a_compilation_shows_its_units_and_where_the_time_went() -> None:
+    row = warmed("compiled", unit("compiled", "piece_0"), unit("compiled", "piece_2", "piece_4"))
+    assert lines(report.warm([row])) == [
+        "compiled  none of its units was stored, so all were compiled",
+        "model   tiny-llama",
+        "key     0123456789ab",
+        "pieces  5: 2 splitting, 3 compilable, 3 unique",
+        "units   2 compiled",
+        "time    4.0 s (1.0 s capture, 2.5 s compile)",
+        "memory  512 MB at most",
+        "",
+        "UNIT              RANGE   OUTCOME     SIZE   TIME  ARTIFACT",
+        "piece_0           1:8192  compiled  1.5 kB  1.5 s  aaaaaaaaaaaa",
+        "piece_2, piece_4  1:8192  compiled  1.5 kB  1.5 s  aaaaaaaaaaaa",
+    ]
+
+
+def test_a_hit_says_that_nothing_was_compiled_and_names_no_stage_it_skipped() -> None:
+    seconds = {"total": 0.01, "capture": 0.0, "compile": 0.0, "store": 0.0}
+    text = lines(report.warm([warmed("hit", unit("hit", "piece_0"), seconds=seconds)]))
+    assert text[0] == "hit  nothing had to be compiled"
+    assert "units   1 from the cache" in text
+    assert "time    10 ms" in text
+
+
+def test_each_kind_of_unit_is_counted_in_words_and_a_dup_is_explained() -> None:
+    units = [unit("hit", "piece_0"), unit("dup", "piece_2"), unit("compiled", "piece_4")]
+    text = lines(report.warm([warmed("partial", *units)]))
+    assert (
+        "units   1 from the cache, 1 compiled, 1 compiled to code that was stored already" in text
+    )
+    assert text[-1].startswith("dup: compiled now, and the code turned out to be stored already")
+    assert "dup: " not in "\n".join(lines(report.warm([warmed("partial", *units[::2])])))
+
+
+def test_a_forced_compilation_does_not_claim_that_nothing_was_stored() -> None:
+    text = lines(report.warm([warmed("compiled", unit("compiled", "piece_0"), miss=None)]))
+    assert text[0] == "compiled  everything was compiled again, as --force asks"
+
+
+def test_a_prediction_gives_its_reason_and_no_facts_that_it_lacks() -> None:
+    row = warmed(
+        "would-miss",
+        pieces=None,
+        seconds={"total": 0.0, "capture": 0.0, "compile": 0.0, "store": 0.0},
+        reason="the cache holds no program yet",
+    )
+    assert lines(report.warm([row])) == [
+        "would-miss  the cache holds no program yet",
+        "model  tiny-llama",
+        "key    0123456789ab",
+    ]
+
+
+def test_a_miss_names_the_changes_and_how_many_more_there_are() -> None:
+    changes = [change(f"option_{n:02}") for n in range(14)]
+    miss = {"nearest_key": NEAREST, "changes": changes}
+    text = lines(report.warm([warmed("compiled", unit("compiled", "piece_0"), miss=miss)]))
+    start = text.index("what differs from fedcba987654, the nearest program in the cache:")
+    assert text[start + 2].split() == [
+        "inductor.option_00",
+        "false",
+        "->",
+        "true",
+        "flag",
+        "codegen",
+    ]
+    assert text[-1] == "and 2 more; --json lists them all"
+    assert "option_11" in text[-2]
+
+
+def test_a_record_without_its_artifacts_is_said_to_be_that() -> None:
+    miss = {"nearest_key": KEY, "changes": []}
+    text = lines(report.warm([warmed("partial", unit("hit", "piece_0"), miss=miss)]))
+    assert text[-1] == "the record of 0123456789ab is stored, but not all of its artifacts"
+
+
+def test_several_models_are_set_apart_by_an_empty_line() -> None:
+    text = lines(report.warm([warmed("hit"), warmed("hit", model="other")]))
+    second = text.index("model   other")
+    assert text[second - 2 : second] == ["", "hit  nothing had to be compiled"]
+
+
+def factor(name: str, **fields: Any) -> dict[str, Any]:
+    return {
+        "group": "inductor",
+        "name": name,
+        "value": True,
+        "digest": "00",
+        "origin": "default",
+        "is_default": True,
+        "affects_key": True,
+    } | fields
+
+
+INSPECTED = {
+    "model": "tiny-llama",
+    "key": KEY,
+    "prediction": {
+        "outcome": "miss",
+        "reason": "no program is stored",
+        "nearest_key": NEAREST,
+        "changes": [change()],
+    },
+    "factors": [
+        factor("epilogue_fusion"),
+        factor("max_autotune", origin="flag", is_default=False),
+        factor("cxx", group="system", origin="probe", affects_key=False),
+    ],
+    "excluded": [{"name": "system.threads", "reason": "asked for at run time"}],
+}
+
+
+def test_inspect_shows_what_somebody_set_and_what_is_recorded_only() -> None:
+    text = "\n".join(lines(report.inspect(INSPECTED, whole=False)))
+    assert "prediction  miss  no program is stored\nwhat differs from fedcba987654" in text
+    assert "max_autotune" in text
+    assert "cxx (not in the key)" in text
+    assert "epilogue_fusion" not in text
+    assert "system.threads" not in text
+    assert text.endswith("1 more that nobody set; -v shows them")
+
+
+def test_inspect_whole_shows_every_factor_and_what_is_none() -> None:
+    text = "\n".join(lines(report.inspect(INSPECTED, whole=True)))
+    assert "epilogue_fusion" in text
+    assert "more that nobody set" not in text
+    assert text.endswith("system.threads  asked for at run time")
+
+
+def test_inspect_of_a_unit_names_no_model_and_predicts_nothing() -> None:
+    row = {"model": "", "key": KEY, "factors": INSPECTED["factors"], "excluded": []}
+    text = lines(report.inspect(row, whole=False))
+    assert text[0] == f"key  {KEY}"
+    assert "prediction" not in "\n".join(text)
+
+
+def compared(*changes: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "a": {"kind": "key", "name": "0123456789ab"},
+        "b": {"kind": "current", "name": ""},
+        "equal": not any(c["affects_key"] for c in changes),
+        "changes": list(changes),
+        "same": 700,
+    }
+
+
+def test_a_comparison_without_differences_says_so() -> None:
+    assert lines(report.diff(compared())) == [
+        "a  key 0123456789ab",
+        "b  current",
+        "",
+        "equal: no difference affects the key",
+        "700 factors are the same",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "verdict"),
+    [(1, "1 difference affects the key"), (2, "2 differences affect the key")],
+)
+def test_a_comparison_counts_the_differences_that_affect_the_key(count: int, verdict: str) -> None:
+    changes = [change(f"option_{n}") for n in range(count)]
+    recorded = change("cxx_compiler", group="system", affects_key=False)
+    recorded["class"] = "surroundings"
+    text = lines(report.diff(compared(*changes, recorded)))
+    assert text[3] == verdict
+    assert text[-2].split()[-1] == "key"
+    assert "surroundings, not in the key" in text[-2]
+
+
+def test_a_comparison_is_equal_when_nothing_that_differs_affects_the_key() -> None:
+    text = lines(report.diff(compared(change(affects_key=False))))
+    assert text[3] == "equal: no difference affects the key"
+    assert "inductor.max_autotune" in text[5]
+
+
+def ran(*recompiles: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": "tiny-llama",
+        "key": KEY,
+        "outputs": [
+            {"prompt": "1,2", "token_ids": [3, 4], "text": None, "finish_reason": "length"},
+            {"prompt": "hi", "token_ids": [3, 4], "text": "[b]you[/b]", "finish_reason": "stop"},
+        ],
+        "counts": {"hit": 3, "dup": 0, "compiled": 0},
+        "recompiles": list(recompiles),
+        "seconds": {"load": 0.2, "first_token": 0.05, "total": 1.0},
+        "tokens_per_second": {"prefill": 99.6, "decode": 12.2},
+    }
+
+
+def test_a_run_shows_each_prompt_with_its_text_or_its_tokens() -> None:
+    assert lines(report.run(ran())) == [
+        "> 1,2",
+        "3, 4",
+        "> hi",
+        "[b]you[/b]",
+        "",
+        "units        3 from the cache",
+        "load         200 ms",
+        "first token  50 ms",
+        "speed        prefill 100, decode 12 tokens/s",
+        "recompiles   0",
+    ]
+
+
+def test_a_run_explains_each_recompile() -> None:
+    recompile = {
+        "frame": "model.py:3 in f",
+        "class": "shape",
+        "guard": "L['x'].size()[0] == 4",
+        "subject": "L['x'].size()[0]",
+        "expected": "4",
+        "observed": "7",
+        "count": 2,
+        "limit_hit": False,
+        "cost_seconds": 0.5,
+        "fix": "mark it",
+    }
+    text = lines(report.run(ran(recompile, recompile | {"observed": "", "expected": ""})))
+    assert "recompiles   4" in text
+    start = text.index("frame     model.py:3 in f")
+    assert text[start : start + 6] == [
+        "frame     model.py:3 in f",
+        "guard     L['x'].size()[0] == 4",
+        "class     shape",
+        "expected  4, found 7",
+        "times     2",
+        "fix       mark it",
+    ]
+    assert "\n".join(text).count("expected  ") == 1

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllmc.cli.summary import summary, write_summary
+from vllmc.core.errors import VllmcError
+
+
+def row(outcome: str = "compiled", **fields: Any) -> dict[str, Any]:
+    return {
+        "model": "tiny-llama",
+        "outcome": outcome,
+        "pieces": {"total": 5, "splitting": 2, "compilable": 3, "unique": 3},
+        "counts": {"hit": 2, "dup": 0, "compiled": 1},
+        "units": [
+            {"pieces": ["piece_0"], "range": "1:8", "outcome": "hit", "bytes": 1, "seconds": 0.0},
+            {
+                "pieces": [f"piece_{n}" for n in range(2, 14, 2)],
+                "range": "1:8",
+                "outcome": "compiled",
+                "bytes": 95_500,
+                "seconds": 1.25,
+            },
+        ],
+        "seconds": {"total": 4.0, "capture": 1.0, "compile": 2.5, "store": 0.1},
+        "miss": None,
+    } | fields
+
+
+def change(name: str, before: object, after: object, **fields: Any) -> dict[str, Any]:
+    return {
+        "group": "inductor",
+        "name": name,
+        "before": before,
+        "after": after,
+        "origin_before": "default",
+        "origin_after": "flag",
+    } | fields
+
+
+def test_each_model_is_a_row_and_what_was_compiled_a_table() -> None:
+    assert summary([row(), row("hit", model="other", units=[])]).splitlines() == [
+        "### vllmc warm",
+        "",
+        "| model | outcome | hit | dup | compiled | unique pieces | time |",
+        "|---|---|---:|---:|---:|---:|---:|",
+        "| tiny-llama | **compiled** | 2 | 0 | 1 | 3 | 4.0 s |",
+        "| other | **hit** | 2 | 0 | 1 | 3 | 4.0 s |",
+        "",
+        "#### tiny-llama: compiled",
+        "",
+        "| pieces | range | size | time |",
+        "|---|---|---:|---:|",
+        "| piece_2, piece_4, piece_6, piece_8 and 2 more | 1:8 | 95.5 kB | 1.2 s |",
+    ]
+
+
+def test_a_miss_lists_what_differs_and_no_value_breaks_the_table() -> None:
+    changes = [
+        change("mode", "a|b", "c"),
+        change("gone", True, None, origin_after=None, origin_before="env:GONE"),
+    ]
+    text = summary([row(units=[], miss={"nearest_key": "00", "changes": changes})])
+    assert text.splitlines()[-5:] == [
+        "",
+        "| factor | before | after | origin |",
+        "|---|---|---|---|",
+        "| inductor.mode | a\\|b | c | flag |",
+        "| inductor.gone | true | null | env:GONE |",
+    ]
+
+
+def test_many_differences_are_cut_short() -> None:
+    changes = [change(f"option_{n}", 1, 2) for n in range(33)]
+    text = summary([row(miss={"nearest_key": "00", "changes": changes})])
+    assert text.endswith("\n\nand 3 more\n")
+    assert "option_29" in text
+    assert "option_30" not in text
+
+
+def test_a_prediction_has_a_reason_and_no_time() -> None:
+    predicted = row(
+        "would-miss",
+        pieces=None,
+        units=[],
+        counts={"hit": 0, "dup": 0, "compiled": 0},
+        seconds={"total": 0.0, "capture": 0.0, "compile": 0.0, "store": 0.0},
+        reason="the cache holds no program yet",
+    )
+    text = summary([predicted]).splitlines()
+    assert text[4] == "| tiny-llama | **would-miss** | 0 | 0 | 0 |  |  |"
+    assert text[-1] == "tiny-llama: the cache holds no program yet"
+
+
+def test_the_page_is_appended_to(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n")
+    write_summary(page, [row()])
+    assert page.read_text() == "before\n" + summary([row()])
+
+
+def test_a_page_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(VllmcError) as caught:
+        write_summary(tmp_path, [row()])
+    assert caught.value.code == "not-writable"
+    assert "--summary" in caught.value.hint
