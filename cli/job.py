@@ -35,6 +35,11 @@ def make(settings: Settings, request: CompileRequest) -> Job:
         sys.path.insert(0, str(Path.cwd()))
     model = resolve(request.model, layers=request.layers)
 
+    # Progress is for `Output` to show, which knows of terminals and -q.
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
     from vllmc.core.job import make_job, resolve_spec
     from vllmc.core.spec import CompileSpec
     from vllmc.core.torch_compat.options import read_option

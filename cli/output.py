@@ -173,7 +173,7 @@ class _Lines(_Quiet):
 
     def unit_finished(self, name: str, outcome: UnitOutcome, seconds: float) -> None:
         """Prints the unit, its outcome and time."""
-        self._output.note(f"{self._place} {name} {outcome} {duration(seconds)}")
+        self._output.note(f"{self._place} {name}: {outcome}, {duration(seconds)}")
 
     def waiting(self, what: str) -> None:
         """Prints what is waited for."""
@@ -198,7 +198,7 @@ class _Bar(_Quiet):
 
     def unit_finished(self, name: str, outcome: UnitOutcome, seconds: float) -> None:
         """Moves the bar on by one unit; says with `-v` what became of it."""
-        self._output.note(f"{name} {outcome} {duration(seconds)}", level=1)
+        self._output.note(f"{name}: {outcome}, {duration(seconds)}", level=1)
         self._bar.advance(self._task)
 
     def waiting(self, what: str) -> None:

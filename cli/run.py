@@ -107,9 +107,11 @@ def run(
 
     import torch
 
+    from vllmc.core.graph.layout import Layout
     from vllmc.core.obtain import Policy
     from vllmc.core.pipeline import obtain_program, open_program
     from vllmc.core.runtime.engine import check_prompts
+    from vllmc.core.runtime.memory import require_memory
     from vllmc.core.runtime.sampler import SamplingParams
     from vllmc.core.runtime.workload import Limits, run_workload
 
@@ -137,6 +139,7 @@ def run(
         ready = obtain_program(
             job, Store(settings.cache_dir), observer, policy=Policy(may_compile=not fail_on_miss)
         )
+        require_memory(Layout.from_json(ready.record.program), spec.device)
         observer.stage("load")
         started = time.perf_counter()
         entry = job.model.build(

@@ -20,7 +20,7 @@ class Observer(Protocol):
         """A stage of the pipeline begins: `capture`, `split`, `link`, ..."""
 
     def unit_started(self, name: str, index: int, total: int) -> None:
-        """The compile unit `name` (`piece_0 1:8192`) begins; `index` counts from 0."""
+        """The compile unit `name` (`piece_0 for 1:8192 tokens`) begins; `index` counts from 0."""
 
     def unit_finished(self, name: str, outcome: UnitOutcome, seconds: float) -> None:
         """The compile unit `name` is done, after `seconds` of wall time."""

@@ -136,7 +136,7 @@ def _build(
         units = plan_units(plan, spec)
         results = []
         for index, (names, unit) in enumerate(units):
-            label = f"{names[0]} {range_name(unit)}"
+            label = f"{names[0]} for {range_name(unit)} tokens"
             observer.unit_started(label, index, len(units))
             result = obtain(unit, names, job, reader, compiler, policy)
             observer.unit_finished(label, result.outcome, result.seconds)

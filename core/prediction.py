@@ -76,8 +76,8 @@ def predict(job: Job, store: Store) -> Prediction:
     if _shares_compiler(job, store):
         return Prediction(
             outcome="unknown",
-            reason=f"{reason}; units of other programs may serve it, which is known once it is "
-            "captured",
+            reason=f"{reason}; whether stored units of other programs serve it is known only "
+            "once the model is captured",
             miss=miss,
             found=None,
         )

@@ -53,14 +53,15 @@ def views_of_written(graph: fx.Graph) -> frozenset[fx.Node]:
     A node that writes is none of them: it returns a tensor that it was given, unchanged in shape.
     """
     written = written_memory(graph)
-    return frozenset(
-        node
-        for node in graph.nodes
-        if (own := memory_of(node))
-        and own <= written
-        and any(not own.isdisjoint(memory_of(source)) for source in node.all_input_nodes)
-        and _same_view(node) is None
-    )
+    views: set[fx.Node] = set()
+    for node in graph.nodes:
+        if not (own := memory_of(node)) or not own <= written or _same_view(node) is not None:
+            continue
+        sources = [n for n in node.all_input_nodes if not own.isdisjoint(memory_of(n))]
+        # An item of a tuple is a tensor of its own where the tuple was not made of views.
+        if sources and all(isinstance(value_of(n), torch.Tensor) or n in views for n in sources):
+            views.add(node)
+    return frozenset(views)
 
 
 def _same_view(node: fx.Node) -> fx.Node | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -100,8 +100,12 @@ def trace(name: str, entry: torch.nn.Module, spec: CompileSpec) -> Capture:
         for node in graph.nodes
         if node.op == "placeholder"
     )
-    roles = _roles(graph, inputs)
-    check_assumptions(name, graph, raw.guards, roles, spec)
+    counted = tuple(_counted(graph, inputs))
+    roles = {size: role for role, size in counted if isinstance(size, sympy.Symbol)}
+    # A size that capture fixed is no longer among its guards.
+    fixed = {sympy.Eq(sympy.Symbol(role), size) for role, size in counted if size not in roles}
+    named: dict[sympy.Symbol, SymbolRole] = {sympy.Symbol(role): role for role, _ in counted}
+    check_assumptions(name, graph, (*raw.guards, *fixed), roles | named, spec)
     functions: dict[str, set[str]] = {}
     for code in raw.code:
         functions.setdefault(code.co_filename, set()).add(code.co_qualname)
@@ -146,17 +150,17 @@ def _resolve(entry: torch.nn.Module, given: GraphInput) -> GraphInput:
     )
 
 
-def _roles(graph: fx.Graph, inputs: Sequence[GraphInput]) -> dict[sympy.Symbol, SymbolRole]:
-    roles: dict[sympy.Symbol, SymbolRole] = {}
+def _counted(
+    graph: fx.Graph, inputs: Sequence[GraphInput]
+) -> Iterator[tuple[SymbolRole, sympy.Expr]]:
+    """What each dimension that was marked counts, and what capture took it for."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for node, given in zip(placeholders, inputs, strict=True):
         value = value_of(node)
         if given.kind == "activation" and isinstance(value, torch.Tensor):
+            size = value.shape[-1]
             role: SymbolRole = "rows" if given.name == "logits_indices" else "tokens"
-            for size in value.shape:
-                if isinstance(size, torch.SymInt):
-                    roles[size.node.expr] = role
-    return roles
+            yield role, size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
 def _attention_sites(graph: fx.Graph, inputs: Sequence[GraphInput]) -> tuple[AttentionSite, ...]:
@@ -166,13 +170,16 @@ def _attention_sites(graph: fx.Graph, inputs: Sequence[GraphInput]) -> tuple[Att
         for node, given in zip(placeholders, inputs, strict=True)
         if given.kind == "layer-name"
     }
+    op = torch.ops.vllmc.unified_attention_with_output.default
+    parameters = [argument.name for argument in op._schema.arguments]
     sites = []
     for node in graph.nodes:
         if node.op != "call_function" or ATTENTION_OP not in op_names(node.target):
             continue
-        key, value, layer, window = node.args[1], node.args[2], node.args[4], node.args[6]
-        _, _, kv_heads, key_size = _shape(key)
-        *_, value_size = _shape(value)
+        given = {**dict(zip(parameters, node.args, strict=False)), **node.kwargs}
+        layer, window = given["layer_name"], given.get("sliding_window")
+        _, _, kv_heads, key_size = _shape(given["key"])
+        *_, value_size = _shape(given["value"])
         sites.append(
             AttentionSite(
                 layer=layer if isinstance(layer, str) else names[layer],

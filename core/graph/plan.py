@@ -109,14 +109,13 @@ def unit_ranges(spec: CompileSpec) -> tuple[CompileRange, ...]:
     A backed size is assumed to be neither 0 nor 1, so for `backed` shapes a range that starts at
     1 is compiled as the size 1 and the rest.
     """
-    sizes = {CompileRange(size, size) for size in spec.sizes}
-    ranges = []
+    found = {CompileRange(size, size) for size in spec.sizes}
     for given in spec.ranges:
         if spec.dynamic_shapes == "backed" and given.start == 1 < given.end:
-            sizes.add(CompileRange(1, 1))
-            given = CompileRange(2, given.end)
-        ranges.append(given)
-    return (*sorted(sizes), *sorted(set(ranges) - sizes))
+            found |= {CompileRange(1, 1), CompileRange(2, given.end)}
+        else:
+            found.add(given)
+    return tuple(sorted(found, key=lambda r: (not r.is_size, r)))
 
 
 class _Steps(TypedDict):

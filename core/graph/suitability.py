@@ -7,6 +7,7 @@ position, and the forward may leave nothing behind in the module.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.aliases import memory_of, written_memory
 from vllmc.core.graph.layout import AttentionSite, GraphInput
+from vllmc.core.graph.normalize import symbols_of, value_of
 from vllmc.core.models.attention import LAYER_NAME_ATTRIBUTE, check_windows
 from vllmc.core.models.errors import unsupported_model
 from vllmc.core.models.model import Model
@@ -68,7 +70,7 @@ def check_graph(
     Raises `VllmcError` (`unsupported-model`).
     """
     _check_attention(model, entry, sites)
-    _check_positions(model, entry, graph, inputs)
+    _check_positions(model, entry, graph)
     _check_writes(model, graph, inputs)
 
 
@@ -100,25 +102,30 @@ def _check_attention(model: Model, entry: torch.nn.Module, sites: Sequence[Atten
     )
 
 
-def _check_positions(
-    model: Model, entry: torch.nn.Module, graph: fx.Graph, inputs: Sequence[GraphInput]
-) -> None:
-    """A model that counts positions by itself would take a batch for one sequence.
+def _check_positions(model: Model, entry: torch.nn.Module, graph: fx.Graph) -> None:
+    """A model that counts tokens by itself would take a batch for one sequence.
 
-    A module of the user's own may do without them: it was written for this call.
+    A module of the user's own may: it was written for batches of several.
     """
     if _transformers_model(entry) is None:
         return
-    placeholders = graph.find_nodes(op="placeholder")
-    for node, given in zip(placeholders, inputs, strict=True):
-        if given.kind == "activation" and given.name == "position_ids" and node.users:
-            return
-    raise unsupported_model(
-        model.name,
-        "it computes nothing from the position_ids that it is given",
-        place=_place_of_counting(graph),
-        hint=f"{_ONE_BATCH}, so each token must bring its position",
-    )
+    for node in graph.nodes:
+        if _counts_tokens(node):
+            raise unsupported_model(
+                model.name,
+                "it counts the tokens of the batch, where it should use their position_ids",
+                place=place_of_node(node),
+                hint=f"{_ONE_BATCH}, so each token must bring its position",
+            )
+
+
+def _counts_tokens(node: fx.Node) -> bool:
+    if node.target not in (torch.arange, torch.cumsum, "cumsum"):
+        return False
+    if not symbols_of(value_of(node)):
+        return False
+    # Written into another tensor, a count is a permutation: tokens sorted by expert and back.
+    return any(user.target is not operator.setitem for user in node.users)
 
 
 def _check_writes(model: Model, graph: fx.Graph, inputs: Sequence[GraphInput]) -> None:
@@ -140,11 +147,6 @@ def _check_writes(model: Model, graph: fx.Graph, inputs: Sequence[GraphInput]) -
             place=place_of_node(node) if isinstance(node, fx.Node) else None,
             hint=f"{_ONE_BATCH}: what one of them leaves in the module, all would see",
         )
-
-
-def _place_of_counting(graph: fx.Graph) -> Place | None:
-    counted = graph.find_nodes(op="call_function", target=torch.arange)
-    return place_of_node(counted[0]) if counted else None
 
 
 def _place_of_write(tensor: fx.Node) -> Place | None:

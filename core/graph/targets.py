@@ -19,7 +19,8 @@ _METHODS = "torch.Tensor."
 def op_names(target: object) -> frozenset[str]:
     """`namespace::name` of a registered op, also with its overload; of no other function."""
     if isinstance(target, torch._ops.OpOverload):
-        return frozenset({target.name(), str(target._schema.name)})
+        name = str(target._schema.name)
+        return frozenset({name, f"{name}.{target._overloadname}"})
     if isinstance(target, torch._ops.OpOverloadPacket):
         return frozenset({target._qualified_op_name})
     return frozenset()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from vllmc.cli.app import main
 from vllmc.core.cache.key import Factor, sha256_hex
 from vllmc.core.cache.record import ProgramRecord, ProgramUnit, SourceFile, UnitRecord

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import typer
+
 from vllmc.cli.app import build_app, entry_point, run
 from vllmc.cli.options import CommonFlags, command
 from vllmc.core.errors import CheckFailed, UnsafeCacheError, UsageError, VllmcError

@@ -7,6 +7,7 @@ from typing import Any
 
 import platformdirs
 import pytest
+
 from vllmc.cli.render import moment
 
 Run = Callable[..., Any]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from vllmc.cli.render import quantity
 from vllmc.core.models.presets import PRESETS
 

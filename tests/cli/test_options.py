@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import pytest
 import typer
+
 from vllmc.cli.app import run
 from vllmc.cli.options import CommonFlags, CompileFlags, CompileRequest, command, compile_request
 from vllmc.cli.settings import load_settings

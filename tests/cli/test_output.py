@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 from rich.console import Console
 from rich.text import Text
+
 from vllmc.cli.output import Output, make_console
 from vllmc.core.errors import VllmcError
 from vllmc.core.events import Observer, SilentObserver
@@ -43,11 +44,11 @@ def make_sink(*, json: bool = False, verbosity: int = 0, terminal: bool = False)
 def work(observer: Observer) -> None:
     observer.stage("capture")
     observer.waiting("another process compiles this model")
-    observer.unit_started("piece_0 1:8192", 0, 2)
+    observer.unit_started("piece_0 for 1:8192 tokens", 0, 2)
     observer.warning("corrupt-artifact", "an artifact was corrupt", "nothing to do")
-    observer.unit_finished("piece_0 1:8192", "compiled", 1.25)
-    observer.unit_started("piece_2 1:8192", 1, 2)
-    observer.unit_finished("piece_2 1:8192", "dup", 0.5)
+    observer.unit_finished("piece_0 for 1:8192 tokens", "compiled", 1.25)
+    observer.unit_started("piece_2 for 1:8192 tokens", 1, 2)
+    observer.unit_finished("piece_2 for 1:8192 tokens", "dup", 0.5)
 
 
 def test_data_is_one_json_object_with_its_header_or_what_a_person_reads() -> None:
@@ -95,8 +96,8 @@ def test_progress_is_lines_where_there_is_no_terminal() -> None:
         "waiting: another process compiles this model",
         "warning[corrupt-artifact]: an artifact was corrupt",
         "  hint: nothing to do",
-        "[1/2] piece_0 1:8192 compiled 1.2 s",
-        "[2/2] piece_2 1:8192 dup 500 ms",
+        "[1/2] piece_0 for 1:8192 tokens: compiled, 1.2 s",
+        "[2/2] piece_2 for 1:8192 tokens: dup, 500 ms",
     ]
     assert sink.stdout.getvalue() == ""
 
@@ -104,8 +105,8 @@ def test_progress_is_lines_where_there_is_no_terminal() -> None:
 def test_with_v_the_lines_say_when_a_unit_begins() -> None:
     sink = make_sink(verbosity=1)
     with sink.output.progress() as observer:
-        observer.unit_started("piece_0 1:8192", 0, 2)
-    assert sink.stderr.getvalue() == "[1/2] piece_0 1:8192\n"
+        observer.unit_started("piece_0 for 1:8192 tokens", 0, 2)
+    assert sink.stderr.getvalue() == "[1/2] piece_0 for 1:8192 tokens\n"
 
 
 def test_progress_is_a_bar_on_a_terminal() -> None:
@@ -113,7 +114,7 @@ def test_progress_is_a_bar_on_a_terminal() -> None:
     with sink.output.progress() as observer:
         work(observer)
     shown = sink.stderr.getvalue()
-    assert "piece_2 1:8192" in shown
+    assert "piece_2 for 1:8192 tokens" in shown
     assert "2/2" in shown
     assert "0:00:00" in shown
     assert "warning[corrupt-artifact]" in Text.from_ansi(shown).plain

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console, RenderableType
+
 from vllmc.cli import render
 from vllmc.core.cache.explain import Change
 from vllmc.core.cache.key import Factor

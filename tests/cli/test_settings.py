@@ -4,6 +4,7 @@ from pathlib import Path
 
 import platformdirs
 import pytest
+
 from vllmc.cli.settings import OPTIONS, RawOption, Settings, load_settings
 from vllmc.core.errors import VllmcError
 

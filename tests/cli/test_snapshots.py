@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +90,28 @@ def test_the_error_for_no_side_names_the_kinds_there_are() -> None:
     error = unknown_side("x")
     assert error.exit_code == 2
     assert all(kind in error.hint for kind in ("current", "defaults", "key", "snapshot"))
+
+
+def test_commands_on_stored_things_import_no_torch(stored: Any, workplace: Path) -> None:
+    program = (
+        "import json, sys\n"
+        "from vllmc.cli.app import main\n"
+        "codes = [main(words) for words in json.loads(sys.argv[1])]\n"
+        "print(codes, {'torch', 'transformers', 'triton', 'numpy'} & set(sys.modules))\n"
+    )
+    key = stored.program.key[:12]
+    row = {"model": "m", "factors": [factor.to_json() for factor in stored.program.factors]}
+    snapshot = str(write(workplace, row))
+    commands = [
+        ["inspect-key", key],
+        ["diff-config", key, snapshot, "--exit-code"],
+        ["diff-config", key, stored.unit.key[:12]],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(commands)],
+        env=os.environ | {"VLLMC_CACHE_DIR": str(stored.store.root)},
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "[0, 0, 0] set()"

@@ -24,7 +24,7 @@ def vllmc(*words: str, cache: Path) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.slow()
+@pytest.mark.slow
 def test_seventy_billion_parameters_are_warmed_without_weights_and_found_again(
     tmp_path: Path,
 ) -> None:

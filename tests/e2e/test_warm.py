@@ -292,7 +292,9 @@ def test_a_person_is_told_what_was_compiled_and_then_that_nothing_was(eager: Run
     assert "units   3 compiled" in lines
     assert re.search(r"^piece_2, piece_4  1:8192  compiled ", first.out, re.MULTILINE)
     assert first.err.splitlines()[0] == "capture"
-    assert re.search(r"^\[3/3\] piece_6 1:8192 compiled \d+ ms$", first.err, re.MULTILINE)
+    assert re.search(
+        r"^\[3/3\] piece_6 for 1:8192 tokens: compiled, \d+ ms$", first.err, re.MULTILINE
+    )
     second = eager("warm", "--layers", "3")
     assert second.out.startswith("hit  nothing had to be compiled\n")
     assert "3 from the cache" in second.out

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vllmc.core.errors import UnsafeCacheError
+from vllmc.core.graph.layout import AttentionSite, GraphInput, Layout, OpStep, UnitStep
+
+
+@pytest.fixture
+def layout() -> Layout:
+    return Layout(
+        pieces=("piece_0",),
+        ranges=("1", "2:64"),
+        inputs=(
+            GraphInput(kind="activation", name="input_ids"),
+            GraphInput(kind="size", name="input_ids", dim=1),
+            GraphInput(
+                kind="attribute", name="model.weight", dtype="float32", shape=(4, 8), stride=(8, 1)
+            ),
+            GraphInput(kind="layer-name", name="layers.0"),
+        ),
+        steps=(
+            UnitStep(piece=0, args=("p0", "p2"), results=("v0",)),
+            OpStep(
+                target="call_function:torch.ops.a.b",
+                args=({"ref": "v0"}, {"float": "0x1.0p+0"}, None, True),
+                kwargs={"out": {"ref": "v0"}},
+                result="v1",
+            ),
+        ),
+        output="v0",
+        attention=(AttentionSite(layer="layers.0", kv_heads=1, key_size=4, value_size=4, window=8),),
+    )
+
+
+def test_a_layout_survives_json(layout: Layout) -> None:
+    assert Layout.from_json(layout.to_json()) == layout
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data.pop("steps"),
+        lambda data: data["inputs"][0].pop("name"),
+        lambda data: data["inputs"][0].update(more=1),
+        lambda data: data["steps"][0].pop("piece"),
+        lambda data: data["attention"].append({"layer": "x"}),
+        lambda data: data.update(inputs=None),
+    ],
+)
+def test_anything_else_is_a_bad_record(layout: Layout, damage: Any) -> None:
+    data: Any = layout.to_json()
+    damage(data)
+    with pytest.raises(UnsafeCacheError) as caught:
+        Layout.from_json(data)
+    assert caught.value.code == "bad-record"

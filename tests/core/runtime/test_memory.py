@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+
+from vllmc.core.errors import VllmcError
+from vllmc.core.graph.layout import GraphInput, Layout
+from vllmc.core.runtime.memory import free_bytes, require_memory, weight_bytes
+
+
+def layout(*rows: int) -> Layout:
+    weights = tuple(
+        GraphInput(kind="attribute", name=f"w{i}", dtype="float16", shape=(n, 8), stride=(8, 1))
+        for i, n in enumerate(rows)
+    )
+    ids = GraphInput(kind="activation", name="input_ids")
+    return Layout(
+        pieces=(), ranges=(), inputs=(ids, *weights), steps=(), output="p0", attention=()
+    )
+
+
+def test_weights_are_counted_in_bytes_of_their_dtype() -> None:
+    assert weight_bytes(layout(3, 5)) == (3 + 5) * 8 * 2
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_allocated() -> None:
+    require_memory(layout(4), "cpu")
+    with pytest.raises(VllmcError) as caught:
+        require_memory(layout(2**56), "cpu")
+    assert caught.value.code == "not-enough-memory"
+    assert caught.value.context["needed_bytes"] == 2**60
+    assert caught.value.context["free_bytes"] == pytest.approx(free_bytes("cpu"), rel=0.5)
