@@ -98,7 +98,8 @@ def obtain_program(
 def open_program(ready: Ready, entry: torch.nn.Module) -> Program:
     """Loads the artifacts, each once, and links them with the tensors of `entry`."""
     layout = Layout.from_json(ready.record.program)
-    loaded = {data.artifact: load_artifact(data.data) for data in ready.units}
+    artifacts = {unit.artifact: unit.data for unit in ready.units}
+    loaded = {digest: load_artifact(data) for digest, data in artifacts.items()}
     by_place = {(unit.pieces[0], unit.range): loaded[unit.artifact] for unit in ready.units}
     variants = [
         Variant(

@@ -51,8 +51,8 @@ class InductorCompiler:
                     "compile-failed",
                     f"Inductor could not compile a piece for the range {unit.range}",
                     context={"cause": str(error).strip()[:2000]},
-                    hint="run again with -vv for the whole trace; --dynamic-shapes "
-                    "backed-size-oblivious or --compile-size N may compile it",
+                    hint="run again with -vv for the whole trace; --dynamic-shapes backed or "
+                    "--compile-size N may compile it",
                 ) from error
         _refuse_narrowed(unit, scope.narrowed())
         return compiled

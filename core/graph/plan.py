@@ -14,10 +14,12 @@ from vllmc.core.compiler.protocol import Unit
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.capture import Capture
 from vllmc.core.graph.layout import Layout, OpStep, UnitStep
+from vllmc.core.graph.normalize import value_of
 from vllmc.core.graph.piece import Piece, canonical_piece
 from vllmc.core.graph.split import Cut, split, splits_at
 from vllmc.core.graph.targets import nearest_names, target_name
 from vllmc.core.spec import CompileRange, CompileSpec
+from vllmc.core.torch_compat.shapes import is_contiguous
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +131,7 @@ def _steps(graph: fx.Graph, cuts: Sequence[Cut], piece_of: Mapping[str, int]) ->
     names = {node: f"p{index}" for index, node in enumerate(placeholders)}
     results = [n for cut in cuts for n in (cut.nodes if cut.splitting else cut.outputs)]
     names |= {node: f"v{index}" for index, node in enumerate(results)}
+    read = frozenset(node for cut in cuts if not cut.splitting for node in cut.inputs)
     steps: list[UnitStep | OpStep] = []
     for cut in cuts:
         if cut.splitting:
@@ -141,9 +144,29 @@ def _steps(graph: fx.Graph, cuts: Sequence[Cut], piece_of: Mapping[str, int]) ->
                     results=tuple(names[node] for node in cut.outputs),
                 )
             )
+            steps += [_relaid(names[n]) for n in cut.outputs if n in read and _may_be_relaid(n)]
     ((output,),) = nodes[-1].args
     assert isinstance(output, fx.Node), "the entry returns one tensor"
     return _Steps(steps=tuple(steps), output=names[output])
+
+
+def _may_be_relaid(node: fx.Node) -> bool:
+    """Whether a compiler may lay out a contiguous result in another way.
+
+    Inductor keeps the strides of results as captured, except those that hold an unbacked size.
+    The pieces that read such a result are compiled for a contiguous one.
+    """
+    value = value_of(node)
+    return (
+        isinstance(value, torch.Tensor)
+        and any(isinstance(stride, torch.SymInt) for stride in value.stride())
+        and is_contiguous(value)
+    )
+
+
+def _relaid(name: str) -> OpStep:
+    """Makes the value contiguous: it nearly always is, and stays as it is."""
+    return OpStep(target="call_method:contiguous", args=({"ref": name},), kwargs={}, result=name)
 
 
 def _op_steps(cut: Cut, names: Mapping[fx.Node, str]) -> list[OpStep]:

@@ -16,6 +16,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from vllmc.core.errors import VllmcError
+from vllmc.core.models.place import place_in_class
 from vllmc.kernels import attention as _attention_op  # noqa: F401  (defines the op)
 from vllmc.kernels.layer_name import LayerNameKind, encode
 
@@ -85,38 +86,35 @@ def _refuse_other_attention(
     kwargs: dict[str, Any],
 ) -> None:
     if attention_mask is not None:
-        _refuse(module, "attention_mask", "it brings an attention mask of its own")
+        _refuse(type(module), "attention_mask", "it brings an attention mask of its own")
     causal = kwargs.pop("is_causal", None)
     config = getattr(module, "config", None)
     if causal is None:
         causal = getattr(module, "is_causal", True) and getattr(config, "is_causal", True)
     if not causal:
-        _refuse(module, "is_causal", "its attention is not causal")
+        _refuse(type(module), "is_causal", "its attention is not causal")
     if getattr(module, "is_cross_attention", False) or query.shape[2] != key.shape[2]:
-        _refuse(module, "key", "it attends to other tokens than those of the batch")
+        _refuse(type(module), "key", "it attends to other tokens than those of the batch")
     if query.shape[0] != 1:
-        _refuse(module, "query", "it reshapes the flattened batch")
+        _refuse(type(module), "query", "it reshapes the flattened batch")
     for keyword, value in kwargs.items():
         if value is not None and value is not False and keyword not in _HARMLESS:
-            _refuse(module, keyword, f"it asks for attention with '{keyword}'")
+            _refuse(type(module), keyword, f"it asks for attention with '{keyword}'")
     if not hasattr(module, LAYER_NAME_ATTRIBUTE):
-        _refuse(module, LAYER_NAME_ATTRIBUTE, "it has no layer name")
+        _refuse(type(module), LAYER_NAME_ATTRIBUTE, "it has no layer name")
 
 
 # Dynamo runs such a function while it traces, so that the error arrives as it is; it cannot trace
 # the raising itself.
 @torch.compiler.assume_constant_result
-def _raise_unsupported(module: str, argument: str, cause: str) -> None:
+def _refuse(module: type, argument: str, cause: str) -> None:
+    place = place_in_class(module)
     raise VllmcError(
         "unsupported-model",
-        f"the attention of {module} cannot run on vllmc's attention op: {cause}",
-        context={"module": module, "argument": argument},
+        f"the attention of {module.__name__} cannot run on vllmc's attention op: {cause}",
+        context={"argument": argument, **(place.context() if place is not None else {})},
         hint="docs/models.md lists what is known to work",
     )
-
-
-def _refuse(module: torch.nn.Module, argument: str, cause: str) -> None:
-    _raise_unsupported(type(module).__name__, argument, cause)
 
 
 def attach_layer_names(model: torch.nn.Module, kind: LayerNameKind) -> tuple[str, ...]:

@@ -91,7 +91,7 @@ class ModuleModel:
 
     def _call(self, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
         try:
-            made = make()
+            inspect.signature(make).bind()
         except TypeError as error:
             raise VllmcError(
                 "bad-model",
@@ -99,6 +99,8 @@ class ModuleModel:
                 context={"cause": str(error)},
                 hint="give a factory that takes none and returns the module",
             ) from error
+        # What the user's own code raises is the user's to see whole.
+        made = make()
         if not isinstance(made, torch.nn.Module):
             raise VllmcError(
                 "bad-model",

@@ -88,6 +88,8 @@ def capture_full_graph(
     reset_code_state()
     try:
         with (
+            # Tracing patches modules for the whole process: one thread at a time.
+            convert_frame.compile_lock,
             torch.no_grad(),
             size_oblivious(kind),
             get_metrics_context(),

@@ -16,14 +16,38 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._dynamo.convert_frame import compile_lock
 from torch._guards import TracingContext, tracing
 from torch._inductor import standalone_compile as standalone
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
+from torch._inductor.ir import FlexibleLayout, get_fill_order
 from torch._inductor.output_code import CompiledFxGraph
+from torch._inductor.virtualized import V
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from vllmc.core.torch_compat.shapes import ShapeScope
+
+_same_ordered_by_number = FlexibleLayout.same_ordered
+
+
+def _same_ordered(sizes: Sequence[Any], stride: Sequence[Any]) -> Sequence[Any]:
+    """A contiguous stride in the order of `stride`, which may hold unbacked sizes.
+
+    In the eyes of Inductor a tensor `[1, 1, T, D]` (the only key head of a model) lies channels
+    last. To lay out another like it, torch 2.13 wants a number for each stride and gives up at
+    `T`. What the order is decides nothing but speed. pytorch/pytorch#183840 is about the same.
+    """
+    try:
+        return _same_ordered_by_number(sizes, stride)
+    except GuardOnDataDependentSymNode:
+        order = get_fill_order(stride, V.graph.sizevars.shape_env)
+        return FlexibleLayout.fill_ordered(sizes, order)
+
+
+# Once and for good: an exchange for the time of a compilation would meet those of other threads.
+FlexibleLayout.same_ordered = staticmethod(_same_ordered)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +160,8 @@ def load_bundle(data: bytes) -> Callable[..., Sequence[object]]:
 
 def _call_inductor(call: Callable[[], Any], scope: ShapeScope) -> Any:
     try:
-        with torch.no_grad(), tracing(TracingContext(scope.fake_mode)):
+        # AOTAutograd traces, and tracing patches modules for the whole process.
+        with compile_lock, torch.no_grad(), tracing(TracingContext(scope.fake_mode)):
             return call()
     except InvalidCxxCompiler as error:
         raise NoCompilerError(str(error)) from error

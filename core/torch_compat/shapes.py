@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 from torch._dynamo.source import ConstantSource
+from torch._prims_common import is_contiguous_or_false
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
@@ -43,6 +44,11 @@ def truth(condition: sympy.Basic, ranges: Mapping[sympy.Symbol, tuple[int, int]]
         if condition.xreplace(values) == sympy.false:
             return False
     return None
+
+
+def is_contiguous(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is contiguous whatever its unbacked sizes are; guards on nothing."""
+    return bool(is_contiguous_or_false(tensor))
 
 
 class ShapeScope:

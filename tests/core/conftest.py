@@ -91,6 +91,14 @@ def _isolated(piece: PieceCallable) -> PieceCallable:
     return call
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _deprecated_import() -> None:
+    """torch.utils.mkldnn, which Inductor imports, uses what torch itself deprecates."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import torch.utils.mkldnn  # noqa: F401
+
+
 @pytest.fixture(scope="session")
 def ops() -> Iterator[Any]:
     """`torch.ops.vllmc_test`: `cut(x)` copies, `fill(x)` triples in place, `pair(x)` returns two."""
@@ -160,10 +168,7 @@ def link_toy(ops: Any, toy_spec: Callable[..., CompileSpec]) -> Callable[..., To
     def make(function: ToyFunction, *, isolated: bool = False, **changes: Any) -> Toy:
         spec = toy_spec(**changes)
         entry = ToyEntry(function)
-        with warnings.catch_warnings():
-            # Importing Inductor makes torch use its own deprecated `torch.jit.script_method`.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            compiler = find_compiler(spec.backend)
+        compiler = find_compiler(spec.backend)
         with applied(vllmc_overrides(spec)):
             captured = trace("toy", entry, spec)
             plan = make_plan(captured, spec)

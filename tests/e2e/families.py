@@ -87,6 +87,21 @@ class Family:
         return str(self.config["model_type"])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Refusal(Family):
+    """A tiny configuration that is refused: `module` is to be blamed (empty: the configuration)."""
+
+    module: str
+    says: str
+
+
+def _refusal(
+    name: str, exercises: str, fields: Mapping[str, Any], *, module: str, says: str, **more: Any
+) -> Refusal:
+    config = {"model_type": name, **fields, **more}
+    return Refusal(name=name, config=config, exercises=exercises, module=module, says=says)
+
+
 def _family(
     name: str, exercises: str, fields: Mapping[str, Any], *, core: bool = False, **more: Any
 ) -> Family:
@@ -352,23 +367,52 @@ FAMILIES = (
     ),
 )
 
+_OWN_ATTENTION = "0 of its 2 layers attend through Transformers' attention interface"
+_LINEAR = "layer 0 is of the kind 'linear_attention'"
+
 REFUSED = (
-    _family(
-        "bloom", "ALiBi in an attention of its own", _TOKENS, hidden_size=32, n_layer=2, n_head=4
+    _refusal(
+        "bloom",
+        "ALiBi in an attention of its own",
+        _TOKENS,
+        hidden_size=32,
+        n_layer=2,
+        n_head=4,
+        module="BloomAttention.forward",
+        says=_OWN_ATTENTION,
     ),
-    _family("mpt", "ALiBi in an attention of its own", _TOKENS, d_model=32, n_heads=4, n_layers=2),
-    _family(
+    _refusal(
+        "mpt",
+        "ALiBi in an attention of its own",
+        _TOKENS,
+        d_model=32,
+        n_heads=4,
+        n_layers=2,
+        module="MptAttention.forward",
+        says=_OWN_ATTENTION,
+    ),
+    _refusal(
         "falcon",
         "an attention of its own",
         _TOKENS,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
+        module="FalconAttention.forward",
+        says=_OWN_ATTENTION,
     ),
-    _family(
-        "gptj", "an attention of its own", _TOKENS, n_embd=32, n_layer=2, n_head=4, rotary_dim=4
+    _refusal(
+        "gptj",
+        "an attention of its own",
+        _TOKENS,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        rotary_dim=4,
+        module="GPTJAttention.forward",
+        says=_OWN_ATTENTION,
     ),
-    _family(
+    _refusal(
         "gpt_neo",
         "an attention of its own",
         _TOKENS,
@@ -376,13 +420,52 @@ REFUSED = (
         num_layers=2,
         num_heads=4,
         attention_types=[[["global", "local"], 1]],
+        module="GPTNeoAttention.forward",
+        says=_OWN_ATTENTION,
     ),
-    _family("bert", "attention that is not causal", _COMMON),
-    _family("bart", "positions counted in the decoder", _TOKENS, d_model=32),
-    _family("t5", "an encoder-decoder", _TOKENS, d_model=32, num_layers=2, num_heads=4),
-    _family("vit", "no language model", {}),
-    _family("mamba", "state space layers", _TOKENS, hidden_size=32, num_hidden_layers=2),
-    _family(
+    _refusal(
+        "bert",
+        "attention to later tokens",
+        _COMMON,
+        module="BertSelfAttention.forward",
+        says="its attention is not causal",
+    ),
+    _refusal(
+        "bart",
+        "positions counted by the decoder",
+        {
+            **_TOKENS,
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "is_encoder_decoder": False,
+        },
+        module="BartDecoder.forward",
+        says="it counts the tokens of the batch",
+    ),
+    _refusal(
+        "t5",
+        "an encoder",
+        _TOKENS,
+        d_model=32,
+        num_layers=2,
+        num_heads=4,
+        module="",
+        says="T5Config is an encoder-decoder",
+    ),
+    _refusal("vit", "pictures", {}, module="", says="no causal language model for ViTConfig"),
+    _refusal(
+        "mamba",
+        "state space layers",
+        _TOKENS,
+        hidden_size=32,
+        num_hidden_layers=2,
+        module="MambaBlock.forward",
+        says=_LINEAR,
+    ),
+    _refusal(
         "jamba",
         "state space layers among attention",
         _COMMON,
@@ -391,50 +474,80 @@ REFUSED = (
         attn_layer_offset=1,
         num_experts=4,
         use_mamba_kernels=False,
+        module="JambaMambaDecoderLayer.forward",
+        says=_LINEAR,
     ),
-    _family("bamba", "state space layers", {**_COMMON, **_MAMBA}, attn_layer_indices=[1]),
-    _family(
+    _refusal(
+        "bamba",
+        "state space layers among attention",
+        {**_COMMON, **_MAMBA},
+        attn_layer_indices=[1],
+        module="BambaDecoderLayer.forward",
+        says=_LINEAR,
+    ),
+    _refusal(
         "falcon_h1",
         "state space beside attention in every layer",
         {**_HEADS, **_MAMBA},
         mamba_d_ssm=64,
+        module="FalconH1Attention.forward",
+        says="layer 0 is of the kind 'hybrid'",
     ),
-    _family("rwkv", "recurrent layers", _TOKENS, hidden_size=32, num_hidden_layers=2),
-    _family(
+    _refusal(
+        "rwkv",
+        "recurrent layers",
+        _TOKENS,
+        hidden_size=32,
+        num_hidden_layers=2,
+        module="RwkvForCausalLM._is_stateful",
+        says="keep state outside attention",
+    ),
+    _refusal(
         "recurrent_gemma",
         "recurrent layers among attention",
         _HEADS,
         num_hidden_layers=3,
         lru_width=32,
+        module="RecurrentGemmaDecoderLayer.forward",
+        says=_LINEAR,
     ),
-    _family(
+    _refusal(
         "lfm2",
         "convolutions among attention",
         _COMMON,
         layer_types=["conv", "full_attention"],
+        module="Lfm2DecoderLayer.forward",
+        says="layer 0 is of the kind 'conv'",
     ),
-    _family(
+    _refusal(
         "qwen3_next-hybrid",
-        "linear attention",
+        "linear attention among full",
         {**_HEADS, **_EXPERTS},
         model_type="qwen3_next",
         layer_types=["linear_attention", "full_attention"],
+        shared_expert_intermediate_size=16,
+        module="Qwen3NextDecoderLayer.forward",
+        says=_LINEAR,
     ),
-    _family(
+    _refusal(
         "llama4_text",
         "chunked attention",
         _HEADS,
         num_local_experts=4,
         layer_types=["chunked_attention", "full_attention"],
+        module="Llama4TextAttention.forward",
+        says="layer 0 is of the kind 'chunked_attention'",
     ),
-    _family(
+    _refusal(
         "llama-dynamic",
         "rotary frequencies that follow the longest sequence",
         _COMMON,
         model_type="llama",
         rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        module="dynamic_frequency_update",
+        says="it branches on the values of a tensor",
     ),
-    _family(
+    _refusal(
         "phi3-longrope",
         "rotary frequencies that follow the longest sequence",
         _COMMON,
@@ -447,10 +560,12 @@ REFUSED = (
             "long_factor": [2.0] * 4,
             "original_max_position_embeddings": 64,
         },
+        module="longrope_frequency_update",
+        says="writes to the module's own tensor model.model.rotary_emb.inv_freq",
     ),
-    _family(
+    _refusal(
         "gemma4-shared",
-        "layers that attend to the keys of earlier ones, and a fast path for one token",
+        "keys shared between layers, with a short cut for one token",
         _HEADS,
         model_type="gemma4_text",
         num_hidden_layers=4,
@@ -459,9 +574,18 @@ REFUSED = (
         hidden_size_per_layer_input=8,
         vocab_size_per_layer_input=VOCAB,
         num_kv_shared_layers=2,
+        module="Gemma4TextModel._maybe_slice_kv_shared_inputs",
+        says="Eq(u0, 1) (u0 is the number of tokens)",
     ),
-    _family("diffllama", "attention twice in a layer", _COMMON, num_key_value_heads=4),
-    _family(
+    _refusal(
+        "diffllama",
+        "attention twice in a layer",
+        _COMMON,
+        num_key_value_heads=4,
+        module="DiffLlamaAttention.forward",
+        says="u0 > 1 (u0 is the number of tokens)",
+    ),
+    _refusal(
         "dbrx",
         "a loop over the experts that were hit",
         _TOKENS,
@@ -470,6 +594,8 @@ REFUSED = (
         n_layers=2,
         ffn_config={"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
         attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+        module="DbrxExperts.forward",
+        says="a number that is not known while it is captured",
     ),
 )
 
@@ -492,6 +618,11 @@ def make_model(family: Family) -> PreTrainedModel:
         # Else a tied embedding makes each token its own likeliest successor.
         model.get_input_embeddings().weight.mul_(0.2)
     return model.eval()
+
+
+def save_config(family: Family, directory: Path) -> None:
+    """Saves the configuration alone: what vllmc needs to compile, and to refuse."""
+    AutoConfig.for_model(**family.config).save_pretrained(directory)
 
 
 def continuation(model: PreTrainedModel, prompt: Sequence[int]) -> tuple[int, ...]:

@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from vllmc.core.errors import VllmcError
+from vllmc.core.graph.layout import GraphInput, Layout, OpStep, UnitStep
+from vllmc.core.runtime.program import Program, Variant, link
+from vllmc.core.spec import CompileRange
+from vllmc.kernels.layer_name import LayerName
+
+
+def layout(**fields: Any) -> Layout:
+    """`linear(input_ids)` as a piece of its own, then doubled by an op."""
+    given: dict[str, Any] = {
+        "pieces": ("piece_0",),
+        "ranges": ("1:8",),
+        "inputs": (
+            GraphInput(kind="activation", name="input_ids"),
+            GraphInput(kind="size", name="input_ids", dim=1),
+            GraphInput(
+                kind="attribute", name="weight", dtype="float32", shape=(2, 3), stride=(3, 1)
+            ),
+        ),
+        "steps": (
+            UnitStep(piece=0, args=("p0", "p1", "p2"), results=("v0",)),
+            OpStep(
+                target="call_function:_operator.mul",
+                args=({"ref": "v0"}, 2),
+                kwargs={},
+                result="v1",
+            ),
+        ),
+        "output": "v1",
+        "attention": (),
+    }
+    return Layout(**(given | fields))
+
+
+def entry(weight: torch.Tensor | None = None) -> torch.nn.Module:
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.ones(2, 3) if weight is None else weight)
+    return module
+
+
+def variant(start: int, end: int, *pieces: Any) -> Variant:
+    return Variant(range=CompileRange(start, end), pieces=pieces or (lambda args: (args[0],),))
+
+
+def tagged(tag: int) -> Any:
+    """A piece that returns its range's tag, as a tensor."""
+    return lambda args: (torch.tensor([tag]),)
+
+
+def batch(tokens: int, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    return ids, ids.clone(), torch.zeros(rows, dtype=torch.int64)
+
+
+def code_of(caught: pytest.ExceptionInfo[VllmcError]) -> str:
+    return caught.value.code
+
+
+def test_a_piece_is_given_activations_sizes_and_the_models_tensors() -> None:
+    seen: list[Any] = []
+
+    def piece(args: list[Any]) -> tuple[torch.Tensor]:
+        seen.extend(args)
+        args.clear()
+        return (torch.tensor([3]),)
+
+    module = entry()
+    program = link(layout(), module, [variant(1, 8, piece)])
+    ids, positions, rows = batch(5)
+    assert program(ids, positions, rows).tolist() == [6]
+    assert seen[0] is ids
+    assert seen[1] == 5
+    assert seen[2].data_ptr() == module.weight.data_ptr()
+    assert not seen[2].requires_grad
+
+
+def test_a_hoisted_layer_name_is_bound() -> None:
+    seen: list[Any] = []
+    given = layout(
+        inputs=(GraphInput(kind="layer-name", name="layers.3"),),
+        steps=(UnitStep(piece=0, args=("p0",), results=("v0",)),),
+        output="v0",
+    )
+
+    def piece(args: list[Any]) -> tuple[torch.Tensor]:
+        seen.extend(args)
+        return (torch.zeros(1),)
+
+    link(given, entry(), [variant(1, 8, piece)])(*batch(1))
+    assert seen == [LayerName("layers.3")]
+
+
+@pytest.fixture
+def sized() -> Program:
+    """Sizes 1 and 6, ranges 1:4 and 6:9; each variant returns its number."""
+    variants = [
+        variant(1, 1, tagged(1)),
+        variant(6, 6, tagged(6)),
+        variant(1, 4, tagged(14)),
+        variant(6, 9, tagged(69)),
+    ]
+    ranges = ("1", "6", "1:4", "6:9")
+    return link(layout(ranges=ranges, steps=layout().steps[:1], output="v0"), entry(), variants)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tag"), [(1, 1), (2, 14), (4, 14), (6, 6), (7, 69), (9, 69)]
+)
+def test_the_token_count_chooses_and_a_size_beats_a_range(
+    sized: Program, tokens: int, tag: int
+) -> None:
+    assert sized(*batch(tokens)).tolist() == [tag]
+
+
+@pytest.mark.parametrize("tokens", [5, 10, 1000])
+def test_a_count_outside_of_every_range_names_them(sized: Program, tokens: int) -> None:
+    with pytest.raises(VllmcError, match=str(tokens)) as caught:
+        sized(*batch(tokens))
+    assert code_of(caught) == "size-out-of-range"
+    assert caught.value.context["ranges"] == ["1", "1:4", "6", "6:9"]
+    assert f"1:{max(tokens, 9)}" in caught.value.hint
+
+
+def test_zero_tokens_are_refused(sized: Program) -> None:
+    with pytest.raises(VllmcError) as caught:
+        sized(*batch(0))
+    assert code_of(caught) == "zero-tokens"
+
+
+def test_a_program_for_one_size_alone_is_used_for_it() -> None:
+    program = link(
+        layout(ranges=("1",), steps=layout().steps[:1], output="v0"),
+        entry(),
+        [variant(1, 1, tagged(1))],
+    )
+    assert program(*batch(1)).tolist() == [1]
+    assert program.max_tokens == 1
+    with pytest.raises(VllmcError) as caught:
+        program(*batch(2))
+    assert code_of(caught) == "size-out-of-range"
+
+
+def test_the_largest_count_is_that_of_a_range_or_size(sized: Program) -> None:
+    assert sized.max_tokens == 9
+    assert [str(r) for r in sized.ranges] == ["1", "1:4", "6", "6:9"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (torch.zeros(1, 3).long(), torch.zeros(1, 4).long(), torch.zeros(1).long()),
+        (torch.zeros(2, 3).long(), torch.zeros(2, 3).long(), torch.zeros(1).long()),
+        (torch.zeros(3).long(), torch.zeros(3).long(), torch.zeros(1).long()),
+        (torch.zeros(1, 3).int(), torch.zeros(1, 3).long(), torch.zeros(1).long()),
+        (torch.zeros(1, 3).long(), torch.zeros(1, 3), torch.zeros(1).long()),
+        (torch.zeros(1, 6).long()[:, ::2], torch.zeros(1, 3).long(), torch.zeros(1).long()),
+        (torch.zeros(1, 3).long(), torch.zeros(1, 3).long(), torch.zeros(1, 1).long()),
+        (torch.zeros(1, 3).long(), torch.zeros(1, 3).long(), torch.zeros(1).int()),
+        (torch.zeros(1, 3).long(), torch.zeros(1, 3).long(), torch.zeros(0).long()),
+    ],
+    ids=[
+        "other positions",
+        "two rows of ids",
+        "flat ids",
+        "32-bit ids",
+        "float positions",
+        "strided ids",
+        "rows of two dimensions",
+        "32-bit rows",
+        "no rows",
+    ],
+)
+def test_inputs_that_compiled_code_would_misread_are_refused(sized: Program, args: Any) -> None:
+    with pytest.raises(VllmcError) as caught:
+        sized(*args)
+    assert code_of(caught) == "bad-input"
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.ones(3, 2),
+        torch.ones(2, 3, dtype=torch.bfloat16),
+        torch.ones(3, 2).t(),
+        None,
+    ],
+    ids=["shape", "dtype", "stride", "missing"],
+)
+def test_a_model_with_other_tensors_is_refused(weight: torch.Tensor | None) -> None:
+    module = torch.nn.Module() if weight is None else entry(weight)
+    with pytest.raises(VllmcError, match="weight") as caught:
+        link(layout(), module, [variant(1, 8)])
+    assert code_of(caught) == "weights-mismatch"
+
+
+def test_an_op_that_is_not_registered_is_named() -> None:
+    steps = (
+        OpStep(target="call_function:torch.ops.nowhere.op", args=(), kwargs={}, result="v0"),
+    )
+    with pytest.raises(VllmcError, match=r"nowhere\.op") as caught:
+        link(layout(steps=steps, output="v0"), entry(), [variant(1, 8)])
+    assert code_of(caught) == "unknown-op"
+
+
+def test_arguments_of_every_kind_reach_the_op() -> None:
+    args = (
+        {"ref": "p0"},
+        {"list": [1, {"tuple": [True, None]}]},
+        {"slice": [None, {"ref": "p1"}, 2]},
+        {"float": (-0.0).hex()},
+        {"float": "inf"},
+        {"ellipsis": True},
+        {"torch": "bfloat16", "of": "dtype"},
+        {"torch": "cpu", "of": "device"},
+        {"torch": "contiguous_format", "of": "memory_format"},
+        "a 'quoted' \\ text",
+    )
+    seen: list[Any] = []
+    steps = (
+        OpStep(target="call_function:builtins.tuple", args=({"tuple": list(args)},), kwargs={},
+               result="v0"),
+        UnitStep(piece=0, args=("v0",), results=("v1",)),
+    )  # fmt: skip
+
+    def piece(given: list[Any]) -> tuple[torch.Tensor]:
+        seen.extend(given[0])
+        return (torch.zeros(1),)
+
+    ids, positions, rows = batch(5)
+    link(layout(steps=steps, output="v1"), entry(), [variant(1, 8, piece)])(ids, positions, rows)
+    assert seen[0] is ids
+    assert seen[1] == [1, (True, None)]
+    assert seen[2] == slice(None, 5, 2)
+    assert str(seen[3]) == "-0.0"
+    assert seen[4:] == [
+        float("inf"),
+        ...,
+        torch.bfloat16,
+        torch.device("cpu"),
+        torch.contiguous_format,
+        "a 'quoted' \\ text",
+    ]
+
+
+def test_a_method_is_called_with_keywords() -> None:
+    steps = (
+        OpStep(
+            target="call_method:sum",
+            args=({"ref": "p0"},),
+            kwargs={"dim": 1, "keepdim": True},
+            result="v0",
+        ),
+    )
+    no_pieces = Variant(range=CompileRange(1, 8), pieces=())
+    program = link(layout(pieces=(), steps=steps, output="v0"), entry(), [no_pieces])
+    assert program(*batch(4)).shape == (1, 1)
+
+
+def test_values_are_let_go_after_their_last_use() -> None:
+    import weakref
+
+    alive: list[Any] = []
+
+    def first(args: list[Any]) -> tuple[torch.Tensor]:
+        made = torch.zeros(3)
+        alive.append(weakref.ref(made))
+        return (made,)
+
+    def last(args: list[Any]) -> tuple[torch.Tensor]:
+        assert alive[0]() is None
+        return (torch.ones(1),)
+
+    given = layout(
+        pieces=("piece_0", "piece_1"),
+        steps=(
+            UnitStep(piece=0, args=("p0",), results=("v0",)),
+            OpStep(target="call_method:clone", args=({"ref": "v0"},), kwargs={}, result="v1"),
+            UnitStep(piece=1, args=("v1",), results=("v2",)),
+        ),
+        output="v2",
+    )
+    assert link(given, entry(), [variant(1, 8, first, last)])(*batch(2)).tolist() == [1]
+
+
+def test_a_piece_without_results_is_run() -> None:
+    calls: list[int] = []
+    given = layout(steps=(UnitStep(piece=0, args=("p1",), results=()),), output="p0")
+
+    def piece(args: list[Any]) -> tuple[()]:
+        calls.append(args[0])
+        return ()
+
+    ids, positions, rows = batch(3)
+    assert link(given, entry(), [variant(1, 8, piece)])(ids, positions, rows) is ids
+    assert calls == [3]

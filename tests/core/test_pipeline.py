@@ -1,0 +1,446 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllmc.core.cache.store import Store
+from vllmc.core.errors import CheckFailed, UnsafeCacheError
+from vllmc.core.events import SilentObserver
+from vllmc.core.job import Job, make_job
+from vllmc.core.models.resolve import resolve
+from vllmc.core.obtain import Policy
+from vllmc.core.pipeline import Ready, obtain_program, open_program
+from vllmc.core.runtime.sampler import SamplingParams
+from vllmc.core.runtime.workload import Limits, WorkloadResult, run_workload
+from vllmc.core.spec import CompileRange, CompileSpec
+
+PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11], [4]]
+SILU = ("torch.nn.functional.silu",)
+INDUCTOR: dict[str, Any] = {"backend": "inductor"}
+
+
+class Notes(SilentObserver):
+    """An observer that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.units: list[tuple[str, str]] = []
+        self.warnings: list[str] = []
+        self.waits: list[str] = []
+
+    def stage(self, name: str) -> None:
+        self.stages.append(name)
+
+    def unit_finished(self, name: str, outcome: str, seconds: float) -> None:
+        self.units.append((name, outcome))
+
+    def warning(self, code: str, message: str, hint: str = "") -> None:
+        self.warnings.append(code)
+
+    def waiting(self, what: str) -> None:
+        self.waits.append(what)
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig
+
+    directory = tmp_path_factory.mktemp("models") / "llama"
+    LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    ).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def job(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Job]:
+    """A job for the range 1:64 with the eager backend; with changes, and `layers`."""
+    facts = tmp_path_factory.mktemp("facts")
+
+    def make(*, layers: int | None = None, **changes: Any) -> Job:
+        fields: dict[str, Any] = {"ranges": (CompileRange(1, 64),), "backend": "eager"}
+        return make_job(
+            resolve(str(model_directory), layers=layers),
+            CompileSpec(**(fields | changes)),
+            environment={},
+            cache_dir=facts,
+            origins={},
+        )
+
+    return make
+
+
+def warm(job: Job, root: Path, observer: Notes | None = None, **policy: bool) -> Ready:
+    return obtain_program(job, Store(root), observer or Notes(), policy=Policy(**policy))
+
+
+def generate(job: Job, ready: Ready) -> WorkloadResult:
+    entry = job.model.build(
+        "real", device="cpu", dtype="float32", layer_names=job.spec.layer_names, seed=0
+    )
+    return run_workload(
+        open_program(ready, entry),
+        PROMPTS,
+        SamplingParams(max_new_tokens=6, temperature=0.0, logprobs=2, ignore_eos=True),
+        Limits(vocab_size=128, max_position=128, dtype=torch.float32, device="cpu"),
+        batch_sizes=(1, 2, 3),
+    )
+
+
+def outputs(result: WorkloadResult) -> list[Any]:
+    """Token ids and log-probabilities, to the last bit."""
+    return json.loads(json.dumps([dataclasses.asdict(o) for o in result.outputs]))
+
+
+def token_ids(result: WorkloadResult) -> list[tuple[int, ...]]:
+    return [output.token_ids for output in result.outputs]
+
+
+def counts(ready: Ready) -> dict[str, int]:
+    return {name: ready.count(name) for name in ("hit", "dup", "compiled")}  # type: ignore[arg-type]
+
+
+def blob(root: Path, digest: str) -> Path:
+    return Store(root).layout.blob(digest)
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.chmod(0o600)
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="session")
+def expected(job: Callable[..., Job], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """The token ids of the model, by the eager backend."""
+    plain = job()
+    return token_ids(generate(plain, warm(plain, tmp_path_factory.mktemp("eager"))))
+
+
+@pytest.fixture(scope="session")
+def compiled(job: Callable[..., Job], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A cache that Inductor filled, the first result of it, and what the program generated."""
+    root = tmp_path_factory.mktemp("inductor")
+    ready = warm(job(**INDUCTOR), root)
+    return root, ready, generate(job(**INDUCTOR), ready)
+
+
+def test_a_program_is_compiled_once_and_then_found(job: Any, tmp_path: Path) -> None:
+    notes = Notes()
+    first = warm(job(), tmp_path, notes)
+    assert (first.program, first.outcome) == ("miss", "compiled")
+    assert counts(first) == {"hit": 0, "dup": 0, "compiled": 3}
+    assert notes.stages[0] == "capture"
+    assert [outcome for _, outcome in notes.units] == ["compiled"] * 3
+    again = Notes()
+    second = warm(job(), tmp_path, again)
+    assert (second.program, second.outcome) == ("hit", "hit")
+    assert again.stages == again.units == []
+    assert [u.artifact for u in second.units] == [u.artifact for u in first.units]
+    assert second.record == first.record
+
+
+def test_the_same_model_with_more_layers_reuses_its_units(job: Any, tmp_path: Path) -> None:
+    warm(job(), tmp_path)
+    deeper = warm(job(layers=5), tmp_path)
+    assert (deeper.program, deeper.outcome) == ("miss", "hit")
+    assert counts(deeper) == {"hit": 3, "dup": 0, "compiled": 0}
+    assert deeper.record.pieces == {"total": 11, "splitting": 5, "compilable": 6, "unique": 3}
+    assert deeper.miss is not None
+    assert [change.name for change in deeper.miss.changes] == ["num_hidden_layers"]
+
+
+def test_another_range_is_partly_found(job: Any, tmp_path: Path) -> None:
+    warm(job(), tmp_path)
+    more = warm(job(sizes=(4,)), tmp_path)
+    assert more.outcome == "partial"
+    assert {(u.range, u.outcome) for u in more.units} == {("4", "compiled"), ("1:64", "hit")}
+
+
+def test_force_compiles_what_is_stored(job: Any, tmp_path: Path) -> None:
+    first = warm(job(), tmp_path)
+    forced = warm(job(), tmp_path, force=True)
+    assert (forced.program, forced.outcome) == ("miss", "compiled")
+    assert [u.artifact for u in forced.units] == [u.artifact for u in first.units]
+    assert warm(job(), tmp_path).program == "hit"
+
+
+def test_what_may_not_be_compiled_is_refused_and_nothing_is_written(
+    job: Any, tmp_path: Path
+) -> None:
+    root = tmp_path / "cache"
+    with pytest.raises(CheckFailed) as caught:
+        warm(job(), root, may_compile=False)
+    assert caught.value.code == "would-miss"
+    assert not root.exists()
+
+
+def test_units_are_found_without_writing_where_nothing_may_be_compiled(
+    job: Any, tmp_path: Path
+) -> None:
+    warm(job(), tmp_path)
+    before = sorted(p for p in tmp_path.rglob("*") if p.is_file())
+    ready = warm(job(layers=3), tmp_path, may_compile=False)
+    assert (ready.program, ready.outcome) == ("miss", "hit")
+    assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == before
+
+
+def test_a_damaged_artifact_is_compiled_again_with_a_warning(job: Any, tmp_path: Path) -> None:
+    first = warm(job(), tmp_path)
+    damage(blob(tmp_path, first.units[1].artifact))
+    notes = Notes()
+    second = warm(job(), tmp_path, notes)
+    assert notes.warnings == ["corrupt-artifact"]
+    assert counts(second) == {"hit": 2, "dup": 0, "compiled": 1}
+    assert [u.artifact for u in second.units] == [u.artifact for u in first.units]
+    assert warm(job(), tmp_path).program == "hit"
+
+
+@pytest.mark.parametrize("section", ["programs", "units"])
+def test_a_damaged_record_is_written_again(job: Any, tmp_path: Path, section: str) -> None:
+    warm(job(), tmp_path)
+    files = [f.path for f in Store(tmp_path).layout.walk(section)]
+    for path in files:
+        damage(path)
+    notes = Notes()
+    if section == "units":
+        # A whole program does not read them.
+        assert warm(job(), tmp_path).program == "hit"
+    deeper = warm(job() if section == "programs" else job(layers=4), tmp_path, notes)
+    assert len(notes.warnings) == len(files)
+    assert set(notes.warnings) == {"corrupt-record"}
+    assert deeper.outcome == ("hit" if section == "programs" else "compiled")
+    assert Store(tmp_path).verify() == ()
+
+
+def test_a_damaged_artifact_is_refused_where_nothing_may_be_compiled(
+    job: Any, tmp_path: Path
+) -> None:
+    first = warm(job(), tmp_path)
+    path = blob(tmp_path, first.units[0].artifact)
+    damage(path)
+    with pytest.raises(UnsafeCacheError):
+        warm(job(), tmp_path, may_compile=False)
+    assert path.exists()
+
+
+def test_one_of_two_that_want_the_same_program_waits_and_finds_it(
+    job: Any, tmp_path: Path
+) -> None:
+    store = Store(tmp_path)
+    wanted = job()
+    notes = Notes()
+    results: list[Ready] = []
+    waits = threading.Event()
+    notes.waiting = lambda what: waits.set()  # type: ignore[method-assign]
+    with store.lock(wanted.key, lambda: None):
+        thread = threading.Thread(
+            target=lambda: results.append(obtain_program(wanted, store, notes))
+        )
+        thread.start()
+        assert waits.wait(60)
+        # What the other process does meanwhile.
+        elsewhere = tmp_path / "elsewhere"
+        warm(wanted, elsewhere)
+        for part in ("artifacts", "units", "programs", "code"):
+            _copy_tree(Store(elsewhere).layout.top, store.layout.top)
+            assert part
+    thread.join(60)
+    (ready,) = results
+    assert ready.program == "hit"
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    import shutil
+
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*lock*"))
+
+
+def test_pieces_differ_by_layer_only_where_a_baked_name_is_inside(
+    job: Any, tmp_path: Path
+) -> None:
+    unique = {
+        (names, ops): warm(
+            job(layers=4, layer_names=names, splitting_ops=ops), tmp_path
+        ).record.pieces["unique"]
+        for names in ("hoisted", "baked")
+        for ops in (SILU, CompileSpec().splitting_ops)
+    }
+    assert unique == {
+        ("hoisted", SILU): 3,
+        ("baked", SILU): 5,
+        ("hoisted", CompileSpec().splitting_ops): 3,
+        ("baked", CompileSpec().splitting_ops): 3,
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_names": "baked"},
+        {"splitting_ops": SILU},
+        {"splitting_ops": SILU, "layer_names": "baked"},
+        {"splitting_ops": (*CompileSpec().splitting_ops, *SILU)},
+        {"dynamic_shapes": "backed"},
+        {"dynamic_shapes": "backed-size-oblivious"},
+        {"ranges": (CompileRange(1, 2), CompileRange(3, 64)), "sizes": (1, 8)},
+    ],
+    ids=str,
+)
+def test_every_way_to_cut_gives_the_same_tokens(
+    job: Any, tmp_path: Path, expected: Any, changes: Any
+) -> None:
+    wanted = job(**changes)
+    result = generate(wanted, warm(wanted, tmp_path))
+    assert token_ids(result) == expected
+    assert result.recompiles == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"splitting_ops": SILU},
+        {"splitting_ops": SILU, "layer_names": "baked"},
+        {"dynamic_shapes": "backed"},
+        {"ranges": (CompileRange(1, 1), CompileRange(2, 64)), "sizes": (3,)},
+    ],
+    ids=str,
+)
+def test_every_way_to_compile_gives_the_same_tokens(
+    job: Any, tmp_path: Path, expected: Any, changes: Any
+) -> None:
+    wanted = job(layers=2, **INDUCTOR, **changes)
+    result = generate(wanted, warm(wanted, tmp_path))
+    assert token_ids(result) == expected
+    assert result.recompiles == ()
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_tokens_of_the_model(compiled: Any, expected: Any) -> None:
+    _, ready, result = compiled
+    assert ready.outcome == "compiled"
+    assert token_ids(result) == expected
+    assert result.recompiles == ()
+
+
+@pytest.mark.slow
+def test_a_hit_and_a_fresh_compile_are_one_program(
+    job: Any, compiled: Any, tmp_path: Path
+) -> None:
+    from torch._inductor.utils import fresh_cache
+
+    root, first, result = compiled
+    hit = warm(job(**INDUCTOR), root)
+    assert hit.program == "hit"
+    with fresh_cache():
+        fresh = warm(job(**INDUCTOR), tmp_path)
+    assert fresh.outcome == "compiled"
+    # What the C++ compiler writes may name the directory that it worked in; the code may not.
+    codes = [
+        [Store(where).unit(u.key).code for u in ready.units]  # type: ignore[union-attr]
+        for where, ready in ((root, first), (tmp_path, fresh))
+    ]
+    assert codes[0] == codes[1]
+    assert outputs(generate(job(**INDUCTOR), hit)) == outputs(result)
+    assert outputs(generate(job(**INDUCTOR), fresh)) == outputs(result)
+
+
+@pytest.mark.slow
+def test_an_option_that_changes_the_key_and_not_the_code_is_a_dup(
+    job: Any, compiled: Any
+) -> None:
+    root, first, _ = compiled
+    changed = job(**INDUCTOR, inductor=(("max_autotune_gemm_search_space", "EXHAUSTIVE"),))
+    ready = warm(changed, root)
+    assert (ready.program, ready.outcome) == ("miss", "compiled")
+    assert counts(ready) == {"hit": 0, "dup": 3, "compiled": 0}
+    assert [u.artifact for u in ready.units] == [u.artifact for u in first.units]
+    assert [u.key for u in ready.units] != [u.key for u in first.units]
+    assert counts(warm(changed, root)) == {"hit": 3, "dup": 0, "compiled": 0}
+
+
+_FRESH = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {here!r})
+import pytest_free as test
+"""
+
+
+@pytest.mark.slow
+def test_a_fresh_process_runs_a_hit_without_a_compiler(
+    job: Any, compiled: Any, model_directory: Path, tmp_path: Path
+) -> None:
+    root, _, result = compiled
+    hoisted = job(**INDUCTOR, splitting_ops=SILU)
+    inside = generate(hoisted, warm(hoisted, root))
+    script = tmp_path / "fresh.py"
+    script.write_text(_SCRIPT)
+    (tmp_path / "nothing").mkdir()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHINDUCTOR_")}
+    environment |= {
+        "PATH": str(tmp_path / "nothing"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "nothing"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, str(script), __file__, str(model_directory), str(root)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout)
+    assert said["outputs"] == [outputs(result), outputs(inside)]
+    assert said["imported"] == []
+    assert list((tmp_path / "nothing").iterdir()) == []
+
+
+_SCRIPT = """
+import importlib.util, json, sys
+from pathlib import Path
+
+spec = importlib.util.spec_from_file_location("shared", sys.argv[1])
+shared = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(shared)
+
+def job(**changes):
+    return shared.make_job(
+        shared.resolve(sys.argv[2]),
+        shared.CompileSpec(
+            ranges=(shared.CompileRange(1, 64),), backend="inductor", **changes
+        ),
+        environment={}, cache_dir=Path(sys.argv[3]) / "facts", origins={},
+    )
+
+found = []
+for wanted in (job(), job(splitting_ops=shared.SILU)):
+    ready = shared.warm(wanted, Path(sys.argv[3]), may_compile=False)
+    assert ready.program == "hit"
+    found.append(shared.outputs(shared.generate(wanted, ready)))
+heavy = (
+    "torch._inductor.codecache", "torch._inductor.compile_fx", "torch._inductor.lowering",
+    "torch._inductor.select_algorithm", "torch._functorch.aot_autograd",
+    "vllmc.core.graph.capture", "vllmc.core.compiler.inductor",
+)
+print(json.dumps({"outputs": found, "imported": [m for m in heavy if m in sys.modules]}))
+"""

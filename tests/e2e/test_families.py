@@ -1,0 +1,183 @@
+"""Model families: what vllmc generates with a tiny model of each, against Transformers itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.fx as fx
+
+from vllmc.core.errors import VllmcError
+from vllmc.core.graph.capture import Capture, capture
+from vllmc.core.graph.inputs import find_attribute
+from vllmc.core.pipeline import open_program
+from vllmc.core.runtime.engine import Engine, EngineConfig, Step
+from vllmc.core.runtime.sampler import SamplingParams
+from vllmc.kernels.kv_cache import KVCacheSpec
+from vllmc.kernels.layer_name import LayerName
+
+
+def _load_families() -> Any:
+    path = Path(__file__).parent / "families.py"
+    spec = importlib.util.spec_from_file_location("families", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their own module up by name.
+    sys.modules["families"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+with warnings.catch_warnings():
+    # torch.utils.mkldnn, which Dynamo imports, uses what torch itself deprecates.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    families = _load_families()
+    import torch.utils.mkldnn  # noqa: F401
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A family's model in a directory of its own, and what Transformers generates with it."""
+
+    directory: Path
+    cache: Path
+    expected: tuple[tuple[int, ...], ...]
+    first_without_context: tuple[int, ...]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models so small are run in a fraction of the time by one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=families.FAMILIES, ids=lambda family: family.name)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    place = tmp_path_factory.mktemp(request.param.name)
+    model = families.make_model(request.param)
+    model.save_pretrained(place / "model")
+    return Saved(
+        directory=place / "model",
+        cache=place / "cache",
+        expected=tuple(families.continuation(model, prompt) for prompt in families.PROMPTS),
+        first_without_context=tuple(
+            families.continuation(model, prompt[-1:])[0] for prompt in families.PROMPTS
+        ),
+    )
+
+
+def test_token_ids_are_those_of_transformers(saved: Saved) -> None:
+    job = families.job_of(saved.directory, saved.cache)
+    generated = families.generated(job, families.obtain(job, saved.cache))
+    assert generated == {n: saved.expected[:n] for n in families.BATCHES}
+
+
+def test_what_is_generated_hangs_on_the_context_and_varies(saved: Saved) -> None:
+    """Else equal ids would prove nothing about attention, caches and positions."""
+    firsts = [ids[0] for ids in saved.expected]
+    alone = saved.first_without_context
+    assert sum(a != b for a, b in zip(firsts, alone, strict=True)) >= 3
+    assert len({token for ids in saved.expected for token in ids}) >= 10
+
+
+class Recorded:
+    """A step that keeps the logits that it returned."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.logits: list[torch.Tensor] = []
+
+    def __call__(self, *args: torch.Tensor) -> torch.Tensor:
+        self.logits.append(self.step(*args))
+        return self.logits[-1]
+
+
+def whole_graph(captured: Capture, entry: torch.nn.Module) -> Step:
+    """The captured graph, run as it is."""
+    module = fx.GraphModule({}, captured.graph)
+
+    def step(ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        given = {"input_ids": ids, "position_ids": positions, "logits_indices": rows}
+        values = {
+            "activation": lambda i: given[i.name],
+            "size": lambda i: given[i.name].shape[i.dim],
+            "attribute": lambda i: find_attribute(entry, i.name),
+            "layer-name": lambda i: LayerName(i.name),
+        }
+        (logits,) = module(*(values[i.kind](i) for i in captured.inputs))
+        return logits
+
+    return step
+
+
+def test_the_split_graph_computes_what_the_graph_does(saved: Saved) -> None:
+    job = families.job_of(saved.directory, saved.cache)
+    entry = families.entry_of(job)
+    program = open_program(families.obtain(job, saved.cache), entry)
+    captured = capture(job.model, entry, job.spec)
+    steps = Recorded(program), Recorded(whole_graph(captured, entry))
+    for step in steps:
+        engine = Engine(
+            step,
+            [
+                KVCacheSpec(
+                    layer_name=site.layer,
+                    num_kv_heads=site.kv_heads,
+                    key_size=site.key_size,
+                    value_size=site.value_size,
+                )
+                for site in captured.attention
+            ],
+            EngineConfig(
+                vocab_size=families.VOCAB,
+                max_position=None,
+                max_tokens_per_step=40,
+                num_blocks=32,
+            ),
+        )
+        engine.generate(families.PROMPTS, SamplingParams(max_new_tokens=3))
+    split, whole = (step.logits for step in steps)
+    assert len(split) > 3, "prompts were prefilled in chunks, then decoded"
+    torch.testing.assert_close(split, whole, rtol=0, atol=0)
+
+
+@pytest.mark.slow()
+@pytest.mark.parametrize(
+    "family", [f for f in families.FAMILIES if f.core], ids=lambda family: family.name
+)
+def test_token_ids_are_those_of_transformers_when_compiled(family: Any, tmp_path: Path) -> None:
+    model = families.make_model(family)
+    model.save_pretrained(tmp_path / "model")
+    job = families.job_of(tmp_path / "model", tmp_path / "cache", "inductor")
+    generated = families.generated(job, families.obtain(job, tmp_path / "cache"))
+    expected = tuple(families.continuation(model, prompt) for prompt in families.PROMPTS)
+    assert generated == {n: expected[:n] for n in families.BATCHES}
+
+
+@pytest.mark.parametrize("refusal", families.REFUSED, ids=lambda family: family.name)
+def test_what_cannot_be_captured_is_refused_with_module_and_line(
+    refusal: Any, tmp_path: Path
+) -> None:
+    families.save_config(refusal, tmp_path / "model")
+    job = families.job_of(tmp_path / "model", tmp_path / "cache")
+    with pytest.raises(VllmcError) as caught:
+        families.obtain(job, tmp_path / "cache")
+    error = caught.value
+    assert error.code == "unsupported-model"
+    assert refusal.says in error.message
+    assert error.context.get("module", "") == refusal.module
+    if refusal.module:
+        assert re.fullmatch(r"transformers/\S+\.py:[1-9]\d*", str(error.context["line"]))
+        assert error.context["source"]
