@@ -276,11 +276,21 @@ FAMILIES = (
     _family("arcee", "squared ReLU without gate", _HEADS),
     _family("apertus", "xIELU with learned parameters", _COMMON),
     _family("bitnet", "norms within attention and feed-forward", _COMMON),
-    _family("vaultgemma", "soft-capping with fewer norms", {**_HEADS, **_ALTERNATING}),
+    _family(
+        "vaultgemma",
+        "soft-capping with fewer norms",
+        {**_HEADS, **_ALTERNATING},
+        attn_logit_softcapping=3.0,
+    ),
     _family("nanochat", "norms without weights, capped logits", _COMMON),
     _family("hunyuan_v1_dense", "norms of query and key after rotary", _HEADS),
     _family("internlm3", "biases everywhere", _HEADS, bias=True, qkv_bias=True),
-    _family("modernbert-decoder", "windows, other rotary frequencies in them", _COMMON),
+    _family(
+        "modernbert-decoder",
+        "windows, other rotary frequencies in them",
+        {**_COMMON, **_ALTERNATING},
+        local_attention=10,
+    ),
     _family(
         "minicpm3",
         "latent attention: keys larger than values; scaled depth",

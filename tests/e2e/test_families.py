@@ -16,9 +16,11 @@ import torch
 import torch.fx as fx
 
 from vllmc.core.errors import VllmcError
-from vllmc.core.graph.capture import Capture, capture
+from vllmc.core.graph import capture as capturing
+from vllmc.core.graph.capture import Capture
 from vllmc.core.graph.inputs import find_attribute
-from vllmc.core.pipeline import open_program
+from vllmc.core.job import Job
+from vllmc.core.pipeline import Ready, open_program
 from vllmc.core.runtime.engine import Engine, EngineConfig, Step
 from vllmc.core.runtime.sampler import SamplingParams
 from vllmc.kernels.kv_cache import KVCacheSpec
@@ -41,15 +43,17 @@ with warnings.catch_warnings():
     # torch.utils.mkldnn, which Dynamo imports, uses what torch itself deprecates.
     warnings.simplefilter("ignore", DeprecationWarning)
     families = _load_families()
-    import torch.utils.mkldnn  # noqa: F401
+    import torch.utils.mkldnn
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
-    """A family's model in a directory of its own, and what Transformers generates with it."""
+class Compiled:
+    """A family's program, the whole graph that it was cut from, and what it should generate."""
 
-    directory: Path
-    cache: Path
+    job: Job
+    ready: Ready
+    captured: Capture
+    graph: fx.GraphModule
     expected: tuple[tuple[int, ...], ...]
     first_without_context: tuple[int, ...]
 
@@ -64,13 +68,29 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=families.FAMILIES, ids=lambda family: family.name)
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     place = tmp_path_factory.mktemp(request.param.name)
     model = families.make_model(request.param)
     model.save_pretrained(place / "model")
-    return Saved(
-        directory=place / "model",
-        cache=place / "cache",
+    job = families.job_of(place / "model", place / "cache")
+    capture = capturing.capture
+    seen: list[tuple[Capture, fx.GraphModule]] = []
+
+    def capture_and_keep(*args: Any) -> Capture:
+        captured = capture(*args)
+        # Its code is written here, before the graph is cut.
+        seen.append((captured, fx.GraphModule({}, captured.graph)))
+        return captured
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capturing, "capture", capture_and_keep)
+        ready = families.obtain(job, place / "cache")
+    ((captured, graph),) = seen
+    return Compiled(
+        job=job,
+        ready=ready,
+        captured=captured,
+        graph=graph,
         expected=tuple(families.continuation(model, prompt) for prompt in families.PROMPTS),
         first_without_context=tuple(
             families.continuation(model, prompt[-1:])[0] for prompt in families.PROMPTS
@@ -78,18 +98,17 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     )
 
 
-def test_token_ids_are_those_of_transformers(saved: Saved) -> None:
-    job = families.job_of(saved.directory, saved.cache)
-    generated = families.generated(job, families.obtain(job, saved.cache))
-    assert generated == {n: saved.expected[:n] for n in families.BATCHES}
+def test_token_ids_are_those_of_transformers(compiled: Compiled) -> None:
+    generated = families.generated(compiled.job, compiled.ready)
+    assert generated == {n: compiled.expected[:n] for n in families.BATCHES}
 
 
-def test_what_is_generated_hangs_on_the_context_and_varies(saved: Saved) -> None:
+def test_what_is_generated_hangs_on_the_context_and_varies(compiled: Compiled) -> None:
     """Else equal ids would prove nothing about attention, caches and positions."""
-    firsts = [ids[0] for ids in saved.expected]
-    alone = saved.first_without_context
+    firsts = [ids[0] for ids in compiled.expected]
+    alone = compiled.first_without_context
     assert sum(a != b for a, b in zip(firsts, alone, strict=True)) >= 3
-    assert len({token for ids in saved.expected for token in ids}) >= 10
+    assert len({token for ids in compiled.expected for token in ids}) >= 10
 
 
 class Recorded:
@@ -104,9 +123,8 @@ class Recorded:
         return self.logits[-1]
 
 
-def whole_graph(captured: Capture, entry: torch.nn.Module) -> Step:
+def whole_graph(compiled: Compiled, entry: torch.nn.Module) -> Step:
     """The captured graph, run as it is."""
-    module = fx.GraphModule({}, captured.graph)
 
     def step(ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         given = {"input_ids": ids, "position_ids": positions, "logits_indices": rows}
@@ -116,18 +134,16 @@ def whole_graph(captured: Capture, entry: torch.nn.Module) -> Step:
             "attribute": lambda i: find_attribute(entry, i.name),
             "layer-name": lambda i: LayerName(i.name),
         }
-        (logits,) = module(*(values[i.kind](i) for i in captured.inputs))
+        (logits,) = compiled.graph(*(values[i.kind](i) for i in compiled.captured.inputs))
         return logits
 
     return step
 
 
-def test_the_split_graph_computes_what_the_graph_does(saved: Saved) -> None:
-    job = families.job_of(saved.directory, saved.cache)
-    entry = families.entry_of(job)
-    program = open_program(families.obtain(job, saved.cache), entry)
-    captured = capture(job.model, entry, job.spec)
-    steps = Recorded(program), Recorded(whole_graph(captured, entry))
+def test_the_split_graph_computes_what_the_graph_does(compiled: Compiled) -> None:
+    entry = families.entry_of(compiled.job)
+    program = open_program(compiled.ready, entry)
+    steps = Recorded(program), Recorded(whole_graph(compiled, entry))
     for step in steps:
         engine = Engine(
             step,
@@ -138,7 +154,7 @@ def test_the_split_graph_computes_what_the_graph_does(saved: Saved) -> None:
                     key_size=site.key_size,
                     value_size=site.value_size,
                 )
-                for site in captured.attention
+                for site in compiled.captured.attention
             ],
             EngineConfig(
                 vocab_size=families.VOCAB,
@@ -153,7 +169,7 @@ def test_the_split_graph_computes_what_the_graph_does(saved: Saved) -> None:
     torch.testing.assert_close(split, whole, rtol=0, atol=0)
 
 
-@pytest.mark.slow()
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", [f for f in families.FAMILIES if f.core], ids=lambda family: family.name
 )
