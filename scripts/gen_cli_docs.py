@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 from typer.core import TyperGroup
+
 from vllmc.cli.app import INTERRUPTED, PIPE_CLOSED, build_app
 from vllmc.cli.options import COMMON_PANEL, SHAPING_PANEL
 from vllmc.cli.settings import OPTIONS

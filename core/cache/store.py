@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
 from vllmc.core.cache import inventory, verify
 from vllmc.core.cache.files import (
     CorruptArtifact,

@@ -243,9 +243,7 @@ def test_a_damaged_artifact_is_refused_where_nothing_may_be_compiled(
     assert path.exists()
 
 
-def test_one_of_two_that_want_the_same_program_waits_and_finds_it(
-    job: Any, tmp_path: Path
-) -> None:
+def test_one_of_two_that_want_the_same_program_waits_and_finds_it(job: Any, tmp_path: Path) -> None:
     store = Store(tmp_path)
     wanted = job()
     notes = Notes()
@@ -268,9 +266,7 @@ def test_one_of_two_that_want_the_same_program_waits_and_finds_it(
     assert ready.program == "hit"
 
 
-def test_pieces_differ_by_layer_only_where_a_baked_name_is_inside(
-    job: Any, tmp_path: Path
-) -> None:
+def test_pieces_differ_by_layer_only_where_a_baked_name_is_inside(job: Any, tmp_path: Path) -> None:
     unique = {
         (names, ops): warm(
             job(layers=3, layer_names=names, splitting_ops=ops), tmp_path
@@ -317,9 +313,7 @@ def test_every_way_to_cut_gives_the_same_tokens(
     ],
     ids=str,
 )
-def test_every_way_to_compile_gives_the_same_tokens(
-    job: Any, tmp_path: Path, changes: Any
-) -> None:
+def test_every_way_to_compile_gives_the_same_tokens(job: Any, tmp_path: Path, changes: Any) -> None:
     wanted, plain = job(layers=1, **INDUCTOR, **changes), job(layers=1)
     result = generate(wanted, warm(wanted, tmp_path))
     assert token_ids(result) == token_ids(generate(plain, warm(plain, tmp_path)))
@@ -335,9 +329,7 @@ def test_inductor_gives_the_tokens_of_the_model(compiled: Any, expected: Any) ->
 
 
 @pytest.mark.slow
-def test_a_hit_and_a_fresh_compile_are_one_program(
-    job: Any, compiled: Any, tmp_path: Path
-) -> None:
+def test_a_hit_and_a_fresh_compile_are_one_program(job: Any, compiled: Any, tmp_path: Path) -> None:
     from torch._inductor.utils import fresh_cache
 
     # One layer less: the pieces of the first and the last layer are in the cache already.
@@ -359,9 +351,7 @@ def test_a_hit_and_a_fresh_compile_are_one_program(
 
 
 @pytest.mark.slow
-def test_an_option_that_changes_the_key_and_not_the_code_is_a_dup(
-    job: Any, compiled: Any
-) -> None:
+def test_an_option_that_changes_the_key_and_not_the_code_is_a_dup(job: Any, compiled: Any) -> None:
     root, first, _ = compiled
     changed = job(**INDUCTOR, inductor=(("max_autotune_gemm_search_space", "EXHAUSTIVE"),))
     ready = warm(changed, root)

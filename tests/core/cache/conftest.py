@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from vllmc.core.cache.key import Factor, key_of, sha256_hex
 from vllmc.core.cache.record import ProgramRecord, ProgramUnit, SourceFile, UnitRecord
 from vllmc.core.cache.store import Store

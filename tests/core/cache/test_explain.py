@@ -6,6 +6,7 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vllmc.core.cache.explain import REDACTED, diff, diff_sources, nearest, redact
 from vllmc.core.cache.key import Factor, key_of
 from vllmc.core.cache.record import SourceFile

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from vllmc.core.cache.files import (
     SWEEP_AFTER_SECONDS,
     IrregularFile,

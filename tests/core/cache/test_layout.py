@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from vllmc.core.cache.layout import Layout
 from vllmc.core.errors import VllmcError
 

@@ -8,6 +8,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vllmc.core.cache.key import Factor, canonical_json
 from vllmc.core.cache.record import (
     PIECE_COUNTS,

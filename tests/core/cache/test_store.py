@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from vllmc.core.cache.key import sha256_hex
 from vllmc.core.cache.record import FormatTooNew, decode, encode
 from vllmc.core.cache.store import CorruptArtifact, CorruptRecordError, MissingArtifact, Store

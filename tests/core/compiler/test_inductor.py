@@ -162,9 +162,7 @@ def test_threads_compile_under_options_of_their_own(link_toy: Any, ops: Any) -> 
 
     def work(name: str) -> None:
         barrier.wait()
-        beside[name] = link_toy(
-            _mlp(ops), backend="inductor", inductor=options[name]
-        ).artifacts
+        beside[name] = link_toy(_mlp(ops), backend="inductor", inductor=options[name]).artifacts
 
     threads = [threading.Thread(target=work, args=(name,)) for name in options]
     for thread in threads:
@@ -221,9 +219,7 @@ def test_without_a_compiler_the_error_says_so(
     from torch._inductor.utils import fresh_cache
 
     with fresh_cache(), pytest.raises(VllmcError) as caught:
-        link_toy(
-            _mlp(ops), backend="inductor", inductor=(("cpp.cxx", [str(tmp_path / "no-g++")]),)
-        )
+        link_toy(_mlp(ops), backend="inductor", inductor=(("cpp.cxx", [str(tmp_path / "no-g++")]),))
     assert caught.value.code == "no-compiler"
 
 

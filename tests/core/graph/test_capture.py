@@ -27,7 +27,9 @@ def test_the_token_count_is_the_first_thing_the_graph_is_given(trace_toy: Any, o
 
 def test_ids_and_positions_share_one_symbol(trace_toy: Any, ops: Any) -> None:
     for kind in ("unbacked", "backed", "backed-size-oblivious"):
-        captured, _ = trace_toy(lambda e, x, p, r: ops.cut(x + p[..., None])[0], dynamic_shapes=kind)
+        captured, _ = trace_toy(
+            lambda e, x, p, r: ops.cut(x + p[..., None])[0], dynamic_shapes=kind
+        )
         assert list(captured.roles.values()) == ["tokens"]
 
 
@@ -53,7 +55,9 @@ def test_assertions_that_hold_for_every_compiled_count_are_dropped(
 
 @pytest.mark.parametrize("kind", ["unbacked", "backed", "backed-size-oblivious"])
 @pytest.mark.parametrize(
-    "condition", [lambda n: n <= 20, lambda n: n >= 2 * 8, lambda n: n != 64], ids=["<=", ">=", "!="]
+    "condition",
+    [lambda n: n <= 20, lambda n: n >= 2 * 8, lambda n: n != 64],
+    ids=["<=", ">=", "!="],
 )
 def test_an_assertion_that_fails_for_a_compiled_count_is_an_error(
     trace_toy: Any, ops: Any, condition: Any, kind: str
@@ -69,9 +73,7 @@ def test_an_assertion_that_fails_for_a_compiled_count_is_an_error(
     trace_toy(function, dynamic_shapes=kind, ranges=(CompileRange(16, 20),))
 
 
-def test_an_assertion_that_cannot_be_decided_is_made_on_every_call(
-    link_toy: Any, ops: Any
-) -> None:
+def test_an_assertion_that_cannot_be_decided_is_made_on_every_call(link_toy: Any, ops: Any) -> None:
     def function(entry: Any, x: Any, positions: Any, rows: Any) -> Any:
         torch._check((x.shape[1] - 7) * (x.shape[1] - 7) >= 1)
         return ops.cut(x + 1)[0]
@@ -109,9 +111,7 @@ def test_a_model_for_one_token_count_only_is_refused(trace_toy: Any, ops: Any) -
     trace_toy(function, dynamic_shapes="backed", ranges=(), sizes=(17,))
 
 
-def test_a_branch_on_the_token_count_cannot_be_captured_unbacked(
-    trace_toy: Any, ops: Any
-) -> None:
+def test_a_branch_on_the_token_count_cannot_be_captured_unbacked(trace_toy: Any, ops: Any) -> None:
     def function(entry: Any, x: Any, positions: Any, rows: Any) -> Any:
         if x.shape[1] > 8:
             x = x * 2

@@ -31,7 +31,9 @@ def layout() -> Layout:
             ),
         ),
         output="v0",
-        attention=(AttentionSite(layer="layers.0", kv_heads=1, key_size=4, value_size=4, window=8),),
+        attention=(
+            AttentionSite(layer="layers.0", kv_heads=1, key_size=4, value_size=4, window=8),
+        ),
     )
 
 

@@ -52,7 +52,10 @@ def test_equal_layers_have_one_digest(pieces_of: Any, ops: Any) -> None:
         (lambda y: y + 2, lambda y: y - 2),
         (lambda y: y + y.sin(), lambda y: y + y.cos()),
         (lambda y: F.silu(y), lambda y: F.gelu(y)),
-        (lambda y: F.adaptive_max_pool1d(y[0, :1], 2), lambda y: F.adaptive_avg_pool1d(y[0, :1], 2)),
+        (
+            lambda y: F.adaptive_max_pool1d(y[0, :1], 2),
+            lambda y: F.adaptive_avg_pool1d(y[0, :1], 2),
+        ),
         (lambda y: y * 2, lambda y: y * 3),
         (lambda y: y * 1, lambda y: y * 1.0),
         (lambda y: y * 1, lambda y: y * True),
@@ -64,7 +67,10 @@ def test_equal_layers_have_one_digest(pieces_of: Any, ops: Any) -> None:
         (lambda y: y.to(torch.float64), lambda y: y.to(torch.bfloat16)),
         (lambda y: y.sin() - y.cos(), lambda y: y.cos() - y.sin()),
         (lambda y: torch.cat([y.sin(), y], -1), lambda y: torch.cat([y, y.sin()], -1)),
-        (lambda y: y.masked_fill(y > 0, float("inf")), lambda y: y.masked_fill(y > 0, float("nan"))),
+        (
+            lambda y: y.masked_fill(y > 0, float("inf")),
+            lambda y: y.masked_fill(y > 0, float("nan")),
+        ),
     ],
 )
 def test_another_program_has_another_digest(digest_of: Any, one: Any, other: Any) -> None:

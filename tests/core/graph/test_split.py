@@ -210,9 +210,7 @@ def test_a_splitting_op_may_take_lists_and_slices(link_toy: Any, ops: Any) -> No
         left, _ = ops.pair(x, [1.5, -2.0])
         return torch.cat([left, left[..., 1:3]], -1)[0]
 
-    toy = link_toy(
-        function, splitting_ops=("vllmc_test::pair", "torch.cat", "operator.getitem")
-    )
+    toy = link_toy(function, splitting_ops=("vllmc_test::pair", "torch.cat", "operator.getitem"))
     toy.check(1, 5)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
 from vllmc.core.models.presets import DEFAULT_PRESET, PRESETS, Preset, find_preset
 
 each_preset = pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)

@@ -49,7 +49,7 @@ nothing = lambda: 3
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def directory(tmp_path: Path) -> Path:
     path = tmp_path / "model"
     path.mkdir()

@@ -110,9 +110,7 @@ def sized() -> Program:
     return link(layout(ranges=ranges, steps=layout().steps[:1], output="v0"), entry(), variants)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "tag"), [(1, 1), (2, 14), (4, 14), (6, 6), (7, 69), (9, 69)]
-)
+@pytest.mark.parametrize(("tokens", "tag"), [(1, 1), (2, 14), (4, 14), (6, 6), (7, 69), (9, 69)])
 def test_the_token_count_chooses_and_a_size_beats_a_range(
     sized: Program, tokens: int, tag: int
 ) -> None:
@@ -201,9 +199,7 @@ def test_a_model_with_other_tensors_is_refused(weight: torch.Tensor | None) -> N
 
 
 def test_an_op_that_is_not_registered_is_named() -> None:
-    steps = (
-        OpStep(target="call_function:torch.ops.nowhere.op", args=(), kwargs={}, result="v0"),
-    )
+    steps = (OpStep(target="call_function:torch.ops.nowhere.op", args=(), kwargs={}, result="v0"),)
     with pytest.raises(VllmcError, match=r"nowhere\.op") as caught:
         link(layout(steps=steps, output="v0"), entry(), [variant(1, 8)])
     assert code_of(caught) == "unknown-op"
