@@ -63,7 +63,7 @@ class CompileRange:
 
 
 def check_ranges(ranges: Sequence[CompileRange], sizes: Sequence[int]) -> None:
-    """Raises `UsageError` unless `ranges` are disjoint and every size lies in none or one of them."""
+    """Raises `UsageError` unless `ranges` are disjoint and every size is at least 1."""
     if not ranges and not sizes:
         raise UsageError(
             "bad-range",

@@ -101,7 +101,7 @@ def _deprecated_import() -> None:
 
 @pytest.fixture(scope="session")
 def ops() -> Iterator[Any]:
-    """`torch.ops.vllmc_test`: `cut(x)` copies, `fill(x)` triples in place, `pair(x)` returns two."""
+    """`torch.ops.vllmc_test`: `cut` copies, `fill` triples in place, `pair` returns two tensors."""
     library = torch.library.Library("vllmc_test", "DEF")
     tags = (torch.Tag.pt2_compliant_tag,)
     library.define("cut(Tensor x) -> Tensor", tags=tags)
