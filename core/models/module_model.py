@@ -37,10 +37,12 @@ class ModuleModel:
     def info(self) -> ModelInfo:
         """What the model's `config` says, if it has one, and its parameters' dtype."""
         config = getattr(self._sample, "config", None)
-        stop = getattr(config, "eos_token_id", None)
         parameter = next(self._sample.parameters(), None)
         dtype = parameter.dtype if parameter is not None else torch.float32
         transformers = isinstance(self._sample, PreTrainedModel)
+        if transformers:
+            config = self._sample.config.get_text_config(decoder=True)
+        stop = getattr(config, "eos_token_id", None)
         return ModelInfo(
             dtype=str(dtype).removeprefix("torch."),
             vocab_size=getattr(config, "vocab_size", None),

@@ -1,8 +1,17 @@
-"""Imports run one way, private torch API lies in one place, and some commands do without torch."""
+"""The directions in which modules import each other, and what the quick paths leave alone.
+
+    cli  ->  core  ->  kernels  ->  leaves
+
+The leaves are what everything may import: `core.errors`, `core.spec`, `core.cache.key` and
+`core.torch_compat`, which import each other only. Within core the order is between modules, not
+packages (`graph.plan` makes units, which `compiler.protocol` describes by `graph.piece`): there is
+no cycle.
+"""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,86 +20,163 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("cli", "core", "kernels")
-
-# What each part may import of vllmc, the longest name first. What a part may not import at run
-# time it may not import for its types either.
-ALLOWED = {
-    "core.torch_compat": ("core.torch_compat", "core.errors", "core.spec", "core.cache.key"),
-    "kernels": ("kernels", "core.torch_compat", "core.errors"),
-    "core": ("core", "kernels"),
-    "cli": ("cli", "core"),
-}
-
-TORCH_FREE = (
-    "vllmc.cli.app",
-    "vllmc.core.cache.explain",
-    "vllmc.core.cache.record",
-    "vllmc.core.cache.sources",
-    "vllmc.core.cache.store",
-    "vllmc.core.compiler.container",
-    "vllmc.core.diagnose.recompiles",
-    "vllmc.core.events",
-    "vllmc.core.graph.layout",
-    "vllmc.core.models.presets",
-    "vllmc.core.spec",
-)
+LEAVES = ("vllmc.core.errors", "vllmc.core.spec", "vllmc.core.cache.key", "vllmc.core.torch_compat")
+PRIVATE = ("torch._inductor", "torch._dynamo", "torch._functorch")
 
 
-def modules() -> Iterator[tuple[str, ast.Module]]:
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            name = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
-            yield name.removesuffix(".__init__"), ast.parse(path.read_text())
+def _modules() -> dict[str, ast.Module]:
+    found = {}
+    for package in ("cli", "core", "kernels"):
+        for file in sorted((ROOT / package).rglob("*.py")):
+            parts = file.relative_to(ROOT).with_suffix("").parts
+            name = ".".join(("vllmc", *(part for part in parts if part != "__init__")))
+            found[name] = ast.parse(file.read_text(encoding="utf-8"))
+    return found
 
 
-def imported(module: ast.Module) -> Iterator[str]:
-    for node in ast.walk(module):
+MODULES = _modules()
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    """The modules of vllmc that some statement of `tree` imports."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            # `from package import module`, or a name of a module.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else node.module for name in names]
+        else:
+            continue
+        yield from (name for name in names if name.startswith("vllmc."))
 
 
-def lies_in(name: str, part: str) -> bool:
-    return name == part or name.startswith(f"{part}.")
+def _below(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-def test_imports_run_from_cli_to_core_to_kernels_to_the_leaves() -> None:
-    wrong = []
-    for name, module in modules():
-        part = next(part for part in ALLOWED if lies_in(name, part))
-        for target in imported(module):
-            if target.startswith("vllmc.") and not any(
-                lies_in(target.removeprefix("vllmc."), allowed) for allowed in ALLOWED[part]
-            ):
-                wrong.append(f"{name} imports {target}")
-    assert wrong == []
-
-
-def test_private_torch_api_is_imported_in_torch_compat_only() -> None:
-    private = ("torch._inductor", "torch._dynamo", "torch._functorch", "torch._subclasses")
-    wrong = [
-        f"{name} imports {target}"
-        for name, module in modules()
-        if not lies_in(name, "core.torch_compat")
-        for target in imported(module)
-        if any(lies_in(target, api) for api in private)
+def _strays(importer: str, *allowed: str) -> list[tuple[str, str]]:
+    """Imports by the modules below `importer` of anything but itself and what is `allowed`."""
+    return [
+        (name, imported)
+        for name, tree in MODULES.items()
+        if _below(name, importer)
+        for imported in _imports(tree)
+        if not _below(imported, importer, *allowed)
     ]
-    assert wrong == []
 
 
-@pytest.mark.parametrize("module", TORCH_FREE)
-def test_what_needs_no_torch_does_not_import_it(module: str) -> None:
-    program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+def test_there_is_something_to_look_at() -> None:
+    assert len(MODULES) > 60
+    assert "vllmc.core.pipeline" in _imports(MODULES["vllmc.cli.warm"])
 
 
-def test_linking_imports_neither_inductor_nor_sympy() -> None:
-    program = (
-        "import sys, vllmc.core.runtime.loader, vllmc.core.runtime.program, vllmc.core.obtain;"
-        "heavy = {'torch._inductor.lowering', 'torch._dynamo.symbolic_convert', 'sympy'};"
-        "sys.exit(', '.join(heavy & sys.modules.keys()) or 0)"
+def test_cli_imports_core_alone() -> None:
+    assert _strays("vllmc.cli", "vllmc.core") == []
+
+
+def test_core_imports_kernels_and_not_cli() -> None:
+    assert _strays("vllmc.core", "vllmc.kernels") == []
+
+
+def test_kernels_import_leaves_alone() -> None:
+    assert _strays("vllmc.kernels", *LEAVES) == []
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_leaves_import_leaves_alone(leaf: str) -> None:
+    assert _strays(leaf, *LEAVES) == []
+
+
+def test_the_core_below_the_pipeline_does_not_know_it() -> None:
+    above = ("vllmc.core.pipeline", "vllmc.core.obtain", "vllmc.core.prediction", "vllmc.core.job")
+    packages = ("cache", "compiler", "diagnose", "graph", "models", "runtime")
+    for package in packages:
+        imported = {i for n in MODULES if _below(n, f"vllmc.core.{package}")
+                    for i in _imports(MODULES[n])}  # fmt: skip
+        assert not any(_below(name, *above) for name in imported), package
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {
+        name: {
+            imported
+            for statement in tree.body
+            if isinstance(statement, (ast.Import, ast.ImportFrom))
+            for imported in _imports(statement)
+        }
+        for name, tree in MODULES.items()
+    }
+    # Raises CycleError.
+    tuple(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_private_torch_stands_in_torch_compat_alone() -> None:
+    for name, tree in MODULES.items():
+        if _below(name, "vllmc.core.torch_compat"):
+            continue
+        for node in ast.walk(tree):
+            match node:
+                case ast.Import(names=names):
+                    assert not any(_below(a.name, *PRIVATE) for a in names), name
+                case ast.ImportFrom(module=str(module), names=names):
+                    found = [module, *(f"{module}.{alias.name}" for alias in names)]
+                    assert not any(_below(f, *PRIVATE) for f in found), name
+                case ast.Attribute(value=ast.Name(id="torch")):
+                    assert f"torch.{node.attr}" not in PRIVATE, f"{name}:{node.lineno}"
+
+
+def _imported_by(*modules: str) -> set[str]:
+    """What a fresh interpreter has loaded once it has imported `modules`."""
+    script = "import importlib, sys\nfor m in sys.argv[1:]: importlib.import_module(m)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}print(*sys.modules)", *modules],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_modules_that_say_so_import_no_torch() -> None:
+    promised = [
+        name
+        for name, tree in MODULES.items()
+        if "imports no torch" in " ".join((ast.get_docstring(tree) or "").lower().split())
+    ]
+    assert {"vllmc.core.cache.store", "vllmc.core.graph.layout", "vllmc.core.events"} <= set(
+        promised
+    )
+    loaded = _imported_by(*promised)
+    assert set(promised) <= loaded
+    assert "torch" not in loaded
+
+
+def test_the_command_line_imports_no_torch_before_it_must() -> None:
+    commands = [name for name in MODULES if _below(name, "vllmc.cli")]
+    loaded = _imported_by(*commands)
+    assert "torch" not in loaded
+    assert "transformers" not in loaded
+
+
+def test_linking_and_running_import_no_compiler() -> None:
+    # The whole of a warm hit but the model: Transformers itself imports Dynamo.
+    loaded = _imported_by(
+        "vllmc.core.pipeline",
+        "vllmc.core.runtime.loader",
+        "vllmc.core.runtime.program",
+        "vllmc.core.runtime.engine",
+        "vllmc.core.runtime.workload",
+        "vllmc.kernels.attention",
+    )
+    assert "torch" in loaded
+    heavy = (
+        "sympy",
+        "torch._dynamo",
+        "torch._functorch.aot_autograd",
+        "torch._inductor",
+        "torch.fx.experimental.symbolic_shapes",
+        "transformers",
+        "triton",
+    )
+    assert [name for name in heavy if name in loaded] == []

@@ -125,6 +125,7 @@ FAMILIES = (
         "llama-3.1",
         "a single key head, scaled rotary frequencies",
         _COMMON,
+        core=True,
         model_type="llama",
         num_key_value_heads=1,
         rope_parameters={
@@ -194,6 +195,7 @@ FAMILIES = (
         "gemma3n_text",
         "layers that attend to the keys of earlier ones, embeddings for each layer",
         _HEADS,
+        core=True,
         num_hidden_layers=4,
         layer_types=_ALTERNATING["layer_types"] * 2,
         sliding_window=5,

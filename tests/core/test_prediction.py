@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllmc.core.cache.key import Factor, canonical_json, sha256_hex
+from vllmc.core.cache.record import ProgramRecord, ProgramUnit, SourceFile, UnitRecord
+from vllmc.core.cache.store import Store
+from vllmc.core.job import Job
+from vllmc.core.models.model import ModelInfo
+from vllmc.core.prediction import explain_miss, lookup, predict
+from vllmc.core.spec import CompileSpec
+
+
+class Named:
+    """As much of a model as a prediction asks for."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.info = ModelInfo(dtype="float32", vocab_size=8, max_position=8, layers=1)
+
+    def factors(self) -> tuple[Factor, ...]:
+        raise AssertionError("a prediction builds no factors")
+
+    def build(self, *args: Any, **options: Any) -> Any:
+        raise AssertionError("a prediction builds no model")
+
+
+def make_job(hidden: int = 64, *, torch_version: str = "2.13.0", name: str = "toy") -> Job:
+    return Job(
+        model=Named(name),
+        spec=CompileSpec(),
+        factors=(
+            Factor(group="versions", name="torch", value=torch_version, origin="probe"),
+            Factor(group="model", name="hidden_size", value=hidden, origin="vllmc"),
+        ),
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+def put(store: Store, job: Job, *, sources: tuple[SourceFile, ...] = ()) -> ProgramRecord:
+    """Stores a program of one unit for `job`."""
+    data = f"artifact of {job.key}".encode()
+    artifact = store.put_artifact(data)
+    factors = (
+        *job.compiler_factors,
+        Factor(group="graph", name="digest", value=sha256_hex(job.key), origin="probe"),
+        Factor(group="range", name="tokens", value="1:8", origin="probe"),
+    )
+    key = sha256_hex(canonical_json([f.digest for f in factors]))
+    store.put_unit(
+        UnitRecord(
+            key=key,
+            artifact=artifact,
+            format="eager-graph",
+            code=sha256_hex(data),
+            bytes=len(data),
+            seconds=1.0,
+            created=time.time(),
+            factors=factors,
+        )
+    )
+    record = ProgramRecord(
+        key=job.key,
+        model=job.model.name,
+        created=time.time(),
+        factors=job.factors,
+        sources=sources,
+        units=(ProgramUnit(key=key, artifact=artifact, range="1:8", pieces=("piece_0",)),),
+        pieces={"total": 1, "splitting": 0, "compilable": 1, "unique": 1},
+        program={},
+    )
+    store.put_program(record)
+    return record
+
+
+def damage(path: Path) -> None:
+    path.chmod(0o600)
+    path.write_bytes(path.read_bytes()[:-3] + b"xx\n")
+
+
+def test_an_empty_cache_misses_and_has_nothing_to_compare_with(store: Store) -> None:
+    predicted = predict(make_job(), store)
+    assert (predicted.outcome, predicted.found) == ("miss", None)
+    assert predicted.miss is not None
+    assert (predicted.miss.nearest_key, predicted.miss.changes) == (None, ())
+
+
+def test_a_stored_program_is_a_hit_with_its_artifacts(store: Store) -> None:
+    job = make_job()
+    record = put(store, job)
+    predicted = predict(job, store)
+    assert (predicted.outcome, predicted.miss) == ("hit", None)
+    assert predicted.found is not None
+    assert predicted.found.record == record
+    assert set(predicted.found.artifacts) == {record.units[0].artifact}
+
+
+def test_another_way_to_compile_is_a_miss_that_names_the_change(store: Store) -> None:
+    put(store, make_job())
+    predicted = predict(make_job(torch_version="2.14.0"), store)
+    assert predicted.outcome == "miss"
+    assert predicted.miss is not None
+    assert predicted.miss.nearest_key == make_job().key
+    (change,) = predicted.miss.changes
+    assert (change.name, change.before, change.after) == ("torch", "2.13.0", "2.14.0")
+
+
+def test_another_model_compiled_the_same_way_is_unknown_before_capture(store: Store) -> None:
+    put(store, make_job())
+    predicted = predict(make_job(hidden=128), store)
+    assert predicted.outcome == "unknown"
+    assert predicted.miss is not None
+    assert [change.name for change in predicted.miss.changes] == ["hidden_size"]
+
+
+def test_a_changed_source_file_is_a_miss_that_names_it(store: Store, tmp_path: Path) -> None:
+    job = make_job()
+    source = SourceFile(package="json", path="decoder.py", digest="0" * 32, functions=("decode",))
+    put(store, job, sources=(source,))
+    assert lookup(job, store) is None
+    miss = explain_miss(job, store)
+    assert miss.nearest_key == job.key
+    assert any("decoder.py" in change.name for change in miss.changes)
+    assert "source" in predict(job, store).reason
+
+
+def test_of_two_versions_of_the_sources_the_current_one_is_found(store: Store) -> None:
+    job = make_job()
+    stale = SourceFile(package="json", path="decoder.py", digest="0" * 32, functions=("decode",))
+    current = put(store, job)
+    put(store, job, sources=(stale,))
+    found = lookup(job, store)
+    assert found is not None
+    assert found.record == current
+
+
+def test_a_lost_artifact_is_a_miss(store: Store) -> None:
+    job = make_job()
+    record = put(store, job)
+    store.layout.blob(record.units[0].artifact).unlink()
+    predicted = predict(job, store)
+    assert predicted.outcome == "miss"
+    assert predicted.miss is not None
+    assert predicted.miss.nearest_key == job.key
+
+
+def test_a_damaged_artifact_or_record_is_unsafe(store: Store) -> None:
+    job = make_job()
+    record = put(store, job)
+    blob = store.layout.blob(record.units[0].artifact)
+    intact = blob.read_bytes()
+    damage(blob)
+    assert predict(job, store).outcome == "unsafe"
+    blob.write_bytes(intact)
+    assert predict(job, store).outcome == "hit"
+    damage(store.layout.program(record.key, record.id))
+    predicted = predict(job, store)
+    assert (predicted.outcome, predicted.found) == ("unsafe", None)
+
+
+def test_a_prediction_changes_nothing(store: Store, tmp_path: Path) -> None:
+    put(store, make_job())
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for job in (make_job(), make_job(hidden=128), make_job(torch_version="2.14.0")):
+        predict(job, store)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_the_program_key_ignores_where_a_value_came_from() -> None:
+    job = make_job()
+    moved = tuple(dataclasses.replace(f, origin="flag") for f in job.factors)
+    assert Job(model=job.model, spec=job.spec, factors=moved).key == job.key
+    assert make_job(hidden=65).key != job.key
