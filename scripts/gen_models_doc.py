@@ -42,6 +42,26 @@ batches of 1, 2 and 7 prompts of different length, the greedy token ids of the c
 are those of Transformers' own `generate`, one prompt at a time with eager attention.
 """
 
+TAIL = """
+## Mixtures of experts
+
+Transformers lets a model choose how it multiplies its experts. vllmc chooses `grouped_mm`, for
+capture and for real weights alike (`core/models/building.py`): the plain loop over the experts
+that were hit cannot be captured, since which they are is known only when it runs. Tokens are
+sorted by expert and each group is multiplied, in bfloat16 by one op, else by Transformers' op
+`grouped_mm_fallback`. The products are those of the loop. What a token's experts give is added up
+in the order of their weights, and in float32, where the loop goes by the experts' numbers and adds
+in the model's dtype; so results differ by rounding. A model with a loop of its own is refused.
+
+## A module of your own
+
+`module:attribute` may be any module with `forward(input_ids, position_ids)`, `[1, T]` each, that
+returns logits `[1, T, vocab]`. A batch holds tokens of several sequences side by side. Attention
+that calls the attention op keeps them apart; whatever else mixes tokens (a convolution, a sum over
+`T`) would mix sequences, and in a module of your own vllmc does not see that. It does refuse a
+forward that leaves something behind in the module.
+"""
+
 
 def main() -> None:
     """Writes the page, or prints the rows of `--only`."""
@@ -66,7 +86,7 @@ def main() -> None:
         *(report(refused_row(families, family)) for family in refused),
     ]
     if not only:
-        PAGE.write_text(HEAD + "\n" + "\n".join(lines) + "\n", encoding="utf-8")
+        PAGE.write_text(HEAD + "\n" + "\n".join(lines) + "\n" + TAIL, encoding="utf-8")
 
 
 def report(row: str) -> str:

@@ -110,6 +110,18 @@ def test_layers_override_a_configuration_that_calls_them_otherwise() -> None:
     assert resolve("gpt2", layers=3).info.layers == 3
 
 
+def test_layers_override_those_of_the_decoder_in_a_configuration_of_several_parts(
+    tmp_path: Path,
+) -> None:
+    text = {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}
+    fields = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", **text}}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    info = resolve(str(tmp_path), layers=3).info
+    assert info.layers == 3
+    assert info.layer_types == ("sliding_attention", "full_attention", "sliding_attention")
+    assert info.vocab_size == 262_208
+
+
 def test_no_layers_are_refused() -> None:
     with pytest.raises(UsageError, match="0 layers"):
         resolve("tiny-llama", layers=0)
