@@ -20,6 +20,7 @@ EAGER = "eager-graph"
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _MANIFEST = "manifest.json"
+_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,7 @@ class Container:
 
 def pack(format: str, description: Mapping[str, JsonValue], files: Mapping[str, bytes]) -> bytes:
     """The bytes of an artifact. The same content gives the same bytes."""
-    manifest = {"format": format, "version": 1, "description": dict(description)}
+    manifest = {"format": format, "version": _VERSION, "description": dict(description)}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
         for name, data in [(_MANIFEST, canonical_json(manifest).encode()), *sorted(files.items())]:
@@ -51,6 +52,8 @@ def unpack(data: bytes) -> Container:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             files = {name: archive.read(name) for name in archive.namelist()}
         manifest = json.loads(files.pop(_MANIFEST))
+        if manifest["version"] != _VERSION:
+            raise ValueError(f"its version is {manifest['version']}, not {_VERSION}")
         return Container(
             format=manifest["format"], description=manifest["description"], files=files
         )

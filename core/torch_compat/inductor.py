@@ -17,13 +17,16 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch._dynamo.convert_frame import compile_lock
+from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
 from torch._guards import TracingContext, tracing
-from torch._inductor import standalone_compile as standalone
+from torch._inductor import config as inductor_config
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 from torch._inductor.ir import FlexibleLayout, get_fill_order
 from torch._inductor.output_code import CompiledFxGraph
+from torch._inductor.standalone_compile import AOTCompiledArtifact, standalone_compile
 from torch._inductor.virtualized import V
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -139,23 +142,32 @@ def generate_bundle(module: fx.GraphModule, inputs: Sequence[object], scope: Sha
     """Compiles `module` to Inductor's own serialised artifact, which holds its GPU binaries."""
 
     def compile_and_serialize() -> bytes:
-        artifact = standalone.standalone_compile(
-            module,
-            list(inputs),
-            dynamic_shapes="from_example_inputs",
-            fake_mode=scope.fake_mode,
-            options={},
-            aot=True,
-        )
-        assert isinstance(artifact, standalone.AOTCompiledArtifact)
+        # AOTAutograd's cache makes what is serialised, and is otherwise off, as Inductor's, without
+        # which it does nothing. Strict, it says why it passes over a graph.
+        with (
+            inductor_config.patch(fx_graph_cache=True),
+            functorch_config.patch(enable_autograd_cache=True, strict_autograd_cache=True),
+        ):
+            artifact = standalone_compile(
+                module,
+                list(inputs),
+                dynamic_shapes="from_example_inputs",
+                fake_mode=scope.fake_mode,
+                options={},
+                aot=True,
+            )
+        assert isinstance(artifact, AOTCompiledArtifact)
         return artifact.serialize()
 
-    return _call_inductor(compile_and_serialize, scope)
+    try:
+        return _call_inductor(compile_and_serialize, scope)
+    except BypassAOTAutogradCache as error:
+        raise CompileError(str(error)) from error
 
 
 def load_bundle(data: bytes) -> Callable[..., Sequence[object]]:
     """Loads what `generate_bundle` wrote. Unpickles: the caller has verified `data`."""
-    return standalone.AOTCompiledArtifact.deserialize(data)
+    return AOTCompiledArtifact.deserialize(data)
 
 
 def _call_inductor(call: Callable[[], Any], scope: ShapeScope) -> Any:

@@ -43,6 +43,7 @@ def archive(**files: bytes) -> bytes:
         archive(manifest__json=b"not json"),
         archive(manifest__json=b"[]"),
         archive(manifest__json=b'{"format":"kind"}'),
+        archive(manifest__json=b'{"format":"kind","version":2,"description":{}}'),
     ],
 )
 def test_anything_else_is_a_bad_artifact(data: bytes) -> None:

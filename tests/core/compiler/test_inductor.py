@@ -223,6 +223,28 @@ def test_without_a_compiler_the_error_says_so(
     assert caught.value.code == "no-compiler"
 
 
+def test_inductors_own_bundle_comes_back_as_a_function(trace_toy: Any, ops: Any) -> None:
+    """What artifacts for a GPU are; on a CPU it lacks the kernels' libraries, and finds them."""
+    from vllmc.core.compiler.container import BUNDLE, pack
+    from vllmc.core.compiler.protocol import example_inputs, example_scope
+    from vllmc.core.graph.plan import make_plan, plan_units
+    from vllmc.core.runtime.loader import load_artifact
+    from vllmc.core.torch_compat.config import applied
+    from vllmc.core.torch_compat.inductor import generate_bundle
+
+    captured, spec = trace_toy(lambda e, x, p, r: ops.cut(ops.cut(x).sin() * 2)[0])
+    unit = plan_units(make_plan(captured, spec), spec)[1][1]
+    with applied(vllmc_overrides(spec)):
+        scope = example_scope(unit, spec)
+        data = generate_bundle(unit.piece.module, example_inputs(unit, scope), scope)
+    call = load_artifact(pack(BUNDLE, {}, {"bundle": data}))
+    for tokens in (1, 5):
+        x = torch.randn(1, tokens, 8)
+        args = [x if hasattr(given, "shape") else tokens for given in unit.piece.inputs]
+        (result,) = call(args)
+        torch.testing.assert_close(result, x.sin() * 2)
+
+
 def test_what_inductor_would_need_a_runtime_wrapper_for_is_refused() -> None:
     from vllmc.core.torch_compat.inductor import CompileError, generate
     from vllmc.core.torch_compat.shapes import ShapeScope
