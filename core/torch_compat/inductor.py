@@ -8,6 +8,7 @@ wrapper is read here instead: a Python function over torch ops and compiled kern
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch._inductor.ir import FlexibleLayout, get_fill_order
 from torch._inductor.output_code import CompiledFxGraph
 from torch._inductor.standalone_compile import AOTCompiledArtifact, standalone_compile
 from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from vllmc.core.torch_compat.shapes import ShapeScope
@@ -142,6 +144,7 @@ def generate_bundle(module: fx.GraphModule, inputs: Sequence[object], scope: Sha
     """Compiles `module` to Inductor's own serialised artifact, which holds its GPU binaries."""
 
     def compile_and_serialize() -> bytes:
+        annotated = _with_example_values(module, inputs, scope)
         # AOTAutograd's cache makes what is serialised, and is otherwise off, as Inductor's, without
         # which it does nothing. Strict, it says why it passes over a graph.
         with (
@@ -149,7 +152,7 @@ def generate_bundle(module: fx.GraphModule, inputs: Sequence[object], scope: Sha
             functorch_config.patch(enable_autograd_cache=True, strict_autograd_cache=True),
         ):
             artifact = standalone_compile(
-                module,
+                annotated,
                 list(inputs),
                 dynamic_shapes="from_example_inputs",
                 fake_mode=scope.fake_mode,
@@ -163,6 +166,26 @@ def generate_bundle(module: fx.GraphModule, inputs: Sequence[object], scope: Sha
         return _call_inductor(compile_and_serialize, scope)
     except BypassAOTAutogradCache as error:
         raise CompileError(str(error)) from error
+
+
+def _with_example_values(
+    module: fx.GraphModule, inputs: Sequence[object], scope: ShapeScope
+) -> fx.GraphModule:
+    """A copy whose nodes tell that they are tensors, as AOTAutograd's cache wants to know."""
+
+    class Annotate(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if isinstance(result, torch.Tensor):
+                # A constant of the graph is no fake tensor yet.
+                result = result if is_fake(result) else scope.fake_mode.from_tensor(result)
+                n.meta["example_value"] = result
+            return result
+
+    copied = fx.GraphModule(module, copy.deepcopy(module.graph))
+    with scope.fake_mode, scope.shape_env.ignore_fresh_unbacked_symbols():
+        Annotate(copied).run(*inputs)
+    return copied
 
 
 def load_bundle(data: bytes) -> Callable[..., Sequence[object]]:
