@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ def make(settings: Settings, request: CompileRequest) -> Job:
     """Resolves the model and the options. Raises `VllmcError` for what is not there."""
     from vllmc.core.models.resolve import resolve
 
+    since = time.time()
     # `module:attribute` is looked for in the working directory too, which a console script does
     # not have on its path.
     if ":" in request.model and str(Path.cwd()) not in sys.path:
@@ -65,6 +67,7 @@ def make(settings: Settings, request: CompileRequest) -> Job:
         environment=settings.environment,
         cache_dir=settings.cache_dir,
         origins=_origins(request),
+        since=since,
     )
 
 

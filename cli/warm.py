@@ -178,22 +178,22 @@ def _row(job: Job, ready: Ready) -> Row:
 
 
 def _check_row(job: Job, prediction: Prediction) -> Row:
-    found = prediction.found
-    units = found.record.units if found else ()
+    units = prediction.units
+    stored = sum(unit.artifact is not None for unit in units)
     return {
         "model": job.model.name,
         "key": job.key,
         "outcome": _PREDICTED.get(prediction.outcome, prediction.outcome),
-        "program": "hit" if prediction.outcome == "hit" else "miss",
-        "pieces": found.record.pieces if found else None,
-        "counts": {"hit": len(units), "dup": 0, "compiled": 0},
+        "program": prediction.program,
+        "pieces": prediction.pieces,
+        "counts": {"hit": stored, "dup": 0, "compiled": len(units) - stored},
         "units": [
             {
                 "pieces": list(unit.pieces),
                 "range": unit.range,
-                "outcome": "hit",
+                "outcome": "compiled" if unit.artifact is None else "hit",
                 "artifact": unit.artifact,
-                "bytes": len(found.artifacts[unit.artifact]) if found else 0,
+                "bytes": unit.bytes,
                 "seconds": 0.0,
             }
             for unit in units

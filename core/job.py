@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import torch
 
 from vllmc.core.cache.factors import program_factors, unit_factors
-from vllmc.core.cache.key import Factor, key_of
+from vllmc.core.cache.key import Factor, JsonValue, key_of
+from vllmc.core.models.guarded import read_guarded
 from vllmc.core.models.model import Model
 from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat import system
@@ -18,11 +20,16 @@ from vllmc.core.torch_compat import system
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One model to compile in one way, with the factors that make up its program key."""
+    """One model to compile in one way, with the factors that make up its program key.
+
+    `since` is when its modules began to be imported, in unix seconds: a source file that changed
+    later may be another than the one that is traced.
+    """
 
     model: Model
     spec: CompileSpec
     factors: tuple[Factor, ...]
+    since: float = math.inf
 
     @property
     def label(self) -> str:
@@ -40,6 +47,22 @@ class Job:
         """What every artifact of the job depends on, whatever its graph."""
         return unit_factors(self.factors)
 
+    def read_guarded(self, expressions: Sequence[str]) -> dict[str, JsonValue]:
+        """What the Python values that a capture guarded on are now, by their expressions.
+
+        Empty where factors and source files decide them all.
+        """
+        if not expressions or not self.model.made_by_code:
+            return {}
+        entry = self.model.build(
+            "fake",
+            device=self.spec.device,
+            dtype=self.spec.dtype,
+            layer_names=self.spec.layer_names,
+            seed=0,
+        )
+        return read_guarded(expressions, entry)
+
 
 def make_job(
     model: Model,
@@ -48,8 +71,9 @@ def make_job(
     environment: Mapping[str, str],
     cache_dir: Path,
     origins: Mapping[tuple[str, str], str],
+    since: float = math.inf,
 ) -> Job:
-    """Collects the factors.
+    """Collects the factors. `since` is the job's.
 
     `origins` says where each option of the spec was set, and for `("model", "layers")` the number
     of layers.
@@ -66,7 +90,7 @@ def make_job(
         cache_dir=cache_dir,
         option_origins=origins,
     )
-    return Job(model=model, spec=spec, factors=factors)
+    return Job(model=model, spec=spec, factors=factors, since=since)
 
 
 def resolve_spec(spec: CompileSpec, model: Model) -> CompileSpec:

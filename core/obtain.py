@@ -13,12 +13,10 @@ from vllmc.core.cache.store import Store
 from vllmc.core.errors import CheckFailed
 from vllmc.core.events import Observer, UnitOutcome
 from vllmc.core.job import Job
-from vllmc.core.prediction import Found, lookup
+from vllmc.core.prediction import ANY_RANGE, Found, keyed, lookup
 
 if TYPE_CHECKING:  # importing it takes Dynamo and sympy, which a hit does without
     from vllmc.core.compiler.protocol import Compiler, Unit
-
-ANY_RANGE = "any"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,21 +93,13 @@ def unit_key(unit: Unit, job: Job) -> tuple[str, tuple[Factor, ...]]:
 
     The model plays no part, so that models with the same layers share artifacts.
     """
-    factors = (
-        *job.compiler_factors,
-        _probe("graph", "digest", unit.piece.digest),
-        _probe("range", "tokens", range_name(unit)),
-    )
+    factors = keyed(job, unit.piece.digest, range_name(unit))
     return key_of(factors), factors
 
 
 def range_name(unit: Unit) -> str:
     """The unit's range, or `any` where no size of its piece depends on the token count."""
     return str(unit.range) if unit.piece.depends_on_tokens else ANY_RANGE
-
-
-def _probe(group: str, name: str, value: str) -> Factor:
-    return Factor(group=group, name=name, value=value, origin="probe", is_default=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from vllmc.core.cache.factors import check_in_force
 from vllmc.core.cache.record import ProgramRecord, ProgramUnit
 from vllmc.core.cache.sources import collect
 from vllmc.core.cache.store import Store
@@ -21,8 +22,8 @@ from vllmc.core.events import Observer, UnitOutcome
 from vllmc.core.graph.layout import Layout
 from vllmc.core.job import Job
 from vllmc.core.models.model import Weights
-from vllmc.core.obtain import ANY_RANGE, Policy, Reader, UnitResult, obtain, range_name
-from vllmc.core.prediction import Found, Miss, explain_miss
+from vllmc.core.obtain import Policy, Reader, UnitResult, obtain, range_name
+from vllmc.core.prediction import ANY_RANGE, Found, Miss, explain_miss
 from vllmc.core.runtime.loader import load_artifact
 from vllmc.core.runtime.program import Program, Variant, link
 from vllmc.core.spec import CompileRange
@@ -75,8 +76,9 @@ def obtain_program(
     """Finds the program in the store, or captures the model and obtains each of its units.
 
     One process compiles a program; others that want the same one wait and then find it. Raises
-    what capture and compilers raise; where `policy` forbids compiling, `CheckFailed` for what is
-    missing and `UnsafeCacheError` for what is corrupt.
+    what capture and compilers raise, and `VllmcError` (`config-changed`) where this thread would
+    compile under other options than the job's key was made of. Where `policy` forbids compiling,
+    raises `CheckFailed` for what is missing and `UnsafeCacheError` for what is corrupt.
     """
     policy = policy or Policy()
     started = time.perf_counter()
@@ -123,6 +125,7 @@ def _build(
     from vllmc.core.torch_compat.config import applied, vllmc_overrides
 
     spec = job.spec
+    check_in_force(job.factors, spec)
     miss = None if policy.force else explain_miss(job, reader.store)
     compiler = find_compiler(spec.backend)
     with applied(vllmc_overrides(spec)):
@@ -147,7 +150,8 @@ def _build(
         model=job.label,
         created=time.time(),
         factors=job.factors,
-        sources=collect(captured.functions),
+        sources=collect(captured.functions, since=job.since),
+        guarded=job.read_guarded(captured.guarded),
         units=tuple(
             ProgramUnit(key=r.key, artifact=r.artifact, range=r.range, pieces=r.pieces)
             for r in results

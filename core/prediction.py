@@ -2,48 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
-from vllmc.core.cache.explain import Change, diff, diff_sources, nearest
+from vllmc.core.cache.explain import Change, by_distance, diff, diff_guarded, diff_sources
 from vllmc.core.cache.files import MissingArtifact
-from vllmc.core.cache.key import key_of
-from vllmc.core.cache.record import ProgramRecord
+from vllmc.core.cache.key import Factor, JsonValue, canonical_json, key_of
+from vllmc.core.cache.record import UNREADABLE, ProgramRecord
 from vllmc.core.cache.sources import current, verify
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import UnsafeCacheError
 from vllmc.core.job import Job
+from vllmc.core.spec import unit_ranges
 
 PredictedOutcome: TypeAlias = Literal["hit", "miss", "unknown", "unsafe"]
 
-GRAPH_GROUPS = frozenset({"graph", "range"})
-"""The groups of a unit key that come on top of the job's compiler factors."""
+ANY_RANGE: Final = "any"
+"""Stands for the range of a unit in which the token count plays no part."""
+
+# What the compiler is told, and capture never sees: the graph is the same whatever they say.
+_COMPILER_GROUPS: Final = frozenset({"inductor", "functorch"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Miss:
-    """Why a program was not found: the nearest stored key, and what differs from it."""
+    """Why a program was not found: the nearest stored key, its model, and what differs from it."""
 
     nearest_key: str | None
     changes: tuple[Change, ...]
+    nearest_model: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A record whose sources are current, and its artifacts."""
+    """A record whose sources and guarded values are current, and its artifacts."""
 
     record: ProgramRecord
     artifacts: dict[str, bytes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ForeseenUnit:
+    """A compile unit that a warm would need: `artifact` is None where it would be compiled."""
+
+    pieces: tuple[str, ...]
+    range: str
+    artifact: str | None
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What a warm would find: on a hit the program itself, otherwise why it is not there."""
+    """What a warm would do: on a hit of the program with what it found, else with the reasons.
+
+    `units` and `pieces` (the counts of a record) are empty where only capture can tell them.
+    """
 
     outcome: PredictedOutcome
     reason: str
-    miss: Miss | None
-    found: Found | None
+    program: Literal["hit", "miss"] = "miss"
+    miss: Miss | None = None
+    units: tuple[ForeseenUnit, ...] = ()
+    pieces: dict[str, int] | None = None
 
 
 def lookup(job: Job, store: Store) -> Found | None:
@@ -52,7 +74,7 @@ def lookup(job: Job, store: Store) -> Found | None:
     Raises `CorruptRecordError`, `CorruptArtifact` and `MissingArtifact`.
     """
     for record in store.programs(job.key):
-        if not verify(record.sources):
+        if is_current(record, job):
             digests = {unit.artifact for unit in record.units}
             return Found(
                 record=record, artifacts={d: store.read_artifact(d) for d in sorted(digests)}
@@ -60,54 +82,166 @@ def lookup(job: Job, store: Store) -> Found | None:
     return None
 
 
+def is_current(record: ProgramRecord, job: Job) -> bool:
+    """Whether the source files and values that the record's capture depended on are as then."""
+    if verify(record.sources):
+        return False
+    now = job.read_guarded(tuple(record.guarded))
+    # Not `==` between values: Python takes 1, 1.0 and True for equal.
+    return UNREADABLE not in record.guarded.values() and (
+        canonical_json(now) == canonical_json(record.guarded)
+    )
+
+
+def keyed(job: Job, graph: str, tokens: str) -> tuple[Factor, ...]:
+    """The factors of a unit's key: the compiler's, the digest of the graph, and the range.
+
+    The model plays no part, so that models with the same layers share artifacts.
+    """
+    own = (("graph", "digest", graph), ("range", "tokens", tokens))
+    return (
+        *job.compiler_factors,
+        *(
+            Factor(group=group, name=name, value=value, origin="probe", is_default=False)
+            for group, name, value in own
+        ),
+    )
+
+
 def predict(job: Job, store: Store) -> Prediction:
-    """What `obtain_program` would find, without capturing or compiling anything."""
+    """What `obtain_program` would find, without capturing or compiling anything.
+
+    A `miss` compiles something for certain, and a `hit` nothing. Where neither can be known it is
+    `unknown`: the graph shows only in a capture, and other programs may have stored its units.
+    """
     try:
         found = lookup(job, store)
+        if found is not None:
+            return _hit(found)
+        miss = explain_miss(job, store)
+        return _predict_units(job, store, miss)
     except UnsafeCacheError as error:
-        return Prediction(outcome="unsafe", reason=str(error), miss=None, found=None)
+        return Prediction(outcome="unsafe", reason=str(error))
     except MissingArtifact as error:
-        miss = Miss(nearest_key=job.key, changes=())
-        return Prediction(outcome="miss", reason=str(error), miss=miss, found=None)
-    if found is not None:
-        return Prediction(outcome="hit", reason="the program is stored", miss=None, found=found)
-    miss = explain_miss(job, store)
-    reason = _miss_reason(job, miss)
-    if _shares_compiler(job, store):
         return Prediction(
-            outcome="unknown",
-            reason=f"{reason}; whether stored units of other programs serve it is known only "
-            "once the model is captured",
-            miss=miss,
-            found=None,
+            outcome="miss", reason=str(error), miss=Miss(nearest_key=job.key, changes=())
         )
-    return Prediction(outcome="miss", reason=reason, miss=miss, found=None)
 
 
 def explain_miss(job: Job, store: Store) -> Miss:
-    """The nearest stored program, and the factors or source files in which it differs."""
-    record = nearest(job.factors, store.readable_programs(), job.label)
+    """The nearest stored program, and the factors, source files or values in which it differs."""
+    record = _nearest(job, store)
     if record is None:
         return Miss(nearest_key=None, changes=())
     changes = (
         *diff(record.factors, job.factors),
         *diff_sources(record.sources, current(record.sources)),
+        *diff_guarded(record.guarded, job.read_guarded(tuple(record.guarded))),
     )
-    return Miss(nearest_key=record.key, changes=changes)
+    return Miss(nearest_key=record.key, changes=changes, nearest_model=record.model)
 
 
-def _miss_reason(job: Job, miss: Miss) -> str:
+def _nearest(job: Job, store: Store) -> ProgramRecord | None:
+    outlines = by_distance(job.factors, store.outlines(), job.label)
+    return next(filter(None, (store.readable_program(o.key, o.id) for o in outlines)), None)
+
+
+def _hit(found: Found) -> Prediction:
+    units = tuple(
+        ForeseenUnit(
+            pieces=unit.pieces,
+            range=unit.range,
+            artifact=unit.artifact,
+            bytes=len(found.artifacts[unit.artifact]),
+        )
+        for unit in found.record.units
+    )
+    return Prediction(
+        outcome="hit",
+        reason="the program is stored",
+        program="hit",
+        units=units,
+        pieces=found.record.pieces,
+    )
+
+
+def _predict_units(job: Job, store: Store, miss: Miss) -> Prediction:
+    why = _why(job, miss)
+    stored = store.ranges_compiled_by(key_of(job.compiler_factors))
+    if not stored:
+        return Prediction(outcome="miss", reason=why, miss=miss)
+    # Every program has pieces whose code depends on the token count: attention's inputs do.
+    if lacking := [str(given) for given in unit_ranges(job.spec) if str(given) not in stored]:
+        what = f"nothing is stored for {lacking[0]} tokens"
+        return Prediction(outcome="miss", reason=f"{why}; {what}", miss=miss)
+    twin = _captured_alike(job, store)
+    units = None if twin is None else _foresee(job, store, twin)
+    if twin is None or units is None:
+        return Prediction(
+            outcome="unknown",
+            reason=f"{why}; whether stored units of other programs serve it is known only "
+            "once the model is captured",
+            miss=miss,
+        )
+    compiled = sum(unit.artifact is None for unit in units)
+    how = f"{compiled} of {len(units)} units" if compiled else "none of its units"
+    return Prediction(
+        outcome="miss" if compiled else "hit",
+        reason=f"{why}; {how} would be compiled",
+        miss=miss,
+        units=units,
+        pieces=twin.pieces,
+    )
+
+
+def _why(job: Job, miss: Miss) -> str:
     if miss.nearest_key is None:
         return "the cache holds no program yet"
-    if miss.nearest_key == job.key:
+    if miss.nearest_model != job.label:
+        return f"the cache holds no program of {job.label}"
+    groups = {change.group for change in miss.changes}
+    if groups == {"sources"}:
         return "source files changed since the program was stored"
-    factors = "1 factor" if len(miss.changes) == 1 else f"{len(miss.changes)} factors"
-    return f"no program is stored under this key; the nearest differs in {factors}"
+    if groups == {"guarded"}:
+        return "Python values that the model reads changed since the program was stored"
+    if not groups:
+        return "a Python value that the model reads cannot be looked up without capturing it"
+    things = "1 factor" if len(miss.changes) == 1 else f"{len(miss.changes)} factors"
+    return f"no program is stored under this key; the nearest differs in {things}"
 
 
-def _shares_compiler(job: Job, store: Store) -> bool:
-    wanted = key_of(job.compiler_factors)
-    return any(
-        key_of(f for f in unit.factors if f.group not in GRAPH_GROUPS) == wanted
-        for unit in store.readable_units()
-    )
+def _captured_alike(job: Job, store: Store) -> ProgramRecord | None:
+    """A program that capture made of the same model in the same way, whatever compiled it."""
+    wanted = _to_capture({f.identity: f.value for f in job.factors if f.affects_key})
+    for outline in store.outlines():
+        if _to_capture(outline.values) == wanted:
+            record = store.readable_program(outline.key, outline.id)
+            if record is not None and is_current(record, job):
+                return record
+    return None
+
+
+def _to_capture(values: Mapping[tuple[str, str], JsonValue]) -> dict[tuple[str, str], str]:
+    return {k: canonical_json(v) for k, v in values.items() if k[0] not in _COMPILER_GROUPS}
+
+
+def _foresee(job: Job, store: Store, twin: ProgramRecord) -> tuple[ForeseenUnit, ...] | None:
+    """The units of `twin`, compiled as `job` asks; None where one of them has left the store.
+
+    Raises `CorruptRecordError` and `CorruptArtifact`.
+    """
+    units = []
+    for unit in twin.units:
+        known = store.unit(unit.key)
+        if known is None:
+            return None
+        key = key_of(keyed(job, str(known.value("graph", "digest")), unit.range))
+        artifact, size = None, 0
+        if (wanted := store.unit(key)) is not None:
+            with suppress(MissingArtifact):
+                size = len(store.read_artifact(wanted.artifact))
+                artifact = wanted.artifact
+        units.append(
+            ForeseenUnit(pieces=unit.pieces, range=unit.range, artifact=artifact, bytes=size)
+        )
+    return tuple(units)

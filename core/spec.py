@@ -114,3 +114,18 @@ class CompileSpec:
     def max_tokens(self) -> int:
         """The largest token count that some range or size covers."""
         return max([r.end for r in self.ranges] + list(self.sizes))
+
+
+def unit_ranges(spec: CompileSpec) -> tuple[CompileRange, ...]:
+    """The ranges to compile, sizes first: a size beats the range that holds it.
+
+    A backed size is assumed to be neither 0 nor 1, so for `backed` shapes a range that starts at
+    1 is compiled as the size 1 and the rest.
+    """
+    found = {CompileRange(size, size) for size in spec.sizes}
+    for given in spec.ranges:
+        if spec.dynamic_shapes == "backed" and given.start == 1 < given.end:
+            found |= {CompileRange(1, 1), CompileRange(2, given.end)}
+        else:
+            found.add(given)
+    return tuple(sorted(found, key=lambda r: (not r.is_size, r)))

@@ -8,18 +8,21 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 from vllmc.core.cache.key import Factor, JsonValue, canonical_json
-from vllmc.core.cache.record import ProgramRecord, SourceFile
+from vllmc.core.cache.record import Outline, SourceFile
+from vllmc.core.cache.restore import restoring
 
 ChangeKind: TypeAlias = Literal["changed", "added", "removed"]
 ChangeClass: TypeAlias = Literal["codegen", "surroundings", "identity", "secret", "unknown"]
 
 REDACTED: Final = "<redacted>"
+_IDENTITY: Final = 4
 
 # In the order in which a change is worth knowing: causes before what follows from them (another
 # torch brings other config defaults with it, and any of them another graph).
 _GROUPS: Final[Mapping[str, ChangeClass]] = {
     "model": "identity",
     "sources": "identity",
+    "guarded": "identity",
     "spec": "codegen",
     "versions": "codegen",
     "code": "codegen",
@@ -84,6 +87,17 @@ class Change:
     origin_after: str | None
     note: str
 
+    @property
+    def restore(self) -> str:
+        """What to type or set to have `before` again; empty where only warming again helps."""
+        return restoring(
+            self.group,
+            self.name,
+            self.before,
+            origin_before=self.origin_before,
+            origin_after=self.origin_after,
+        )
+
     def to_json(self) -> dict[str, JsonValue]:
         """The change as the CHANGE row of `--json` output."""
         return {
@@ -97,6 +111,7 @@ class Change:
             "origin_before": self.origin_before,
             "origin_after": self.origin_after,
             "note": self.note,
+            "restore": self.restore,
         }
 
 
@@ -146,21 +161,63 @@ def diff_sources(before: Sequence[SourceFile], after: Sequence[SourceFile]) -> t
     return tuple(changes)
 
 
-def nearest(
-    factors: Sequence[Factor], records: Iterable[ProgramRecord], model: str
-) -> ProgramRecord | None:
-    """The record to explain a miss of `model` by.
+def diff_guarded(
+    before: Mapping[str, JsonValue], after: Mapping[str, JsonValue]
+) -> tuple[Change, ...]:
+    """The Python values that capture depended on and that differ, named by their expressions.
+
+    `after` is what the expressions of `before` say now.
+    """
+    return tuple(
+        Change(
+            group="guarded",
+            name=expression,
+            before=before[expression],
+            after=after[expression],
+            kind="changed",
+            klass=_GROUPS["guarded"],
+            affects_key=True,
+            origin_before="probe",
+            origin_after="probe",
+            note="a Python value that capture depended on",
+        )
+        for expression in sorted(before.keys() & after.keys())
+        if canonical_json(before[expression]) != canonical_json(after[expression])
+    )
+
+
+def by_distance(
+    factors: Sequence[Factor], outlines: Iterable[Outline], model: str
+) -> list[Outline]:
+    """The programs to explain a miss of `model` by, the nearest first.
 
     One of the same model if there is any, as that is what the user expected to hit; among those
-    the one with the fewest differences that affect the key; then the newest.
+    the one with the fewest differences that affect the key, of which one of identity weighs as
+    much as several others; then the newest.
     """
-    wanted = _key_values(factors).items()
+    wanted = {f.identity: f.value for f in factors if f.affects_key}
 
-    def distance(record: ProgramRecord) -> tuple[bool, int, float, str, str]:
-        different = {identity for identity, _ in wanted ^ _key_values(record.factors).items()}
-        return (record.model != model, len(different), -record.created, record.key, record.id)
+    def distance(outline: Outline) -> tuple[bool, int, float, str, str]:
+        # Most values are one and the same object to Python, or compare as numbers and texts do.
+        different = outline.values.keys() ^ wanted.keys()
+        different |= {
+            identity
+            for identity, value in outline.values.items()
+            if identity in wanted and not _alike(value, wanted[identity])
+        }
+        weight = sum(_IDENTITY if _GROUPS.get(g) == "identity" else 1 for g, _ in different)
+        return (outline.model != model, weight, -outline.created, outline.key, outline.id)
 
-    return min(records, key=distance, default=None)
+    return sorted(outlines, key=distance)
+
+
+def _alike(left: JsonValue, right: JsonValue) -> bool:
+    # Python takes 1, 1.0 and True for equal; the key does not.
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, (list, dict)):
+        return canonical_json(left) == canonical_json(right)
+    return left == right
 
 
 def redact(name: str, value: JsonValue) -> JsonValue:
@@ -196,16 +253,7 @@ def _names_secret(name: str) -> bool:
 def _same(before: Factor | None, after: Factor | None) -> bool:
     if before is None or after is None:
         return False
-    return before.affects_key == after.affects_key and _text(before) == _text(after)
-
-
-def _text(factor: Factor) -> str:
-    # Not `==`: Python takes 1, 1.0 and True for equal, the key does not.
-    return canonical_json(factor.value)
-
-
-def _key_values(factors: Iterable[Factor]) -> dict[tuple[str, str], str]:
-    return {factor.identity: _text(factor) for factor in factors if factor.affects_key}
+    return before.affects_key == after.affects_key and _alike(before.value, after.value)
 
 
 def _change(before: Factor | None, after: Factor | None) -> Change:

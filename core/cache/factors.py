@@ -27,6 +27,7 @@ import torch
 import xxhash
 
 from vllmc.core.cache.key import Factor, JsonValue
+from vllmc.core.errors import VllmcError
 from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat import system
 from vllmc.core.torch_compat.config import (
@@ -148,6 +149,31 @@ def unit_factors(program_factors: Iterable[Factor]) -> tuple[Factor, ...]:
     )
 
 
+def check_in_force(factors: Iterable[Factor], spec: CompileSpec) -> None:
+    """Raises `VllmcError` (`config-changed`) unless compiling here and now is what `factors` say.
+
+    Overrides of torch's configs are local to a thread, and its switches global to the process: a
+    key made in one place must not name what is compiled in another.
+    """
+    overrides = vllmc_overrides(spec)
+    now = [*_configs(overrides, {}, {}), *_torch_state(spec)]
+    known = {factor.identity: factor for factor in factors}
+    changed = [f for f in now if known.get(f.identity, f).digest != f.digest]
+    if not changed:
+        return
+    first = changed[0]
+    raise VllmcError(
+        "config-changed",
+        f"{first.group}.{first.name} is another here than where the key was made",
+        context={
+            "options": [f"{f.group}.{f.name}" for f in changed],
+            "in the key": known[first.identity].value,
+            "here": first.value,
+        },
+        hint="make the job and compile it in one thread, under the same torch options",
+    )
+
+
 def excluded() -> tuple[tuple[str, str], ...]:
     """(name, reason) of each thing that is no factor, though it might seem to be one."""
     options = [(f"{group}.{name}", reason) for (group, name), reason in EXCLUDED.items()]
@@ -174,6 +200,10 @@ def _environment(spec: CompileSpec, environment: Mapping[str, str]) -> Iterator[
             origin="default" if value is None else f"env:{name}",
             is_default=value is None,
         )
+    yield from _torch_state(spec)
+
+
+def _torch_state(spec: CompileSpec) -> Iterator[Factor]:
     for name, state in system.torch_state(spec.device).items():
         yield _probed("environment", f"torch.{name}", state)
 

@@ -4,28 +4,61 @@ A record file is one JSON object whose header is always spelled in the same byte
 
     {"format":"vllmc.unit","version":1,"checksum":"<64 hex>","body":{...}}
 
-The body is canonical JSON, and the checksum is the SHA-256 over format, version and body, so a
-change to any byte of the file is noticed before the body is parsed. A record holds no absolute
-path and no secret: sources are named relative to their package, and whoever makes the factors
-redacts them (`explain.redact`).
+Of the factors, most of which nobody has set, the body holds only names and values where all else
+is as usual; each record stays readable by itself. The body is canonical JSON, and the checksum is
+the SHA-256 over format, version and body, so a change to any byte of the file is noticed before
+the body is parsed. A record holds no absolute path and no secret: sources are named relative to
+their package, and whoever makes the factors redacts them (`explain.redact`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
-from vllmc.core.cache.key import Factor, JsonValue, canonical_json, sha256_hex
+from vllmc.core.cache.key import Factor, JsonValue, canonical_json, key_of, sha256_hex
 from vllmc.core.errors import VllmcError
+
+UNREADABLE = "unreadable"
+"""A guarded value that cannot be looked up again, so that its program is never found."""
+
+NO_DIGEST = "0" * 32
+"""The digest of a source file that may not be what was traced: it never verifies."""
 
 VERSION = 1
 UNIT_FORMAT = "vllmc.unit"
 PROGRAM_FORMAT = "vllmc.program"
 PIECE_COUNTS = ("total", "splitting", "compilable", "unique")
+_UNIT_FIELDS = (
+    "key",
+    "artifact",
+    "format",
+    "code",
+    "bytes",
+    "seconds",
+    "created",
+    "compiler_key",
+    "factors",
+)
+_PROGRAM_FIELDS = (
+    "key",
+    "model",
+    "created",
+    "factors",
+    "sources",
+    "guarded",
+    "units",
+    "pieces",
+    "program",
+)
+
+GRAPH_GROUPS = frozenset({"graph", "range"})
+"""The groups of a unit key that come on top of the compiler's factors."""
 
 _HEADER = re.compile(
     rb'\{"format":"([a-z.]+)","version":(\d{1,9}),"checksum":"([0-9a-f]{64})","body":'
@@ -62,8 +95,8 @@ class SourceFile:
     """A source file that capture traced.
 
     `path` is relative to the directory of the top-level `package`, with `/` between its parts;
-    `digest` is the file's xxh3_128 (32 hex digits); `functions` are the qualified names of the
-    functions traced in it.
+    `digest` is the file's xxh3_128 (32 hex digits), or `NO_DIGEST`; `functions` are the qualified
+    names of the functions traced in it.
     """
 
     package: str
@@ -90,6 +123,15 @@ class UnitRecord:
     created: float
     factors: tuple[Factor, ...]
 
+    @property
+    def compiler_key(self) -> str:
+        """The key of the compiler's factors alone: what any graph compiled in this way shares."""
+        return key_of(factor for factor in self.factors if factor.group not in GRAPH_GROUPS)
+
+    def value(self, group: str, name: str) -> JsonValue:
+        """The value of a factor; None where there is none."""
+        return next((f.value for f in self.factors if f.identity == (group, name)), None)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramUnit:
@@ -105,8 +147,9 @@ class ProgramUnit:
 class ProgramRecord:
     """Everything needed to link a program without capturing it again.
 
-    `sources` are the files that capture traced, `pieces` the counts named in `PIECE_COUNTS`,
-    `program` the linkable description, opaque here.
+    `sources` are the files that capture traced, `guarded` the Python values that it depended on
+    by the expressions that read them, `pieces` the counts named in `PIECE_COUNTS`, `program` the
+    linkable description, opaque here.
     """
 
     key: str
@@ -114,19 +157,39 @@ class ProgramRecord:
     created: float
     factors: tuple[Factor, ...]
     sources: tuple[SourceFile, ...]
+    guarded: dict[str, JsonValue]
     units: tuple[ProgramUnit, ...]
     pieces: dict[str, int]
     program: JsonValue
 
     @property
     def id(self) -> str:
-        """64 hex digits over the key and the sources: one record per version of the sources."""
+        """64 hex digits over the key, the sources and the values: one record per version."""
         sources = sorted((s.package, s.path, s.digest) for s in self.sources)
-        return sha256_hex(canonical_json([self.key, sources]))
+        return sha256_hex(canonical_json([self.key, sources, self.guarded]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outline:
+    """As much of a program's record as finding the nearest one takes.
+
+    `values` are those of the factors that affect the key, by (group, name).
+    """
+
+    key: str
+    id: str
+    model: str
+    created: float
+    values: dict[tuple[str, str], JsonValue]
 
 
 def encode(record: UnitRecord | ProgramRecord) -> bytes:
-    """The record as the bytes of its file; `decode` gives an equal record back."""
+    """The record as the bytes of its file.
+
+    `decode` gives an equal record back, with its factors by group and name.
+    """
+    ordered = tuple(sorted(record.factors, key=lambda factor: factor.identity))
+    record = dataclasses.replace(record, factors=ordered)
     if isinstance(record, UnitRecord):
         name, body = UNIT_FORMAT, canonical_json(_unit_body(record)).encode("ascii")
     else:
@@ -146,6 +209,34 @@ def decode(data: bytes) -> UnitRecord | ProgramRecord:
     Raises `CorruptRecord` for anything that `encode` cannot have written, and `FormatTooNew` for
     an intact record of a later version.
     """
+    name, value = _open(data)
+    return _read_unit(value) if name == UNIT_FORMAT else _read_program(value)
+
+
+def outline(data: bytes, id: str) -> Outline:
+    """As `decode`, for the outline of a program's record, in a tenth of the time."""
+    name, value = _open(data)
+    try:
+        assert name == PROGRAM_FORMAT
+        assert isinstance(value, dict)
+        body: Any = value
+        values = {
+            (group, name): value
+            for group, rows in body["factors"]["default"].items()
+            for name, value in rows.items()
+        }
+        for row in body["factors"]["other"]:
+            if row["affects_key"]:
+                values[row["group"], row["name"]] = row["value"]
+        return Outline(
+            key=body["key"], id=id, model=body["model"], created=body["created"], values=values
+        )
+    except (AssertionError, KeyError, TypeError, AttributeError):
+        raise CorruptRecord("it lacks fields that every record has") from None
+
+
+def _open(data: bytes) -> tuple[str, JsonValue]:
+    """The format and the body of an intact record."""
     header = _HEADER.match(data)
     if header is None or not data.endswith(_TRAILER):
         raise CorruptRecord("it is truncated, or not a vllmc record")
@@ -161,7 +252,7 @@ def decode(data: bytes) -> UnitRecord | ProgramRecord:
         value = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise CorruptRecord(f"its body is not JSON: {error}") from None
-    return _read_unit(value) if name == UNIT_FORMAT else _read_program(value)
+    return name, value
 
 
 def _checksum(name: str, version: int, body: bytes) -> str:
@@ -177,13 +268,14 @@ def _unit_body(record: UnitRecord) -> _Row:
         "bytes": record.bytes,
         "seconds": record.seconds,
         "created": record.created,
-        "factors": [factor.to_json() for factor in record.factors],
+        "compiler_key": record.compiler_key,
+        "factors": _factor_rows(record.factors),
     }
 
 
 def _read_unit(value: JsonValue) -> UnitRecord:
-    names = ("key", "artifact", "format", "code", "bytes", "seconds", "created", "factors")
-    row = _row(value, names)
+    row = _row(value, _UNIT_FIELDS)
+    _hex(row, "compiler_key")
     return UnitRecord(
         key=_hex(row, "key"),
         artifact=_hex(row, "artifact"),
@@ -201,7 +293,7 @@ def _program_body(record: ProgramRecord) -> _Row:
         "key": record.key,
         "model": record.model,
         "created": record.created,
-        "factors": [factor.to_json() for factor in record.factors],
+        "factors": _factor_rows(record.factors),
         "sources": [
             {
                 "package": source.package,
@@ -211,6 +303,7 @@ def _program_body(record: ProgramRecord) -> _Row:
             }
             for source in record.sources
         ],
+        "guarded": {**record.guarded},
         "units": [
             {
                 "key": unit.key,
@@ -226,8 +319,7 @@ def _program_body(record: ProgramRecord) -> _Row:
 
 
 def _read_program(value: JsonValue) -> ProgramRecord:
-    names = ("key", "model", "created", "factors", "sources", "units", "pieces", "program")
-    row = _row(value, names)
+    row = _row(value, _PROGRAM_FIELDS)
     sources = tuple(_source(item) for item in _list(row, "sources"))
     _check_unique("source file", ((s.package, s.path) for s in sources))
     pieces = _row(row["pieces"], PIECE_COUNTS)
@@ -237,6 +329,7 @@ def _read_program(value: JsonValue) -> ProgramRecord:
         created=_seconds(row, "created"),
         factors=_factors(row),
         sources=sources,
+        guarded=_object(row, "guarded"),
         units=tuple(_program_unit(item) for item in _list(row, "units")),
         pieces={name: _count(pieces, name) for name in PIECE_COUNTS},
         program=row["program"],
@@ -266,10 +359,35 @@ def _program_unit(value: JsonValue) -> ProgramUnit:
     )
 
 
+def _factor_rows(factors: Iterable[Factor]) -> _Row:
+    default: dict[str, JsonValue] = {}
+    other: list[JsonValue] = []
+    for factor in factors:
+        if _usual(factor):
+            group = default.setdefault(factor.group, {})
+            assert isinstance(group, dict)
+            group[factor.name] = factor.value
+        else:
+            row = factor.to_json()
+            del row["digest"]
+            other.append(row)
+    return {"default": default, "other": other}
+
+
+def _usual(factor: Factor) -> bool:
+    return factor.origin == "default" and factor.is_default and factor.affects_key
+
+
 def _factors(row: _Row) -> tuple[Factor, ...]:
-    names = ("group", "name", "value", "digest", "origin", "is_default", "affects_key")
-    factors = []
-    for item in _list(row, "factors"):
+    parts = _row(row["factors"], ("default", "other"))
+    groups = _object(parts, "default")
+    factors = [
+        Factor(group=_text({"group": group}, "group"), name=_text({"name": name}, "name"), value=v)
+        for group in groups
+        for name, v in _object(groups, group).items()
+    ]
+    names = ("group", "name", "value", "origin", "is_default", "affects_key")
+    for item in _list(parts, "other"):
         fields = _row(item, names)
         for name in ("is_default", "affects_key"):
             if not isinstance(fields[name], bool):
@@ -278,7 +396,7 @@ def _factors(row: _Row) -> tuple[Factor, ...]:
             _text(fields, name)
         factors.append(Factor.from_json(fields))
     _check_unique("factor", (factor.identity for factor in factors))
-    return tuple(factors)
+    return tuple(sorted(factors, key=lambda factor: factor.identity))
 
 
 def _row(value: JsonValue, names: Iterable[str]) -> _Row:
@@ -287,6 +405,13 @@ def _row(value: JsonValue, names: Iterable[str]) -> _Row:
     if value.keys() != set(names):
         odd = ", ".join(sorted(value.keys() ^ set(names)))
         raise CorruptRecord(f"a row lacks fields or has others than it should: {odd}")
+    return value
+
+
+def _object(row: _Row, name: str) -> _Row:
+    value = row[name]
+    if not isinstance(value, dict):
+        _refuse(name, "an object", value)
     return value
 
 

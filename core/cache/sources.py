@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib.machinery import ModuleSpec
@@ -17,7 +18,7 @@ from typing import Final
 
 import xxhash
 
-from vllmc.core.cache.record import SourceFile
+from vllmc.core.cache.record import NO_DIGEST, SourceFile
 
 MAIN: Final = "__main__"
 """The package of a script that was run; its `path` is the script's name."""
@@ -26,12 +27,16 @@ MAIN: Final = "__main__"
 _COVERED: Final = frozenset({"torch", "vllmc"})
 
 
-def collect(code_files: Mapping[str, Collection[str]]) -> tuple[SourceFile, ...]:
+def collect(
+    code_files: Mapping[str, Collection[str]], *, since: float = math.inf
+) -> tuple[SourceFile, ...]:
     """The source files among `code_files`: `co_filename`s, and the functions traced in each.
 
-    Left out are code without a file (`<string>`, frozen modules) and what the key covers anyway:
-    torch's own files and vllmc's. A file that no loaded package holds is named after its module,
-    and never verifies elsewhere; so does one that can no longer be read, with an empty digest.
+    A file that changed at or after `since` (unix seconds, when modules were imported) may not be
+    what was traced, so it gets no digest; nor does one that can no longer be read. Left out are
+    code without a file (`<string>`, frozen modules) and what the key covers anyway: torch's own
+    files and vllmc's. A file that no loaded package holds is named after its module, and never
+    verifies elsewhere.
     """
     homes = _homes()
     found: dict[tuple[str, str], SourceFile] = {}
@@ -45,7 +50,7 @@ def collect(code_files: Mapping[str, Collection[str]]) -> tuple[SourceFile, ...]
         found[package, path] = SourceFile(
             package=package,
             path=path,
-            digest=_digest(Path(file)) or "",
+            digest=(_digest(Path(file)) if _changed(Path(file)) < since else None) or NO_DIGEST,
             functions=tuple(sorted({*functions, *(before.functions if before else ())})),
         )
     return tuple(source for _, source in sorted(found.items()))
@@ -57,7 +62,8 @@ def verify(sources: Iterable[SourceFile]) -> tuple[SourceFile, ...]:
     return tuple(
         source
         for source in sources
-        if not source.digest or _digest_below(directories(source.package), source) != source.digest
+        if source.digest == NO_DIGEST
+        or _digest_below(directories(source.package), source) != source.digest
     )
 
 
@@ -149,6 +155,14 @@ def _digest_below(directories: Iterable[Path], source: SourceFile) -> str | None
         if (digest := _digest(directory / source.path)) is not None:
             return digest
     return None
+
+
+def _changed(file: Path) -> float:
+    """When the file or its name last changed, in unix seconds: now, if it is gone."""
+    try:
+        return file.stat().st_ctime
+    except OSError:
+        return math.inf
 
 
 def _digest(file: Path) -> str | None:

@@ -35,10 +35,12 @@ from vllmc.core.cache.layout import Found, Layout
 from vllmc.core.cache.record import (
     CorruptRecord,
     FormatTooNew,
+    Outline,
     ProgramRecord,
     UnitRecord,
     decode,
     encode,
+    outline,
 )
 from vllmc.core.cache.verify import Problem, RepairPlan
 from vllmc.core.errors import UsageError, VllmcError
@@ -145,6 +147,34 @@ class Store:
             with suppress(VllmcError):
                 if isinstance(record := self.load(found), ProgramRecord):
                     yield record
+
+    def readable_program(self, key: str, id: str) -> ProgramRecord | None:
+        """One record of a program; None where it is gone or cannot be read."""
+        path = self.layout.program(key, id)
+        with suppress(VllmcError):
+            record = self.load(Found(section="programs", key=key, id=id, path=path))
+            assert not isinstance(record, UnitRecord)
+            return record
+        return None
+
+    def outlines(self) -> Iterator[Outline]:
+        """The outline of every program's record that can be read."""
+        for found in self.layout.walk("programs"):
+            if found.section == "programs":
+                with suppress(FileNotFoundError, IrregularFile, CorruptRecord, VllmcError):
+                    yield outline(read_plain(found.path), found.id)
+
+    def ranges_compiled_by(self, compiler: str) -> frozenset[str]:
+        """The ranges of the readable units with this `compiler_key`."""
+        ranges = set()
+        for found in self.layout.walk("units"):
+            if found.section == "units":
+                with suppress(FileNotFoundError, IrregularFile, CorruptRecord, VllmcError):
+                    data = read_plain(found.path)
+                    # Whatever its file says elsewhere; most units are another compiler's.
+                    if compiler.encode() in data and isinstance(unit := decode(data), UnitRecord):
+                        ranges.add(str(unit.value("range", "tokens")))
+        return frozenset(ranges)
 
     def _load_programs(self, files: Iterable[Found]) -> Iterator[ProgramRecord]:
         for found in files:

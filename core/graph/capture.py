@@ -54,7 +54,8 @@ class Capture:
     """A model's graph, normalised.
 
     `inputs` describes the placeholders in order. `roles` says what the symbols among their sizes
-    count. `functions` are the qualified names of the traced functions by their source file.
+    count. `functions` are the qualified names of the traced functions by their source file, and
+    `guarded` the expressions of the Python values that the graph depends on.
     """
 
     graph: fx.Graph
@@ -62,6 +63,7 @@ class Capture:
     roles: Mapping[sympy.Symbol, SymbolRole]
     attention: tuple[AttentionSite, ...]
     functions: Mapping[str, tuple[str, ...]]
+    guarded: tuple[str, ...]
 
 
 def capture(model: Model, entry: torch.nn.Module, spec: CompileSpec) -> Capture:
@@ -115,6 +117,7 @@ def trace(name: str, entry: torch.nn.Module, spec: CompileSpec) -> Capture:
         roles=roles,
         attention=_attention_sites(graph, inputs),
         functions={file: tuple(sorted(names)) for file, names in sorted(functions.items())},
+        guarded=raw.guarded,
     )
 
 

@@ -18,7 +18,7 @@ from vllmc.core.graph.normalize import value_of
 from vllmc.core.graph.piece import Piece, canonical_piece
 from vllmc.core.graph.split import Cut, split, splits_at
 from vllmc.core.graph.targets import nearest_names, target_name
-from vllmc.core.spec import CompileRange, CompileSpec
+from vllmc.core.spec import CompileSpec, unit_ranges
 from vllmc.core.torch_compat.shapes import is_contiguous
 
 
@@ -103,21 +103,6 @@ def plan_units(plan: Plan, spec: CompileSpec) -> tuple[tuple[tuple[str, ...], Un
         for unique in plan.unique
         for r in (ranges if unique.piece.depends_on_tokens else ranges[-1:])
     )
-
-
-def unit_ranges(spec: CompileSpec) -> tuple[CompileRange, ...]:
-    """The ranges to compile, sizes first: a size beats the range that holds it.
-
-    A backed size is assumed to be neither 0 nor 1, so for `backed` shapes a range that starts at
-    1 is compiled as the size 1 and the rest.
-    """
-    found = {CompileRange(size, size) for size in spec.sizes}
-    for given in spec.ranges:
-        if spec.dynamic_shapes == "backed" and given.start == 1 < given.end:
-            found |= {CompileRange(1, 1), CompileRange(2, given.end)}
-        else:
-            found.add(given)
-    return tuple(sorted(found, key=lambda r: (not r.is_size, r)))
 
 
 class _Steps(TypedDict):

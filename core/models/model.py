@@ -47,6 +47,10 @@ class Model(Protocol):
     def factors(self) -> tuple[Factor, ...]:
         """The model's identity: cache key factors of the group `model`."""
 
+    @property
+    def made_by_code(self) -> bool:
+        """Whether its graph may hang on Python values that no factor holds: the user's code's."""
+
     def build(
         self, weights: Weights, *, device: str, dtype: str, layer_names: LayerNames, seed: int
     ) -> torch.nn.Module:

@@ -71,6 +71,11 @@ class ModuleModel:
             for name, value in [*rows.items(), *sources.items()]
         )
 
+    @property
+    def made_by_code(self) -> bool:
+        """Yes."""
+        return True
+
     def build(
         self, weights: Weights, *, device: str, dtype: str, layer_names: LayerNames, seed: int
     ) -> torch.nn.Module:

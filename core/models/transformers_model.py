@@ -118,6 +118,11 @@ class TransformersModel:
         )
         return tuple(rows)
 
+    @property
+    def made_by_code(self) -> bool:
+        """No: the configuration and Transformers' own files decide what it is."""
+        return False
+
     def build(
         self, weights: Weights, *, device: str, dtype: str, layer_names: LayerNames, seed: int
     ) -> torch.nn.Module:

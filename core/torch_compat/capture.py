@@ -6,6 +6,7 @@ Checked with torch 2.11 to 2.13: `torch._dynamo.convert_frame.fullgraph_capture`
 from __future__ import annotations
 
 import contextlib
+import re
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 
 from vllmc.core.spec import DynamicShapes
 
+_GLOBAL = re.compile(r"\bG\['([^']+)'\]")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawCapture:
@@ -33,13 +36,16 @@ class RawCapture:
 
     `sources` maps each placeholder's name to the expression that Dynamo read it from
     (`L['self']._modules['model']._parameters['weight']`); `code` are the code objects traced;
-    `guards` are the conditions on backed sizes under which the graph holds.
+    `guards` are the conditions on backed sizes under which the graph holds. `guarded` are the
+    expressions of all Python values that the graph depends on, over `L` (the arguments by name)
+    and `M` (modules by name).
     """
 
     module: fx.GraphModule
     sources: dict[str, str]
     code: tuple[CodeType, ...]
     guards: tuple[sympy.Basic, ...]
+    guarded: tuple[str, ...]
 
 
 class CaptureError(Exception):
@@ -111,6 +117,7 @@ def capture_full_graph(
         },
         code=tuple(captured.graph_capture_output.traced_code),
         guards=_guards(backend_input.fake_mode.shape_env),
+        guarded=tuple(sorted(_guarded(captured.graph_capture_output))),
     )
 
 
@@ -120,11 +127,27 @@ def _guards(shape_env: ShapeEnv | None) -> tuple[sympy.Basic, ...]:
     return tuple(shape_env.replace(guard.expr) for guard in shape_env.guards)
 
 
+def _guarded(output: convert_frame.GraphCaptureOutput) -> Iterator[str]:
+    """Dynamo names a global by an alias of its module, or as one of the function called first."""
+    modules = {alias: f"M[{module!r}]" for alias, module in output.import_sources.items()}
+    own = f"vars(M[{output.f_globals['__name__']!r}])"
+    for guard in output.output_graph.guards:
+        # A tensor's guard is about its shape and dtype: inputs and parameters of the graph.
+        if guard.name and guard.create_fn_name() != "TENSOR_MATCH":
+            yield _GLOBAL.sub(
+                lambda found: modules.get(found[1], f"{own}[{found[1]!r}]"), _text(guard.name)
+            )
+
+
 def _source_name(node: fx.Node) -> str:
     source: Any = getattr(node, "_dynamo_source", None)
     if source is None:
         source = node.meta["grapharg"].source
-    name = source.name
+    return _text(source.name)
+
+
+def _text(name: Any) -> str:
+    """The name of a source: a method on some torches, a property on others."""
     return name() if callable(name) else name
 
 

@@ -1,0 +1,123 @@
+"""The Python values that a captured graph depends on, read again without capturing anything.
+
+Dynamo guards on them: attributes of modules, globals, closures, default arguments. A stored program
+has no guards, so a model that Python code makes is looked at before its program is used. Only
+lookups are evaluated: a record is data, and no expression in it may do anything.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+
+from vllmc.core.cache.explain import redact
+from vllmc.core.cache.key import JsonValue, canonical_json, sha256_hex
+from vllmc.core.cache.record import UNREADABLE
+
+# Covered by factors of their own.
+_COVERED: Final = ("torch", "vllmc")
+_CALLS: Final[Mapping[str, Callable[[Any], Any]]] = {
+    "type": type,
+    "vars": vars,
+    "dict": dict,
+    "list": list,
+    "tuple": tuple,
+    "len": len,
+}
+_LONG: Final = 200
+_DEEP: Final = 6
+
+
+def read_guarded(expressions: Iterable[str], entry: torch.nn.Module) -> dict[str, JsonValue]:
+    """What each expression over `L['self']`, which is `entry`, and `M[module]` stands for now.
+
+    Plain values as they are, long or secret ones as a digest, others by the name of their class.
+    Imports the modules that are named. Expressions over torch and vllmc are left out.
+    """
+    found: dict[str, JsonValue] = {}
+    for expression in sorted(set(expressions)):
+        tree = ast.parse(expression, mode="eval").body
+        if _root(tree).partition(".")[0] in _COVERED:
+            continue
+        try:
+            found[expression] = _shown(expression, _look_up(tree, entry))
+        except (LookupError, AttributeError, TypeError, ValueError, ImportError):
+            found[expression] = UNREADABLE
+    return found
+
+
+def _root(tree: ast.expr) -> str:
+    """The module that an expression starts from; empty for the model's own."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Subscript(value=ast.Name(id="M"), slice=ast.Constant(value=str(name))):
+                return name
+    return ""
+
+
+def _look_up(node: ast.expr, entry: torch.nn.Module) -> Any:
+    match node:
+        case ast.Constant(value=value):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int(value))):
+            return -value
+        case ast.Subscript(value=ast.Name(id="L"), slice=ast.Constant(value="self")):
+            return entry
+        case ast.Subscript(value=ast.Name(id="M"), slice=ast.Constant(value=str(name))):
+            return importlib.import_module(name)
+        case ast.Subscript(value=value, slice=key):
+            return _look_up(value, entry)[_look_up(key, entry)]
+        case ast.Attribute(value=value, attr=name):
+            return getattr(_look_up(value, entry), name)
+        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _CALLS:
+            return _CALLS[name](_look_up(argument, entry))
+        case _:
+            raise LookupError(ast.unparse(node))
+
+
+def _shown(expression: str, value: Any) -> JsonValue:
+    described = _describe(value, _DEEP)
+    text = canonical_json(described)
+    if len(text) > _LONG or redact(_last_name(expression), described) != described:
+        return f"sha256:{sha256_hex(text)}"
+    return described
+
+
+def _last_name(expression: str) -> str:
+    return expression.rstrip("]'\"").replace("'", ".").rpartition(".")[2]
+
+
+def _describe(value: Any, depth: int) -> JsonValue:
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else repr(value)
+        case torch.Tensor():
+            return f"{value.dtype} {list(value.shape)}"
+        case torch.dtype() | torch.device() | torch.layout() | bytes() | complex() | range():
+            return repr(value)
+        case ModuleType():
+            return f"module {value.__name__}"
+        case type():
+            return f"class {_qualified(value)}"
+        case list() | tuple() | set() | frozenset() | dict() if depth == 0:
+            return _qualified(type(value))
+        case list() | tuple():
+            return [_describe(item, depth - 1) for item in value]
+        case set() | frozenset():
+            return sorted((_describe(item, depth - 1) for item in value), key=json.dumps)
+        case dict():
+            return {str(k): _describe(item, depth - 1) for k, item in value.items()}
+    return _qualified(value) if hasattr(value, "__qualname__") else _qualified(type(value))
+
+
+def _qualified(named: Any) -> str:
+    return f"{named.__module__}.{named.__qualname__}"
