@@ -17,8 +17,7 @@ from vllmc.cli import job as jobs
 from vllmc.cli import report
 from vllmc.cli.options import CommonFlags, CompileFlags, command, compile_request
 from vllmc.cli.settings import Settings
-from vllmc.cli.snapshots import Side, snapshot_side, stored_side, unknown_side
-from vllmc.core.cache.explain import diff, diff_sources
+from vllmc.cli.snapshots import Side, compare_sides, snapshot_side, stored_side, unknown_side
 from vllmc.core.cache.key import Factor
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import CheckFailed, UsageError, VllmcError
@@ -74,8 +73,8 @@ def diff_config(
 
     With --json: a and b (kind, name), equal (no difference affects the key), changes (group,
     name, before, after, kind: changed, added or removed; class: codegen, surroundings, identity,
-    secret or unknown; affects_key, origin_before, origin_after, note) and same, the number of
-    factors that are.
+    secret or unknown; affects_key, origin_before, origin_after, note), same, the number of
+    factors that are, and notes, remarks on what was compared.
     """
     settings = common.settings()
     store = Store(settings.cache_dir)
@@ -90,18 +89,15 @@ def diff_config(
         if error.code == "unknown-model" and model is None:
             error.hint = "--model MODEL says whose factors current and defaults are"
         raise
-    changes = diff(left.factors, right.factors, include_provenance=show_all)
-    if left.sources and right.sources:
-        changes += diff_sources(left.sources, right.sources)
-    equal = not any(change.affects_key for change in changes)
-    identities = {f.identity for f in left.factors} | {f.identity for f in right.factors}
-    different = diff(left.factors, right.factors, include_provenance=True)
+    comparison = compare_sides(left, right)
+    equal = not any(change.affects_key for change in comparison.changes)
     row = {
         "a": {"kind": left.kind, "name": left.name},
         "b": {"kind": right.kind, "name": right.name},
         "equal": equal,
-        "changes": [change.to_json() for change in changes],
-        "same": len(identities) - len(different),
+        "changes": [c.to_json() for c in comparison.changes if c.affects_key or show_all],
+        "same": comparison.same,
+        "notes": [*left.notes, *right.notes, *comparison.notes],
     }
     common.output("diff-config").data(row, lambda: report.diff(row))
     return CheckFailed.exit_code if exit_code and not equal else 0

@@ -149,19 +149,26 @@ def _prediction(prediction: Row) -> list[RenderableType]:
 
 
 def diff(row: Row) -> RenderableType:
-    """The report of `diff-config`."""
+    """The report of `diff-config`: the verdict, the two sides, the differences, the remarks."""
     a, b = (f"{row[side]['kind']} {row[side]['name']}".strip() for side in ("a", "b"))
-    if row["equal"]:
-        verdict = Text("equal: no difference affects the key", style="bold green")
-    else:
-        count = sum(change["affects_key"] for change in row["changes"])
-        what = "1 difference affects" if count == 1 else f"{count} differences affect"
-        verdict = Text(f"{what} the key", style="bold yellow")
-    parts: list[RenderableType] = [facts(("a", a), ("b", b)), "", verdict]
+    parts: list[RenderableType] = [_verdict(row), facts(("a", a), ("b", b)), ""]
     if row["changes"]:
         parts.append(changes(row["changes"]))
     parts.append(Text(f"{row['same']} factors are the same", style="dim"))
-    return Group(*parts)
+    return Group(*parts, *notes(row["notes"]))
+
+
+def _verdict(row: Row) -> RenderableType:
+    if row["equal"]:
+        return Text("equal: no difference affects the key", style="bold green")
+    causes = [f"{c['group']}.{c['name']}" for c in row["changes"] if c["affects_key"]]
+    what = "1 difference affects" if len(causes) == 1 else f"{len(causes)} differences affect"
+    return Text(f"{what} the key: {names(causes, 3)}", style="bold yellow")
+
+
+def notes(remarks: Sequence[str]) -> list[RenderableType]:
+    """Remarks below a report, one paragraph each; nothing where there are none."""
+    return ["", *(facts(("note", remark)) for remark in remarks)] if remarks else []
 
 
 def run(row: Row) -> RenderableType:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllmc.core.cache.explain import Change, diff, diff_sources
 from vllmc.core.cache.key import Factor
 from vllmc.core.cache.record import SourceFile, UnitRecord
 from vllmc.core.cache.store import Store
@@ -17,13 +18,41 @@ _PREFIX = re.compile(r"[0-9a-f]{8,64}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """One side: what it is, and its factors. `model` is empty where it has none."""
+    """One side: what it is, and its factors. `model` is empty where it has none.
+
+    `notes` are remarks for the reader: what was taken, what was not understood.
+    """
 
     kind: str
     name: str
     model: str
     factors: tuple[Factor, ...]
     sources: tuple[SourceFile, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Two sides and every difference, also those that do not affect the key.
+
+    `same` is the number of factors that do not differ; `notes` are remarks about the two together.
+    """
+
+    left: Side
+    right: Side
+    changes: tuple[Change, ...]
+    same: int
+    notes: tuple[str, ...] = ()
+
+
+def compare_sides(left: Side, right: Side) -> Comparison:
+    """Compares the factors of two sides, and their traced sources where both know them."""
+    changes = diff(left.factors, right.factors, include_provenance=True)
+    identities = {f.identity for f in left.factors} | {f.identity for f in right.factors}
+    same = len(identities) - len(changes)
+    if left.sources and right.sources:
+        changes += diff_sources(left.sources, right.sources)
+    return Comparison(left=left, right=right, changes=changes, same=same)
 
 
 def stored_key(store: Store, text: str) -> str | None:

@@ -203,37 +203,50 @@ def compared(*changes: dict[str, Any]) -> dict[str, Any]:
         "equal": not any(c["affects_key"] for c in changes),
         "changes": list(changes),
         "same": 700,
+        "notes": [],
     }
 
 
 def test_a_comparison_without_differences_says_so() -> None:
     assert lines(report.diff(compared())) == [
+        "equal: no difference affects the key",
         "a  key 0123456789ab",
         "b  current",
         "",
-        "equal: no difference affects the key",
         "700 factors are the same",
     ]
 
 
 @pytest.mark.parametrize(
     ("count", "verdict"),
-    [(1, "1 difference affects the key"), (2, "2 differences affect the key")],
+    [
+        (1, "1 difference affects the key: inductor.option_0"),
+        (2, "2 differences affect the key: inductor.option_0, inductor.option_1"),
+    ],
 )
 def test_a_comparison_counts_the_differences_that_affect_the_key(count: int, verdict: str) -> None:
     changes = [change(f"option_{n}") for n in range(count)]
     recorded = change("cxx_compiler", group="system", affects_key=False)
     recorded["class"] = "surroundings"
     text = lines(report.diff(compared(*changes, recorded)))
-    assert text[3] == verdict
+    assert text[0] == verdict
     assert text[-2].split()[-1] == "key"
     assert "surroundings, not in the key" in text[-2]
 
 
 def test_a_comparison_is_equal_when_nothing_that_differs_affects_the_key() -> None:
     text = lines(report.diff(compared(change(affects_key=False))))
-    assert text[3] == "equal: no difference affects the key"
+    assert text[0] == "equal: no difference affects the key"
     assert "inductor.max_autotune" in text[5]
+
+
+def test_remarks_on_a_comparison_stand_below_it() -> None:
+    row = compared() | {"notes": ["the log is cut short", "rank_0_0 was taken"]}
+    assert lines(report.diff(row))[-3:] == [
+        "",
+        "note  the log is cut short",
+        "note  rank_0_0 was taken",
+    ]
 
 
 def ran(*recompiles: dict[str, Any]) -> dict[str, Any]:
