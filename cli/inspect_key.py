@@ -40,9 +40,10 @@ def inspect_key(
     what is no factor.
 
     With --json: model, key, prediction (outcome: hit, miss, unsafe or unknown; reason,
-    nearest_key, changes as diff-config lists them), factors (group, name, value, digest, origin:
-    default, env:NAME, file:NAME:LINE, flag, vllmc or probe; is_default, affects_key) and excluded
-    (name, reason). Written to a file it is a snapshot for diff-config.
+    nearest_key, nearest_model where it is another, changes as diff-config lists them), factors
+    (group, name, value, digest, origin: default, env:NAME, file:NAME:LINE, flag, vllmc or probe;
+    is_default, affects_key) and excluded (name, reason). Written to a file it is a snapshot for
+    diff-config.
     """
     settings = common.settings()
     output = common.output("inspect-key")
@@ -62,17 +63,16 @@ def _stored(store: Store, key: str) -> Row:
 def _current(settings: Settings, compilation: CompileFlags, store: Store, model: str | None) -> Row:
     job = jobs.make(settings, compile_request(settings, compilation, model))
     from vllmc.core.cache.factors import excluded
-    from vllmc.core.prediction import predict
+    from vllmc.core.prediction import Miss, predict
 
     prediction = predict(job, store)
-    miss = prediction.miss
+    miss = prediction.miss or Miss(nearest_key=None, changes=())
     return {
         "model": job.model.name,
         "prediction": {
             "outcome": prediction.outcome,
             "reason": prediction.reason,
-            "nearest_key": miss.nearest_key if miss else None,
-            "changes": [change.to_json() for change in miss.changes] if miss else [],
+            **miss.to_json(),
         },
         **_key_row(job.key, job.factors),
         "excluded": [{"name": name, "reason": reason} for name, reason in excluded()],

@@ -197,12 +197,15 @@ def factor_groups(rows: Iterable[Row]) -> RenderableType:
     )
 
 
-def factors(rows: Iterable[Row]) -> RenderableType:
-    """Every factor with its value and origin, one table per group."""
+def factors(rows: Iterable[Row], limit: int | None = None) -> RenderableType:
+    """Every factor with its value and origin, one table per group; of each group the first ones."""
     parts: list[RenderableType] = []
     for group, members in itertools.groupby(rows, key=lambda row: row["group"]):
-        listing = Listing(headings=("FACTOR", "VALUE", "ORIGIN"), rows=tuple(map(_factor, members)))
+        found = tuple(map(_factor, members))
+        listing = Listing(headings=("FACTOR", "VALUE", "ORIGIN"), rows=found[:limit])
         parts += ["", Text(group, style="bold"), listing]
+        if limit is not None and len(found) > limit:
+            parts.append(Text(f"and {len(found) - limit} more; -v shows them", style="dim"))
     return Group(*parts[1:])
 
 
@@ -226,6 +229,11 @@ def _change(row: Row) -> tuple[str, ...]:
         row["origin_before"] if row["kind"] == "removed" else row["origin_after"],
         row["class"] + ("" if row["affects_key"] else ", not in the key") + note,
     )
+
+
+def count(number: int, noun: str) -> str:
+    """`1 factor`, `2 factors`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def names(items: Sequence[str], limit: int = 4) -> str:

@@ -8,7 +8,17 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from vllmc.cli.render import Listing, changes, duration, factors, facts, names, short_key, size
+from vllmc.cli.render import (
+    Listing,
+    changes,
+    count,
+    duration,
+    factors,
+    facts,
+    names,
+    short_key,
+    size,
+)
 
 Row = Mapping[str, Any]
 
@@ -29,6 +39,7 @@ _COUNTS = {
     "dup": "compiled to code that was stored already",
 }
 _SHOWN_CHANGES = 12
+_SHOWN_FACTORS = 16
 
 
 def warm(rows: Sequence[Row]) -> RenderableType:
@@ -99,12 +110,30 @@ def _units(units: Sequence[Row]) -> RenderableType:
 
 def _miss(miss: Row) -> list[RenderableType]:
     nearest = short_key(miss["nearest_key"])
-    if not miss["changes"]:
-        return [Text(f"the record of {nearest} is stored, but not all of its artifacts")]
+    rows = miss["changes"]
+    if miss["nearest_model"]:
+        others = sum(change["class"] != "identity" for change in rows)
+        return [
+            Text(
+                f"the nearest program is one of {miss['nearest_model']}, {nearest}; beside the "
+                f"model, {count(others, 'other factor')} changed; --json lists all",
+                style="dim",
+            )
+        ]
+    if not rows:
+        return [Text(f"the record of {nearest} is stored, but not all that it names")]
     return [
         Text(f"what differs from {nearest}, the nearest program in the cache:"),
-        changes_table(miss["changes"]),
+        changes_table(rows),
+        *restores(rows),
     ]
+
+
+def restores(rows: Sequence[Row]) -> list[RenderableType]:
+    """What to type or set to be rid of the first differences, one line each."""
+    known = [row for row in rows[:_SHOWN_CHANGES] if row["restore"]]
+    lines = [(f"{row['group']}.{row['name']}", row["restore"]) for row in known]
+    return ["", Text("to have it as it was:"), facts(*lines)] if lines else []
 
 
 def changes_table(rows: Sequence[Row], limit: int = _SHOWN_CHANGES) -> RenderableType:
@@ -126,7 +155,7 @@ def inspect(row: Row, *, whole: bool) -> RenderableType:
     if (prediction := row.get("prediction")) is not None:
         parts += ["", *_prediction(prediction)]
     shown = [f for f in row["factors"] if whole or not f["is_default"] or not f["affects_key"]]
-    parts += ["", factors(shown)]
+    parts += ["", factors(shown, limit=None if whole else _SHOWN_FACTORS)]
     if whole and row["excluded"]:
         excluded = tuple((item["name"], item["reason"]) for item in row["excluded"])
         parts += ["", Listing(headings=("NO FACTOR", "WHY"), rows=excluded)]

@@ -22,7 +22,7 @@ from vllmc.core.models.presets import DEFAULT_PRESET
 if TYPE_CHECKING:
     from vllmc.core.job import Job
     from vllmc.core.pipeline import Ready
-    from vllmc.core.prediction import Miss, Prediction
+    from vllmc.core.prediction import Prediction
 
 Row = dict[str, Any]
 Weights: TypeAlias = Literal["fake", "real"]
@@ -77,8 +77,8 @@ def warm(
     With --json: model, key, outcome, program, pieces (total, splitting, compilable, unique; null
     where only capture shows them), counts (hit, dup, compiled), units (pieces, range, outcome,
     artifact, bytes, seconds), seconds (total, capture, compile, store), peak_rss_mb, miss (null, or
-    nearest_key and changes, as diff-config lists them); with --check also reason. Several models
-    give results, a list of these.
+    nearest_key, nearest_model where it is another, and changes, as diff-config lists them); with
+    --check also reason. Several models give results, a list of these.
     """
     settings = common.settings()
     output = common.output("warm")
@@ -173,7 +173,7 @@ def _row(job: Job, ready: Ready) -> Row:
             "store": round(ready.seconds.store, 4),
         },
         "peak_rss_mb": _peak_rss_mb(),
-        "miss": miss_row(ready.miss),
+        "miss": ready.miss and ready.miss.to_json(),
     }
 
 
@@ -201,15 +201,8 @@ def _check_row(job: Job, prediction: Prediction) -> Row:
         "seconds": {"total": 0.0, "capture": 0.0, "compile": 0.0, "store": 0.0},
         "peak_rss_mb": _peak_rss_mb(),
         "reason": prediction.reason,
-        "miss": miss_row(prediction.miss),
+        "miss": prediction.miss and prediction.miss.to_json(),
     }
-
-
-def miss_row(miss: Miss | None) -> Row | None:
-    """The `miss` object of `warm --json`."""
-    if miss is None:
-        return None
-    return {"nearest_key": miss.nearest_key, "changes": [c.to_json() for c in miss.changes]}
 
 
 def _peak_rss_mb() -> int:

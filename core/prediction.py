@@ -26,13 +26,27 @@ ANY_RANGE: Final = "any"
 _COMPILER_GROUPS: Final = frozenset({"inductor", "functorch"})
 
 
+_NAMED: Final = 3
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Miss:
-    """Why a program was not found: the nearest stored key, its model, and what differs from it."""
+    """Why a program was not found: the nearest stored key, and what differs from it.
+
+    `nearest_model` is the model of that program where it is another, else None.
+    """
 
     nearest_key: str | None
     changes: tuple[Change, ...]
-    nearest_model: str = ""
+    nearest_model: str | None = None
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """The miss as `warm` and `inspect-key` print it with `--json`."""
+        return {
+            "nearest_key": self.nearest_key,
+            "nearest_model": self.nearest_model,
+            "changes": [change.to_json() for change in self.changes],
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +152,11 @@ def explain_miss(job: Job, store: Store) -> Miss:
         *diff_sources(record.sources, current(record.sources)),
         *diff_guarded(record.guarded, job.read_guarded(tuple(record.guarded))),
     )
-    return Miss(nearest_key=record.key, changes=changes, nearest_model=record.model)
+    return Miss(
+        nearest_key=record.key,
+        changes=changes,
+        nearest_model=None if record.model == job.label else record.model,
+    )
 
 
 def _nearest(job: Job, store: Store) -> ProgramRecord | None:
@@ -197,7 +215,7 @@ def _predict_units(job: Job, store: Store, miss: Miss) -> Prediction:
 def _why(job: Job, miss: Miss) -> str:
     if miss.nearest_key is None:
         return "the cache holds no program yet"
-    if miss.nearest_model != job.label:
+    if miss.nearest_model is not None:
         return f"the cache holds no program of {job.label}"
     groups = {change.group for change in miss.changes}
     if groups == {"sources"}:
@@ -206,8 +224,9 @@ def _why(job: Job, miss: Miss) -> str:
         return "Python values that the model reads changed since the program was stored"
     if not groups:
         return "a Python value that the model reads cannot be looked up without capturing it"
-    things = "1 factor" if len(miss.changes) == 1 else f"{len(miss.changes)} factors"
-    return f"no program is stored under this key; the nearest differs in {things}"
+    names = [f"{change.group}.{change.name}" for change in miss.changes]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"the nearest stored program differs in {', '.join(names[:_NAMED])}{more}"
 
 
 def _captured_alike(job: Job, store: Store) -> ProgramRecord | None:

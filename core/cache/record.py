@@ -13,7 +13,6 @@ their package, and whoever makes the factors redacts them (`explain.redact`).
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -123,6 +122,9 @@ class UnitRecord:
     created: float
     factors: tuple[Factor, ...]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", _ordered(self.factors))
+
     @property
     def compiler_key(self) -> str:
         """The key of the compiler's factors alone: what any graph compiled in this way shares."""
@@ -162,6 +164,9 @@ class ProgramRecord:
     pieces: dict[str, int]
     program: JsonValue
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", _ordered(self.factors))
+
     @property
     def id(self) -> str:
         """64 hex digits over the key, the sources and the values: one record per version."""
@@ -184,12 +189,7 @@ class Outline:
 
 
 def encode(record: UnitRecord | ProgramRecord) -> bytes:
-    """The record as the bytes of its file.
-
-    `decode` gives an equal record back, with its factors by group and name.
-    """
-    ordered = tuple(sorted(record.factors, key=lambda factor: factor.identity))
-    record = dataclasses.replace(record, factors=ordered)
+    """The record as the bytes of its file; `decode` gives an equal record back."""
     if isinstance(record, UnitRecord):
         name, body = UNIT_FORMAT, canonical_json(_unit_body(record)).encode("ascii")
     else:
@@ -396,6 +396,11 @@ def _factors(row: _Row) -> tuple[Factor, ...]:
             _text(fields, name)
         factors.append(Factor.from_json(fields))
     _check_unique("factor", (factor.identity for factor in factors))
+    return tuple(factors)
+
+
+def _ordered(factors: Iterable[Factor]) -> tuple[Factor, ...]:
+    """By group and name, so that a record has one spelling."""
     return tuple(sorted(factors, key=lambda factor: factor.identity))
 
 

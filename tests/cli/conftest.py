@@ -104,6 +104,7 @@ def stored(workplace: Path) -> Stored:
                 functions=("LlamaModel.forward", "LlamaMLP.forward"),
             ),
         ),
+        guarded={},
         units=(
             ProgramUnit(
                 key=unit.key,

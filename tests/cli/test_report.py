@@ -40,6 +40,7 @@ def change(name: str = "max_autotune", **fields: Any) -> dict[str, Any]:
         "origin_before": "default",
         "origin_after": "flag",
         "note": "",
+        "restore": f"leave out -O {name}",
     } | fields
 
 
@@ -55,7 +56,9 @@ def warmed(outcome: str, *units: dict[str, Any], **fields: Any) -> dict[str, Any
         "units": list(units),
         "seconds": {"total": 4.0, "capture": 1.0, "compile": 2.5, "store": 0.1},
         "peak_rss_mb": 512,
-        "miss": None if outcome == "hit" else {"nearest_key": None, "changes": []},
+        "miss": None
+        if outcome == "hit"
+        else {"nearest_key": None, "nearest_model": None, "changes": []},
     } | fields
 
 
@@ -115,7 +118,7 @@ def test_a_prediction_gives_its_reason_and_no_facts_that_it_lacks() -> None:
 
 def test_a_miss_names_the_changes_and_how_many_more_there_are() -> None:
     changes = [change(f"option_{n:02}") for n in range(14)]
-    miss = {"nearest_key": NEAREST, "changes": changes}
+    miss = {"nearest_key": NEAREST, "nearest_model": None, "changes": changes}
     text = lines(report.warm([warmed("compiled", unit("compiled", "piece_0"), miss=miss)]))
     start = text.index("what differs from fedcba987654, the nearest program in the cache:")
     assert text[start + 2].split() == [
@@ -126,14 +129,27 @@ def test_a_miss_names_the_changes_and_how_many_more_there_are() -> None:
         "flag",
         "codegen",
     ]
-    assert text[-1] == "and 2 more; --json lists them all"
-    assert "option_11" in text[-2]
+    end = text.index("and 2 more; --json lists them all")
+    assert "option_11" in text[end - 1]
+    assert text[end + 1 : end + 3] == ["", "to have it as it was:"]
+    assert text[end + 3].split() == ["inductor.option_00", "leave", "out", "-O", "option_00"]
+    assert "option_11" in text[-1]
+
+
+def test_the_nearest_program_of_another_model_is_named_and_not_compared() -> None:
+    changes = [change("option"), change("hidden_size", group="model", **{"class": "identity"})]
+    miss = {"nearest_key": NEAREST, "nearest_model": "gpt2", "changes": changes}
+    text = lines(report.warm([warmed("compiled", unit("compiled", "piece_0"), miss=miss)]))
+    assert text[-1] == (
+        "the nearest program is one of gpt2, fedcba987654; beside the model, 1 other factor "
+        "changed; --json lists all"
+    )
 
 
 def test_a_record_without_its_artifacts_is_said_to_be_that() -> None:
-    miss = {"nearest_key": KEY, "changes": []}
+    miss = {"nearest_key": KEY, "nearest_model": None, "changes": []}
     text = lines(report.warm([warmed("partial", unit("hit", "piece_0"), miss=miss)]))
-    assert text[-1] == "the record of 0123456789ab is stored, but not all of its artifacts"
+    assert text[-1] == "the record of 0123456789ab is stored, but not all that it names"
 
 
 def test_several_models_are_set_apart_by_an_empty_line() -> None:
@@ -161,6 +177,7 @@ INSPECTED = {
         "outcome": "miss",
         "reason": "no program is stored",
         "nearest_key": NEAREST,
+        "nearest_model": None,
         "changes": [change()],
     },
     "factors": [

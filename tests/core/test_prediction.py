@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from vllmc.core.cache.key import Factor, canonical_json, sha256_hex
+from vllmc.core.cache.key import Factor, key_of, sha256_hex
 from vllmc.core.cache.record import ProgramRecord, ProgramUnit, SourceFile, UnitRecord
 from vllmc.core.cache.store import Store
 from vllmc.core.job import Job
 from vllmc.core.models.model import ModelInfo
-from vllmc.core.prediction import explain_miss, lookup, predict
+from vllmc.core.prediction import explain_miss, keyed, lookup, predict
 from vllmc.core.spec import CompileSpec
 
 
@@ -23,6 +23,8 @@ class Named:
         self.name = name
         self.info = ModelInfo(dtype="float32", vocab_size=8, max_position=8, layers=1)
 
+    made_by_code = False
+
     def factors(self) -> tuple[Factor, ...]:
         raise AssertionError("a prediction builds no factors")
 
@@ -30,13 +32,22 @@ class Named:
         raise AssertionError("a prediction builds no model")
 
 
-def make_job(hidden: int = 64, *, torch_version: str = "2.13.0", name: str = "toy") -> Job:
+def make_job(
+    hidden: int = 64,
+    *,
+    torch_version: str = "2.13.0",
+    name: str = "toy",
+    sizes: tuple[int, ...] = (),
+    fuse: bool = True,
+) -> Job:
     return Job(
         model=Named(name),
-        spec=CompileSpec(),
+        spec=CompileSpec(sizes=sizes),
         factors=(
             Factor(group="versions", name="torch", value=torch_version, origin="probe"),
             Factor(group="model", name="hidden_size", value=hidden, origin="vllmc"),
+            Factor(group="inductor", name="epilogue_fusion", value=fuse),
+            Factor(group="spec", name="sizes", value=[*sizes]),
         ),
     )
 
@@ -46,16 +57,14 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path)
 
 
-def put(store: Store, job: Job, *, sources: tuple[SourceFile, ...] = ()) -> ProgramRecord:
-    """Stores a program of one unit for `job`."""
+def put(
+    store: Store, job: Job, *, sources: tuple[SourceFile, ...] = (), graph: str = ""
+) -> ProgramRecord:
+    """Stores a program of one unit for `job`; of another graph than any other's by default."""
     data = f"artifact of {job.key}".encode()
     artifact = store.put_artifact(data)
-    factors = (
-        *job.compiler_factors,
-        Factor(group="graph", name="digest", value=sha256_hex(job.key), origin="probe"),
-        Factor(group="range", name="tokens", value="1:8", origin="probe"),
-    )
-    key = sha256_hex(canonical_json([f.digest for f in factors]))
+    factors = keyed(job, graph or sha256_hex(job.key), "1:8192")
+    key = key_of(factors)
     store.put_unit(
         UnitRecord(
             key=key,
@@ -74,7 +83,8 @@ def put(store: Store, job: Job, *, sources: tuple[SourceFile, ...] = ()) -> Prog
         created=time.time(),
         factors=job.factors,
         sources=sources,
-        units=(ProgramUnit(key=key, artifact=artifact, range="1:8", pieces=("piece_0",)),),
+        guarded={},
+        units=(ProgramUnit(key=key, artifact=artifact, range="1:8192", pieces=("piece_0",)),),
         pieces={"total": 1, "splitting": 0, "compilable": 1, "unique": 1},
         program={},
     )
@@ -89,7 +99,7 @@ def damage(path: Path) -> None:
 
 def test_an_empty_cache_misses_and_has_nothing_to_compare_with(store: Store) -> None:
     predicted = predict(make_job(), store)
-    assert (predicted.outcome, predicted.found) == ("miss", None)
+    assert (predicted.outcome, predicted.units) == ("miss", ())
     assert predicted.miss is not None
     assert (predicted.miss.nearest_key, predicted.miss.changes) == (None, ())
 
@@ -99,9 +109,11 @@ def test_a_stored_program_is_a_hit_with_its_artifacts(store: Store) -> None:
     record = put(store, job)
     predicted = predict(job, store)
     assert (predicted.outcome, predicted.miss) == ("hit", None)
-    assert predicted.found is not None
-    assert predicted.found.record == record
-    assert set(predicted.found.artifacts) == {record.units[0].artifact}
+    assert (predicted.program, predicted.pieces) == ("hit", record.pieces)
+    assert [unit.artifact for unit in predicted.units] == [record.units[0].artifact]
+    found = lookup(job, store)
+    assert found is not None
+    assert found.record == record
 
 
 def test_another_way_to_compile_is_a_miss_that_names_the_change(store: Store) -> None:
@@ -120,11 +132,46 @@ def test_another_model_compiled_the_same_way_is_unknown_before_capture(store: St
     assert predicted.outcome == "unknown"
     assert predicted.miss is not None
     assert [change.name for change in predicted.miss.changes] == ["hidden_size"]
+    assert predicted.miss.nearest_model is None
+    elsewhere = predict(make_job(hidden=128, name="other"), store).miss
+    assert elsewhere is not None
+    assert elsewhere.nearest_model == "toy"
+
+
+def test_a_range_that_nothing_is_stored_for_is_a_miss(store: Store) -> None:
+    put(store, make_job())
+    predicted = predict(make_job(sizes=(1,)), store)
+    assert predicted.outcome == "miss"
+    assert "for 1 tokens" in predicted.reason
+
+
+def test_another_option_of_the_compiler_is_foreseen_unit_by_unit(store: Store) -> None:
+    """The graph is the one that the stored program was captured with."""
+    stored = put(store, make_job())
+    graph = sha256_hex(make_job().key)
+    other = make_job(hidden=128, fuse=False)
+    assert predict(make_job(fuse=False), store).outcome == "miss"
+    put(store, other)
+    predicted = predict(make_job(fuse=False), store)
+    assert predicted.outcome == "miss"
+    assert [unit.artifact for unit in predicted.units] == [None]
+    assert predicted.pieces == stored.pieces
+    assert "1 of 1 units would be compiled" in predicted.reason
+
+    same = put(store, other, graph=graph)
+    predicted = predict(make_job(fuse=False), store)
+    assert (predicted.outcome, predicted.program) == ("hit", "miss")
+    assert [unit.artifact for unit in predicted.units] == [same.units[0].artifact]
+
+    store.layout.blob(same.units[0].artifact).unlink()
+    assert predict(make_job(fuse=False), store).outcome == "miss"
+    store.layout.unit(stored.units[0].key).unlink()
+    assert predict(make_job(fuse=False), store).outcome == "unknown"
 
 
 def test_a_changed_source_file_is_a_miss_that_names_it(store: Store, tmp_path: Path) -> None:
     job = make_job()
-    source = SourceFile(package="json", path="decoder.py", digest="0" * 32, functions=("decode",))
+    source = SourceFile(package="json", path="decoder.py", digest="1" * 32, functions=("decode",))
     put(store, job, sources=(source,))
     assert lookup(job, store) is None
     miss = explain_miss(job, store)
@@ -164,7 +211,7 @@ def test_a_damaged_artifact_or_record_is_unsafe(store: Store) -> None:
     assert predict(job, store).outcome == "hit"
     damage(store.layout.program(record.key, record.id))
     predicted = predict(job, store)
-    assert (predicted.outcome, predicted.found) == ("unsafe", None)
+    assert (predicted.outcome, predicted.units) == ("unsafe", ())
 
 
 def test_a_prediction_changes_nothing(store: Store, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def make_program() -> Callable[..., ProgramRecord]:
                     functions=("LlamaModel.forward",),
                 ),
             ),
+            guarded={},
             units=tuple(
                 ProgramUnit(
                     key=unit.key,

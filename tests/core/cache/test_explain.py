@@ -7,9 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllmc.core.cache.explain import REDACTED, diff, diff_sources, nearest, redact
+from vllmc.core.cache.explain import (
+    REDACTED,
+    by_distance,
+    diff,
+    diff_guarded,
+    diff_sources,
+    redact,
+)
 from vllmc.core.cache.key import Factor, key_of
-from vllmc.core.cache.record import SourceFile
+from vllmc.core.cache.record import SourceFile, encode, outline
 
 
 def factor(name, value, group="inductor", **fields):
@@ -18,6 +25,14 @@ def factor(name, value, group="inductor", **fields):
 
 def source(path="models/llama/modeling_llama.py", digest="a" * 32, functions=("f",)):
     return SourceFile(package="transformers", path=path, digest=digest, functions=functions)
+
+
+def nearest(wanted, records, model):
+    ranked = by_distance(wanted, [outline(encode(r), r.id) for r in records], model)
+    first = ranked[0] if ranked else None
+    return next(
+        (r for r in records if first and (r.id, r.created) == (first.id, first.created)), None
+    )
 
 
 values = st.sampled_from([None, True, False, 0, 1, 1.0, "1", [1], {"a": 1}, REDACTED])
@@ -63,6 +78,7 @@ def test_a_changed_option_is_a_change_row():
         "origin_before": "default",
         "origin_after": "env:TORCHINDUCTOR_MAX_AUTOTUNE",
         "note": "set by the environment variable TORCHINDUCTOR_MAX_AUTOTUNE; it was the default",
+        "restore": "unset TORCHINDUCTOR_MAX_AUTOTUNE",
     }
 
 
@@ -193,6 +209,79 @@ def test_the_nearest_record_has_the_fewest_differences(make_program):
     assert nearest(wanted, [far, other_model], "tiny-llama") == far
     assert nearest(wanted, [far, other_model], "opt") == other_model
     assert nearest(wanted, [], "tiny-llama") is None
+
+
+def test_another_identity_is_farther_than_a_few_other_options(make_program):
+    wanted = [factor("layers", 2, "model"), *(factor(str(i), 0) for i in range(5))]
+    deeper = make_program(factors=(factor("layers", 3, "model"), *wanted[1:]), created=9.0)
+    options = make_program(factors=(wanted[0], *(factor(str(i), i > 1) for i in range(5))))
+    assert nearest(wanted, [deeper, options], "tiny-llama") == deeper
+    few = make_program(factors=(*wanted[:3], *(factor(str(i), 1) for i in range(2, 5))))
+    assert nearest(wanted, [deeper, few], "tiny-llama") == few
+
+
+def test_numbers_that_python_takes_for_equal_are_differences(make_program):
+    near = make_program(factors=(factor("a", 1), factor("b", "x")))
+    far = make_program(factors=(factor("a", True), factor("b", "x")))
+    assert nearest([factor("a", 1), factor("b", "x")], [far, near], "tiny-llama") == near
+
+
+def test_guarded_values_that_differ_are_named_by_their_expressions():
+    before = {"M['m'].SCALE": 2.0, "M['m'].FLAG": True, "M['m'].SAME": 1}
+    after = {"M['m'].SCALE": 3.0, "M['m'].FLAG": 1, "M['m'].SAME": 1}
+    changes = diff_guarded(before, after)
+    assert [(c.name, c.before, c.after) for c in changes] == [
+        ("M['m'].FLAG", True, 1),
+        ("M['m'].SCALE", 2.0, 3.0),
+    ]
+    assert all((c.group, c.klass, c.affects_key) == ("guarded", "identity", True) for c in changes)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "group", "expected"),
+    [
+        ((False, "default"), (True, "env:TORCHINDUCTOR_MAX_AUTOTUNE"), "inductor",
+         "unset TORCHINDUCTOR_MAX_AUTOTUNE"),
+        ((False, "default"), (True, "flag"), "inductor", "leave out -O a"),
+        ((8, "flag"), (4, "default"), "functorch", "-O functorch.a=8"),
+        ((8, "flag"), (4, "file:vllmc.toml:3"), "inductor", "-O a=8"),
+        ((4, "default"), (8, "file:vllmc.toml:3"), "inductor", "remove it from vllmc.toml:3"),
+        (("path:123", "env:X"), ("x", "default"), "inductor", ""),
+        (("2.13.0", "probe"), ("2.14.0", "probe"), "system", ""),
+    ],
+)  # fmt: skip
+def test_a_change_says_what_would_undo_it(before, after, group, expected):
+    (change,) = diff(
+        [factor("a", before[0], group, origin=before[1])],
+        [factor("a", after[0], group, origin=after[1])],
+    )
+    assert change.restore == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "group", "expected"),
+    [
+        ("dtype", ("bfloat16", "flag"), ("float32", "default"), "spec", "--dtype bfloat16"),
+        ("dtype", ("float32", "default"), ("float16", "flag"), "spec", "leave out --dtype"),
+        ("ranges", (["1:8", "9:16"], "flag"), (["1:8192"], "default"), "spec",
+         "--compile-range 1:8 --compile-range 9:16"),
+        ("torch", ("2.13.0", "probe"), ("2.14.0", "probe"), "versions",
+         "pip install torch==2.13.0"),
+        ("torch_key", ("ab", "probe"), ("cd", "probe"), "versions", ""),
+        ("num_hidden_layers", (4, "flag"), (2, "vllmc"), "model", "--layers 4"),
+        ("text.num_hidden_layers", (4, "vllmc"), (2, "flag"), "model", "leave out --layers"),
+        ("PTXAS_OPTIONS", ("-O1 -v", "env:PTXAS_OPTIONS"), (None, "default"), "environment",
+         "export PTXAS_OPTIONS='-O1 -v'"),
+        ("TRITON_PTXAS_PATH", ("file:12", "env:TRITON_PTXAS_PATH"), (None, "default"),
+         "environment", "set TRITON_PTXAS_PATH to the same file"),
+    ],
+)  # fmt: skip
+def test_what_would_undo_a_change_can_be_typed(name, before, after, group, expected):
+    (change,) = diff(
+        [factor(name, before[0], group, origin=before[1])],
+        [factor(name, after[0], group, origin=after[1])],
+    )
+    assert change.restore == expected
 
 
 def test_a_changed_factor_is_one_difference_as_an_absent_one_is(make_program):

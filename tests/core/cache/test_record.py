@@ -20,6 +20,7 @@ from vllmc.core.cache.record import (
     UnitRecord,
     decode,
     encode,
+    outline,
 )
 
 json_values = st.recursive(
@@ -75,6 +76,7 @@ programs = st.builds(
         max_size=3,
         unique_by=lambda source: (source.package, source.path),
     ).map(tuple),
+    guarded=st.dictionaries(names, json_values, max_size=3),
     units=st.lists(
         st.builds(
             ProgramUnit,
@@ -169,8 +171,14 @@ def test_the_rewriting_of_these_tests_is_itself_right(make_unit):
         ("bytes", True, "count"),
         ("seconds", "1", "number of seconds"),
         ("created", -1.0, "number of seconds"),
-        ("factors", {}, "list"),
-        ("factors", [{"group": "g"}], "lacks fields"),
+        ("compiler_key", "", "64 hex digits"),
+        ("factors", [], "object"),
+        ("factors", {"default": {}}, "lacks fields"),
+        ("factors", {"default": [], "other": []}, "object"),
+        ("factors", {"default": {"g": []}, "other": []}, "object"),
+        ("factors", {"default": {"g": {"": 1}}, "other": []}, "text"),
+        ("factors", {"default": {}, "other": {}}, "list"),
+        ("factors", {"default": {}, "other": [{"group": "g"}]}, "lacks fields"),
         ("surplus", 1, "surplus"),
     ],
 )
@@ -189,16 +197,52 @@ def test_a_field_of_another_kind_is_refused(make_unit, field, value, reason):
 )
 def test_a_factor_of_another_kind_is_refused(make_unit, change, reason):
     data = encode(make_unit(b"one"))
-    rows = json.loads(data)["body"]["factors"]
+    found = json.loads(data)["body"]["factors"]
+    other = [found["other"][0] | change, *found["other"][1:]]
     with pytest.raises(CorruptRecord, match=reason):
-        decode(rewritten(data, factors=[rows[0] | change, *rows[1:]]))
+        decode(rewritten(data, factors=found | {"other": other}))
 
 
 def test_a_factor_listed_twice_is_refused(make_unit):
     data = encode(make_unit(b"one"))
-    rows = json.loads(data)["body"]["factors"]
-    with pytest.raises(CorruptRecord, match="listed twice"):
-        decode(rewritten(data, factors=[rows[0], *rows]))
+    found = json.loads(data)["body"]["factors"]
+    row = found["other"][0]
+    usual = found["default"] | {row["group"]: {row["name"]: row["value"]}}
+    for factors in (found | {"other": [row, row]}, found | {"default": usual}):
+        with pytest.raises(CorruptRecord, match="listed twice"):
+            decode(rewritten(data, factors=factors))
+
+
+@given(programs)
+def test_an_outline_says_what_the_whole_record_says(record):
+    found = outline(encode(record), record.id)
+    assert (found.key, found.id, found.model, found.created) == (
+        record.key,
+        record.id,
+        record.model,
+        record.created,
+    )
+    assert {k: canonical_json(v) for k, v in found.values.items()} == {
+        f.identity: canonical_json(f.value) for f in record.factors if f.affects_key
+    }
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{}", b'{"factors":{}}', b'{"factors":{"default":[]}}'])
+def test_the_outline_of_something_else_is_refused(body):
+    with pytest.raises(CorruptRecord):
+        outline(sealed(body, name="vllmc.program"), "a" * 64)
+    with pytest.raises(CorruptRecord):
+        outline(sealed(body), "a" * 64)
+
+
+def test_a_unit_knows_the_key_of_its_compiler_alone(make_unit):
+    one, two = make_unit(b"one"), make_unit(b"two")
+    assert one.key != two.key
+    assert one.compiler_key == two.compiler_key
+    assert one.compiler_key.encode() in encode(one)
+    other = Factor(group="inductor", name="max_autotune", value=True)
+    changed = dataclasses.replace(one, factors=(one.factors[0], other))
+    assert changed.compiler_key != one.compiler_key
 
 
 @pytest.mark.parametrize(
@@ -241,7 +285,7 @@ def test_what_a_file_cannot_hold_is_our_own_mistake(make_unit):
         encode(dataclasses.replace(make_unit(b"one"), factors=(nan,)))
 
 
-def test_the_id_follows_the_key_and_the_sources_alone(make_program):
+def test_the_id_follows_the_key_the_sources_and_the_guarded_values_alone(make_program):
     record = make_program()
     [source] = record.sources
 
@@ -255,6 +299,7 @@ def test_the_id_follows_the_key_and_the_sources_alone(make_program):
     assert replaced(created=5.0, model="other", program=None) == record.id
     assert with_source(functions=()) == record.id
     assert replaced(key="0" * 64) != record.id
+    assert replaced(guarded={"M['m'].SCALE": 2.0}) != record.id
     assert with_source(digest="b" * 32) != record.id
     assert with_source(path="other.py") != record.id
     assert with_source(package="torch") != record.id

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from vllmc.core.cache import key, sources
-from vllmc.core.cache.record import SourceFile
+from vllmc.core.cache.record import NO_DIGEST
 
 BLOCK = """
 def attend(x):
@@ -135,8 +135,21 @@ def test_a_file_that_is_gone_before_it_is_read_never_verifies(
     layers = load("mymodels.deep.layers")
     Path(file_of(layers)).unlink()
     [source] = sources.collect({file_of(layers): []})
-    assert source == SourceFile(package="mymodels", path="deep/layers.py", digest="", functions=())
+    assert (source.package, source.path) == ("mymodels", "deep/layers.py")
+    assert source.digest == NO_DIGEST
     assert sources.verify([source]) == (source,)
+
+
+def test_a_file_that_changed_after_its_import_never_verifies(
+    load: Callable[[str], ModuleType],
+) -> None:
+    """Saved while a program was compiled, its digest would stand for what was never traced."""
+    file = file_of(load("mymodels.deep.layers"))
+    changed = Path(file).stat().st_ctime
+    [before] = sources.collect({file: []}, since=changed + 1)
+    [after] = sources.collect({file: []}, since=changed)
+    assert sources.verify([before, after]) == (after,)
+    assert after.digest == NO_DIGEST
 
 
 def run(cwd: Path, *arguments: str, **environment: str) -> str:
