@@ -13,7 +13,7 @@ UnitOutcome: TypeAlias = Literal["hit", "dup", "compiled"]
 class Observer(Protocol):
     """Follows a computation through its stages and compile units.
 
-    All calls come from the thread that runs the pipeline, and none may raise.
+    All calls come from the thread that runs the pipeline; none may raise but `KeyboardInterrupt`.
     """
 
     def stage(self, name: str) -> None:
