@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
 from types import ModuleType
 from typing import Any, Final
 
@@ -21,8 +22,8 @@ from vllmc.core.cache.explain import redact
 from vllmc.core.cache.key import JsonValue, canonical_json, sha256_hex
 from vllmc.core.cache.record import UNREADABLE
 
-# Covered by factors of their own.
-_COVERED: Final = ("torch", "vllmc")
+# Covered by factors and by digests of the traced files, as for every model of Transformers.
+_COVERED: Final = ("torch", "transformers", "vllmc")
 _CALLS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "type": type,
     "vars": vars,
@@ -39,7 +40,8 @@ def read_guarded(expressions: Iterable[str], entry: torch.nn.Module) -> dict[str
     """What each expression over `L['self']`, which is `entry`, and `M[module]` stands for now.
 
     Plain values as they are, long or secret ones as a digest, others by the name of their class.
-    Imports the modules that are named. Expressions over torch and vllmc are left out.
+    Imports the modules that are named. Expressions over the modules of torch, Transformers and
+    vllmc are left out.
     """
     found: dict[str, JsonValue] = {}
     for expression in sorted(set(expressions)):
@@ -78,6 +80,12 @@ def _look_up(node: ast.expr, entry: torch.nn.Module) -> Any:
             return getattr(_look_up(value, entry), name)
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _CALLS:
             return _CALLS[name](_look_up(argument, entry))
+        case ast.Call(
+            func=ast.Attribute(value=ast.Name(id="dict"), attr="__getitem__"), args=[value, key]
+        ):
+            return dict.__getitem__(_look_up(value, entry), _look_up(key, entry))
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="dict"), attr="keys"), args=[value]):
+            return dict.keys(_look_up(value, entry))
         case _:
             raise LookupError(ast.unparse(node))
 
@@ -96,6 +104,8 @@ def _last_name(expression: str) -> str:
 
 def _describe(value: Any, depth: int) -> JsonValue:
     match value:
+        case Enum():
+            return f"{_qualified(type(value))}.{value.name}"
         case None | bool() | int() | str():
             return value
         case float():
@@ -120,4 +130,5 @@ def _describe(value: Any, depth: int) -> JsonValue:
 
 
 def _qualified(named: Any) -> str:
-    return f"{named.__module__}.{named.__qualname__}"
+    # A method that is built in belongs to no module.
+    return f"{getattr(named, '__module__', '')}.{named.__qualname__}"

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from vllmc.core.cache.store import Store
-from vllmc.core.errors import CheckFailed, UnsafeCacheError
+from vllmc.core.errors import CheckFailed, UnsafeCacheError, VllmcError
 from vllmc.core.events import SilentObserver
 from vllmc.core.job import Job, make_job
 from vllmc.core.models.resolve import resolve
@@ -174,6 +174,44 @@ def test_another_range_is_partly_found(job: Any, tmp_path: Path) -> None:
     assert more.outcome == "partial"
     # The eager backend writes the same for every range.
     assert {(u.range, u.outcome) for u in more.units} == {("4", "dup"), ("1:64", "hit")}
+
+
+def test_a_key_made_under_other_options_compiles_nothing(job: Any, tmp_path: Path) -> None:
+    """Overrides of torch's config are local to a thread: its key would name other code."""
+    from torch._inductor import config
+
+    with config.patch(max_autotune=True):
+        tuned = job()
+    errors: list[VllmcError] = []
+
+    def work() -> None:
+        try:
+            warm(tuned, tmp_path)
+        except VllmcError as error:
+            errors.append(error)
+
+    worker = threading.Thread(target=work)
+    with config.patch(max_autotune=True):
+        worker.start()
+        worker.join()
+    [error] = errors
+    assert error.code == "config-changed"
+    assert error.context["options"] == ["inductor.max_autotune"]
+    assert Store(tmp_path).entries() == ()
+    with config.patch(max_autotune=True):
+        assert warm(tuned, tmp_path).outcome == "compiled"
+
+
+def test_a_switch_of_torch_between_key_and_compilation_is_noticed(job: Any, tmp_path: Path) -> None:
+    plain = job()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if before != "medium" else "high")
+    try:
+        with pytest.raises(VllmcError) as caught:
+            warm(plain, tmp_path)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert caught.value.code == "config-changed"
 
 
 def test_force_compiles_what_is_stored(job: Any, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def test_the_options_apply_to_current_and_the_field_is_named(snapshot: Path, eag
         "origin_before",
         "origin_after",
         "note",
+        "restore",
     }
     assert (change["kind"], change["class"], change["affects_key"]) == ("changed", "codegen", True)
     assert (change["origin_before"], change["origin_after"]) == ("default", "flag")

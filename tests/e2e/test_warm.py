@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def test_warm_compiles_what_is_missing_and_then_finds_it(eager: Run) -> None:
     assert first["pieces"] == {"total": 5, "splitting": 2, "compilable": 3, "unique": 3}
     assert first["counts"] == {"hit": 0, "dup": 0, "compiled": 3}
     assert [unit["range"] for unit in first["units"]] == ["1:8192"] * 3
-    assert first["miss"] == {"nearest_key": None, "changes": []}
+    assert first["miss"] == {"nearest_key": None, "nearest_model": None, "changes": []}
     check_shape(first)
     second = eager("warm", "--json").json
     assert (second["outcome"], second["program"]) == ("hit", "hit")
@@ -124,7 +125,7 @@ def test_check_of_an_empty_cache_would_miss_and_creates_nothing(eager: Run, cach
     done = eager("warm", "--check", "--json")
     assert (done.code, done.json["outcome"]) == (3, "would-miss")
     assert (done.json["pieces"], done.json["units"]) == (None, [])
-    assert done.json["miss"] == {"nearest_key": None, "changes": []}
+    assert done.json["miss"] == {"nearest_key": None, "nearest_model": None, "changes": []}
     assert not (cache / "v1").exists()
 
 
@@ -338,3 +339,34 @@ def test_a_changed_source_file_is_a_miss_that_names_the_file(
     forget(workplace)
     helper.write_text("def twice(x):\n    return x + x\n")
     assert eager("warm", "doubled:make", "--json").json["outcome"] == "hit"
+
+
+def test_a_changed_value_that_no_file_holds_is_no_hit(
+    workplace: Path, factory: Path, eager: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A global read from the environment, say: neither the key nor the sources' digests move."""
+    (workplace / "scaled.py").write_text(
+        "from factory import config\n"
+        "from transformers import LlamaForCausalLM\n"
+        "from transformers.models.llama.modeling_llama import LlamaMLP\n"
+        "SCALE = 2.0\n"
+        "class Scaled(LlamaMLP):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x) * SCALE\n"
+        "def make():\n"
+        "    model = LlamaForCausalLM(config())\n"
+        "    for layer in model.model.layers:\n"
+        "        layer.mlp = Scaled(model.config)\n"
+        "    return model\n"
+    )
+    first = eager("warm", "scaled:make", "--json").json
+    assert eager("warm", "scaled:make", "--check", "--json").json["outcome"] == "would-hit"
+    monkeypatch.setattr(sys.modules["scaled"], "SCALE", 3.0)
+    row = eager("warm", "scaled:make", "--check", "--json").json
+    assert (row["key"], row["outcome"]) == (first["key"], "unknown")
+    [change] = row["miss"]["changes"]
+    assert (change["name"], change["before"], change["after"]) == ("M['scaled'].SCALE", 2.0, 3.0)
+    again = eager("warm", "scaled:make", "--json").json
+    assert (again["program"], again["outcome"]) == ("miss", "partial")
+    monkeypatch.setattr(sys.modules["scaled"], "SCALE", 2.0)
+    assert eager("warm", "scaled:make", "--json").json["outcome"] == "hit"

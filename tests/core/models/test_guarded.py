@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import enum
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from vllmc.core.cache.record import UNREADABLE
+from vllmc.core.models.guarded import read_guarded
+
+
+class Mode(enum.Enum):
+    FAST = 1
+    SLOW = 2
+
+
+class Entry(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 3)
+        self.scale = 2.0
+        self.mode: Any = Mode.FAST
+        self.table: Any = {"a": 1, "b": [True, None]}
+        self.api_key = "hunter2"
+        self.long = "x" * 500
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = ModuleType("guarded_settings")
+    module.GAIN = 3  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "guarded_settings", module)
+    return module
+
+
+def read(expression: str) -> Any:
+    return read_guarded([expression], Entry())[expression]
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("L['self'].scale", 2.0),
+        ("L['self'].mode", f"{__name__}.Mode.FAST"),
+        ("L['self'].table", {"a": 1, "b": [True, None]}),
+        ("L['self'].table['b'][-2]", True),
+        ("dict.__getitem__(L['self'].table, list(dict.keys(L['self'].table))[0])", 1),
+        ("L['self']._modules['linear'].in_features", 2),
+        ("L['self']._modules['linear'].weight", "torch.float32 [3, 2]"),
+        ("type(L['self'])", f"class {__name__}.Entry"),
+        ("len(L['self'].table)", 2),
+    ],
+)
+def test_what_an_expression_reads_is_told_in_json(expression: str, value: object) -> None:
+    assert read(expression) == value
+
+
+def test_a_global_is_read_where_it_stands_now(settings: Any) -> None:
+    expression = "M['guarded_settings'].GAIN"
+    assert read(expression) == 3
+    settings.GAIN = 4
+    assert read(expression) == 4
+
+
+def test_a_long_or_secret_value_is_a_digest() -> None:
+    for name in ("long", "api_key"):
+        value = read(f"L['self'].{name}")
+        assert value.startswith("sha256:")
+        assert len(value) == len("sha256:") + 64
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "L['self'].absent",
+        "L['self'].table['absent']",
+        "M['no_such_module_anywhere'].x",
+        "__import__('sys').modules.clear()",
+        "L['self'].table.clear()",
+        "eval('1')",
+        "[x for x in (1,)]",
+        "L['other']",
+    ],
+)
+def test_what_cannot_be_looked_up_is_unreadable_and_nothing_is_run(expression: str) -> None:
+    entry = Entry()
+    assert read_guarded([expression], entry) == {expression: UNREADABLE}
+    assert entry.table
+
+
+def test_modules_with_factors_of_their_own_are_left_out() -> None:
+    assert read_guarded(["M['torch.nn'].Linear", "vars(M['vllmc.core.spec'])['x']"], Entry()) == {}
