@@ -10,9 +10,11 @@ import typer
 
 from vllmc.cli import job as jobs
 from vllmc.cli import report
+from vllmc.cli.foreign import kind_of
 from vllmc.cli.options import CommonFlags, CompileFlags, command, compile_request
 from vllmc.cli.settings import Settings
 from vllmc.cli.snapshots import stored_key
+from vllmc.cli.vllm_inspect import vllm_report, vllm_row
 from vllmc.core.cache.key import Factor
 from vllmc.core.cache.record import UnitRecord
 from vllmc.core.cache.store import Store
@@ -27,9 +29,9 @@ def inspect_key(
     target: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL|KEY",
+            metavar="MODEL|KEY|DIR",
             show_default="tiny-llama",
-            help="A model, or a stored key (8 or more hex digits of it).",
+            help="A model, a stored key (8 or more hex digits of it) or a vLLM cache directory.",
         ),
     ] = None,
 ) -> None:
@@ -39,13 +41,28 @@ def inspect_key(
     whatever it predicts: warm --check is the check. -v shows also the factors that nobody set, and
     what is no factor.
 
+    DIR is a directory of vLLM's torch_compile_cache, at any level: it shows what the cache is
+    keyed by, which of it shapes no code, which artifacts repeat and which paths break a move. Of
+    several keys it says how each differs from the one before. Nothing is unpickled.
+
     With --json: model, key, prediction (outcome: hit, miss, unsafe or unknown; reason,
     nearest_key, changes as diff-config lists them), factors (group, name, value, digest, origin:
     default, env:NAME, file:NAME:LINE, flag, vllmc or probe; is_default, affects_key) and excluded
     (name, reason). Written to a file it is a snapshot for diff-config.
+
+    For DIR the key is vLLM's, there is no prediction, and caches lists each cache: kind (compile
+    or aot), key, path, release, bytes, modified, compilations (label, pieces, ranges, artifacts:
+    name, range, piece, bytes, digest), artifacts, unique_artifacts, duplicate_bytes, stores,
+    spurious (name, value, reason, advice), secrets, paths (path, role: handle, moved, factor,
+    source or artifact; where, meaning), differs (names of factors) and notes. Of several caches
+    artifacts are not read, and key and factors are empty.
     """
     settings = common.settings()
     output = common.output("inspect-key")
+    if target and kind_of(Path(target)) == "vllm-cache":
+        caches = vllm_row(Path(target))
+        output.data(caches, lambda: vllm_report(caches, whole=output.verbosity > 0))
+        return
     store = Store(settings.cache_dir)
     key = stored_key(store, target) if target and not Path(target).exists() else None
     row = _stored(store, key) if key else _current(settings, compilation, store, target)

@@ -13,6 +13,8 @@ from vllmc.core.cache.record import SourceFile, UnitRecord
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import UsageError, VllmcError
 
+# What is worked out now, also where a file has such a name.
+WORDS = ("current", "defaults")
 _PREFIX = re.compile(r"[0-9a-f]{8,64}")
 
 
@@ -100,5 +102,6 @@ def unknown_side(text: str) -> UsageError:
     return UsageError(
         "unknown-side",
         f"'{text}' is nothing to compare",
-        hint="give current, defaults, a stored key (8 or more hex digits) or a snapshot file",
+        hint="give current, defaults, a stored key (8 or more hex digits), a snapshot file, or a "
+        "vLLM cache directory or debug log",
     )

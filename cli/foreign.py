@@ -1,0 +1,155 @@
+"""What other systems recorded, as sides of a comparison. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from vllmc.cli.snapshots import WORDS, Comparison, Side, snapshot_side
+from vllmc.core.diagnose.vllm_cache import CacheKind, read_caches
+from vllmc.core.diagnose.vllm_compare import (
+    KEY,
+    Subject,
+    cache_subjects,
+    compare_keys,
+    like_with_like,
+    log_subjects,
+)
+from vllmc.core.diagnose.vllm_factors import KeyFacts
+from vllmc.core.diagnose.vllm_layout import is_vllm_cache
+from vllmc.core.diagnose.vllm_log import is_vllm_log, read_log
+from vllmc.core.errors import UsageError, VllmcError
+
+ForeignKind: TypeAlias = Literal["vllm-cache", "vllm-log"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """Keys of vLLM's that something holds: at least one, and remarks on what it holds.
+
+    Those of a `torch_aot_compile` tree are made of other things than all others.
+    """
+
+    kind: str
+    name: str
+    subjects: tuple[Subject, ...]
+    tree: CacheKind = "compile"
+    notes: tuple[str, ...] = ()
+
+
+def kind_of(path: Path) -> ForeignKind | None:
+    """What of another system a path holds; None where it holds nothing that is known."""
+    if path.is_dir():
+        return "vllm-cache" if is_vllm_cache(path) else None
+    return "vllm-log" if path.is_file() and is_vllm_log(path) else None
+
+
+def recorded(text: str) -> Recorded | None:
+    """The keys of vLLM's in the directory, log or snapshot `text`; None where it is none.
+
+    Raises `VllmcError` where there is not exactly one cache, or no key in a log.
+    """
+    path = Path(text)
+    kind = None if text in WORDS else kind_of(path)
+    if kind == "vllm-cache":
+        return _cache(path)
+    if kind == "vllm-log":
+        return _log(path)
+    return _snapshot(path) if text not in WORDS and path.is_file() else None
+
+
+def compare_recorded(a: str, b: str) -> Comparison | None:
+    """Compares what other systems recorded, like with like; None where both sides are vllmc's own.
+
+    Raises `UsageError` (`unlike-sides`) where only one is, or they record different things.
+    """
+    left, right = recorded(a), recorded(b)
+    if left is None and right is None:
+        return None
+    if left is None or right is None or left.tree != right.tree:
+        raise UsageError(
+            "unlike-sides",
+            f"the keys of '{a}' and '{b}' are made of different things",
+            hint="compare a vLLM cache or log with another or with a snapshot of one, and a "
+            "torch_aot_compile tree with another",
+        )
+    return _compare(left, right)
+
+
+def _compare(left: Recorded, right: Recorded) -> Comparison:
+    a, b, taken = like_with_like(left.subjects, right.subjects)
+    found = compare_keys(a, b)
+    return Comparison(
+        left=_side(left, a),
+        right=_side(right, b),
+        changes=found.changes,
+        same=found.same,
+        notes=(*found.notes, *taken),
+    )
+
+
+def _side(recorded: Recorded, subject: Subject) -> Side:
+    return Side(
+        kind=recorded.kind,
+        name=recorded.name,
+        model="",
+        factors=subject.facts.factors,
+        notes=recorded.notes,
+    )
+
+
+def _cache(path: Path) -> Recorded:
+    caches = read_caches(path)
+    if len(caches) > 1:
+        names = [str(cache.path.relative_to(path.resolve())) for cache in caches]
+        raise UsageError(
+            "several-keys",
+            f"{path} holds {len(caches)} keys, and one is to be compared",
+            context={"keys": names},
+            hint="name the directory of one; vllmc inspect-key says how they differ",
+        )
+    [cache] = caches
+    notes = tuple(f"{path}: {note}" for note in cache.notes)
+    return Recorded(
+        kind="vllm-cache",
+        name=str(path),
+        subjects=cache_subjects(cache),
+        tree=cache.kind,
+        notes=notes,
+    )
+
+
+def _log(path: Path) -> Recorded:
+    log = read_log(path)
+    notes = [*log.notes]
+    if log.loaded:
+        notes.append(
+            f"a whole model was loaded from {log.loaded[-1]}: a start that does so dumps no factors"
+        )
+    if not log.dumps:
+        raise VllmcError(
+            "no-factors",
+            f"{path} has no dump of cache key factors",
+            context={"loaded": list(log.loaded)} if log.loaded else None,
+            hint="start vLLM with VLLM_LOGGING_LEVEL=DEBUG"
+            + (" and VLLM_USE_AOT_COMPILE=0" if log.loaded else ""),
+        )
+    return Recorded(
+        kind="vllm-log",
+        name=str(path),
+        subjects=log_subjects(log),
+        notes=tuple(f"{path}: {note}" for note in notes),
+    )
+
+
+def _snapshot(path: Path) -> Recorded | None:
+    try:
+        side = snapshot_side(path)
+    except VllmcError:
+        # It is for the caller to say that a file is nothing at all.
+        return None
+    if not side.factors or not all(f.group.startswith(f"{KEY}.") for f in side.factors):
+        return None
+    subject = Subject(label="", key="", facts=KeyFacts(factors=side.factors))
+    return Recorded(kind=side.kind, name=side.name, subjects=(subject,))
