@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from vllmc.cli import foreign, report
 from vllmc.cli import job as jobs
+from vllmc.cli import report
 from vllmc.cli.options import CommonFlags, CompileFlags, command, compile_request
 from vllmc.cli.settings import Settings
 from vllmc.cli.snapshots import (
@@ -97,7 +97,7 @@ def diff_config(
         variables=_variables(env or []),
         model=model,
     )
-    comparison = foreign.compare_recorded(a, b) or _compare_own(a, b, given)
+    comparison = _compare_foreign(a, b) or _compare_own(a, b, given)
     left, right = comparison.left, comparison.right
     equal = not any(change.affects_key for change in comparison.changes)
     row = {
@@ -110,6 +110,15 @@ def diff_config(
     }
     common.output("diff-config").data(row, lambda: report.diff(row))
     return CheckFailed.exit_code if exit_code and not equal else 0
+
+
+def _compare_foreign(a: str, b: str) -> Comparison | None:
+    """The comparison of what other systems recorded; None where it is all vllmc's own."""
+    if not Path(a).exists() and not Path(b).exists():
+        return None
+    from vllmc.cli.foreign import compare_recorded
+
+    return compare_recorded(a, b)
 
 
 def _compare_own(a: str, b: str, given: _Given) -> Comparison:

@@ -10,11 +10,10 @@ import typer
 
 from vllmc.cli import job as jobs
 from vllmc.cli import report
-from vllmc.cli.foreign import kind_of
 from vllmc.cli.options import CommonFlags, CompileFlags, command, compile_request
+from vllmc.cli.output import Output
 from vllmc.cli.settings import Settings
 from vllmc.cli.snapshots import stored_key
-from vllmc.cli.vllm_inspect import vllm_report, vllm_row
 from vllmc.core.cache.key import Factor
 from vllmc.core.cache.record import UnitRecord
 from vllmc.core.cache.store import Store
@@ -59,14 +58,24 @@ def inspect_key(
     """
     settings = common.settings()
     output = common.output("inspect-key")
-    if target and kind_of(Path(target)) == "vllm-cache":
-        caches = vllm_row(Path(target))
-        output.data(caches, lambda: vllm_report(caches, whole=output.verbosity > 0))
+    if target and Path(target).is_dir() and _vllm_cache(Path(target), output):
         return
     store = Store(settings.cache_dir)
     key = stored_key(store, target) if target and not Path(target).exists() else None
     row = _stored(store, key) if key else _current(settings, compilation, store, target)
     output.data(row, lambda: report.inspect(row, whole=output.verbosity > 0))
+
+
+def _vllm_cache(path: Path, output: Output) -> bool:
+    """Prints what vLLM keeps in a directory; False where it keeps nothing there."""
+    from vllmc.cli.foreign import kind_of
+    from vllmc.cli.vllm_inspect import vllm_report, vllm_row
+
+    if kind_of(path) != "vllm-cache":
+        return False
+    row = vllm_row(path)
+    output.data(row, lambda: vllm_report(row, whole=output.verbosity > 0))
+    return True
 
 
 def _stored(store: Store, key: str) -> Row:

@@ -193,3 +193,9 @@ class VllmStart:
 def vllm_start() -> VllmStart:
     """A start of vLLM 0.20 that compiled a tiny model, whose layouts tests may write."""
     return VllmStart()
+
+
+@pytest.fixture(scope="session")
+def vllm_start_class() -> type[VllmStart]:
+    """For tests that make starts of their own, of which one fixture would serve many examples."""
+    return VllmStart

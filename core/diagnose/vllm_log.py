@@ -262,9 +262,13 @@ def _closed(dump: _Open, notes: list[str]) -> LogDump:
 
 
 def _value(text: str) -> object:
-    text = text.strip().removesuffix(",")
+    text = text.strip()
+    if not text.endswith((",", "}")) or text == ",":
+        raise Unreadable("cut short")
+    text = text.removesuffix(",")
+    # In brackets, as a long text is printed in parts, one per line.
     try:
-        return parse_literal(text)
+        return parse_literal(f"({text})")
     except Unreadable:
         # The last entry has the dictionary's own bracket behind it.
-        return parse_literal(text.removesuffix("}"))
+        return parse_literal(f"({text.removesuffix('}')})")
