@@ -51,7 +51,8 @@ def diff_config(
         str,
         typer.Argument(
             metavar="A",
-            help="current, defaults, a stored key, a snapshot file, or a vLLM cache or log.",
+            help="current, defaults, a stored key, a snapshot file, a vLLM cache or log, or a "
+            "torch trace.",
         ),
     ],
     b: Annotated[str, typer.Argument(metavar="B", help="The other side, likewise.")],
@@ -85,6 +86,9 @@ def diff_config(
 
     A directory of vLLM's torch_compile_cache (with one key) or a log of vLLM's with
     VLLM_LOGGING_LEVEL=DEBUG is compared with another of these, or with a snapshot of one.
+
+    A TORCH_TRACE directory, or one log of it, is compared with another: compilations are matched,
+    and the components named in which their keys in torch's caches differ.
 
     With --json: a and b (kind, name), equal (no difference affects the key), changes (group,
     name, before, after, kind: changed, added or removed; class: codegen, surroundings, identity,

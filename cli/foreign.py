@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from vllmc.cli.snapshots import WORDS, Comparison, Side, snapshot_side
+from vllmc.core.diagnose.torch_caches import TorchTrace, read_trace
+from vllmc.core.diagnose.torch_diff import diff_traces
+from vllmc.core.diagnose.torch_trace import is_trace
 from vllmc.core.diagnose.vllm_cache import CacheKind, read_caches
 from vllmc.core.diagnose.vllm_compare import (
     KEY,
@@ -21,7 +24,7 @@ from vllmc.core.diagnose.vllm_layout import is_vllm_cache
 from vllmc.core.diagnose.vllm_log import is_vllm_log, read_log
 from vllmc.core.errors import UsageError, VllmcError
 
-ForeignKind: TypeAlias = Literal["vllm-cache", "vllm-log"]
+ForeignKind: TypeAlias = Literal["vllm-cache", "vllm-log", "torch-trace"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +43,10 @@ class Recorded:
 
 def kind_of(path: Path) -> ForeignKind | None:
     """What of another system a path holds; None where it holds nothing that is known."""
-    if path.is_dir():
-        return "vllm-cache" if is_vllm_cache(path) else None
+    if path.is_dir() and is_vllm_cache(path):
+        return "vllm-cache"
+    if path.exists() and is_trace(path):
+        return "torch-trace"
     return "vllm-log" if path.is_file() and is_vllm_log(path) else None
 
 
@@ -64,17 +69,36 @@ def compare_recorded(a: str, b: str) -> Comparison | None:
 
     Raises `UsageError` (`unlike-sides`) where only one is, or they record different things.
     """
+    traces = [text not in WORDS and kind_of(Path(text)) == "torch-trace" for text in (a, b)]
+    if all(traces):
+        return _compare_traces(read_trace(Path(a)), read_trace(Path(b)))
     left, right = recorded(a), recorded(b)
-    if left is None and right is None:
+    if left is None and right is None and not any(traces):
         return None
     if left is None or right is None or left.tree != right.tree:
         raise UsageError(
             "unlike-sides",
             f"the keys of '{a}' and '{b}' are made of different things",
-            hint="compare a vLLM cache or log with another or with a snapshot of one, and a "
-            "torch_aot_compile tree with another",
+            hint="compare a vLLM cache or log with another or with a snapshot of one, a "
+            "torch_aot_compile tree with another, and a torch trace with another",
         )
     return _compare(left, right)
+
+
+def _compare_traces(left: TorchTrace, right: TorchTrace) -> Comparison:
+    found = diff_traces(left, right)
+    return Comparison(
+        left=_trace_side(left),
+        right=_trace_side(right),
+        changes=found.changes,
+        same=found.same,
+        notes=found.notes,
+    )
+
+
+def _trace_side(trace: TorchTrace) -> Side:
+    notes = tuple(f"{trace.name}: {note}" for note in trace.notes)
+    return Side(kind="torch-trace", name=trace.name, model="", factors=(), notes=notes)
 
 
 def _compare(left: Recorded, right: Recorded) -> Comparison:

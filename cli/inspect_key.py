@@ -30,7 +30,8 @@ def inspect_key(
         typer.Argument(
             metavar="MODEL|KEY|DIR",
             show_default="tiny-llama",
-            help="A model, a stored key (8 or more hex digits of it) or a vLLM cache directory.",
+            help="A model, a stored key (8 or more hex digits of it), a vLLM cache directory or a "
+            "TORCH_TRACE directory.",
         ),
     ] = None,
 ) -> None:
@@ -44,6 +45,9 @@ def inspect_key(
     keyed by, which of it shapes no code, which artifacts repeat and which paths break a move. Of
     several keys it says how each differs from the one before. Nothing is unpickled.
 
+    Of a TORCH_TRACE directory, or one log of it, it says for each compilation what torch's caches
+    answered, and why one was bypassed. -v shows also the keys and their components.
+
     With --json: model, key, prediction (outcome: hit, miss, unsafe or unknown; reason,
     nearest_key, changes as diff-config lists them), factors (group, name, value, digest, origin:
     default, env:NAME, file:NAME:LINE, flag, vllmc or probe; is_default, affects_key) and excluded
@@ -55,10 +59,18 @@ def inspect_key(
     spurious (name, value, reason, advice), secrets, paths (path, role: handle, moved, factor,
     source or artifact; where, meaning), differs (names of factors) and notes. Of several caches
     artifacts are not read, and key and factors are empty.
+
+    For a trace there is no prediction, key is empty, and factors are the components that all keys
+    of the trace share, with torch's hash as digest. torch is the version that wrote it, and
+    compilations lists each: id, rank, frame, label (these three, to be read), outcome (hit,
+    partial, miss, bypass, disabled, or none where no cache was asked) and lookups (cache:
+    aot_autograd or fx_graph; answer: hit, miss, bypass, disabled or unsaved; key, reason, backward,
+    and components that are not among factors: name, value, digest). notes say what was not
+    understood. It is no snapshot: compare the traces.
     """
     settings = common.settings()
     output = common.output("inspect-key")
-    if target and Path(target).is_dir() and _vllm_cache(Path(target), output):
+    if target and Path(target).exists() and _foreign(Path(target), output):
         return
     store = Store(settings.cache_dir)
     key = stored_key(store, target) if target and not Path(target).exists() else None
@@ -66,15 +78,24 @@ def inspect_key(
     output.data(row, lambda: report.inspect(row, whole=output.verbosity > 0))
 
 
-def _vllm_cache(path: Path, output: Output) -> bool:
-    """Prints what vLLM keeps in a directory; False where it keeps nothing there."""
+def _foreign(path: Path, output: Output) -> bool:
+    """Prints what another system left there; False where it is nothing that is inspected."""
     from vllmc.cli.foreign import kind_of
-    from vllmc.cli.vllm_inspect import vllm_report, vllm_row
 
-    if kind_of(path) != "vllm-cache":
-        return False
-    row = vllm_row(path)
-    output.data(row, lambda: vllm_report(row, whole=output.verbosity > 0))
+    whole = output.verbosity > 0
+    match kind_of(path):
+        case "vllm-cache":
+            from vllmc.cli.vllm_inspect import vllm_report, vllm_row
+
+            row = vllm_row(path)
+            output.data(row, lambda: vllm_report(row, whole=whole))
+        case "torch-trace":
+            from vllmc.cli.torch_inspect import torch_report, torch_row
+
+            row = torch_row(path)
+            output.data(row, lambda: torch_report(row, whole=whole))
+        case _:
+            return False
     return True
 
 

@@ -87,6 +87,10 @@ def snapshot_side(path: Path) -> Side:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         factors = tuple(Factor.from_json(row) for row in data["factors"])
+        if any(factor.group.startswith("torch.") for factor in factors):
+            raise ValueError(
+                "it is of a torch trace, which has a key per graph; compare the traces"
+            )
         return Side(kind="snapshot", name=str(path), model=str(data["model"]), factors=factors)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VllmcError(
@@ -103,5 +107,5 @@ def unknown_side(text: str) -> UsageError:
         "unknown-side",
         f"'{text}' is nothing to compare",
         hint="give current, defaults, a stored key (8 or more hex digits), a snapshot file, or a "
-        "vLLM cache directory or debug log",
+        "vLLM cache directory or debug log, or a TORCH_TRACE directory",
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import math
 import re
-import warnings
 
 from vllmc.core.cache.key import JsonValue
+from vllmc.core.diagnose.foreign_files import Unreadable, clean, parse_literal
 
 _LONGEST = 1 << 16
+_LONGEST_INT = 1024
 _DEEPEST = 20
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _CALL = re.compile(r"[A-Za-z_][\w.]*\((?P<fields>.*)\)", re.DOTALL)
@@ -36,25 +36,26 @@ def _value(text: str, depth: int) -> JsonValue:
     if depth == 0:
         return text
     try:
-        with warnings.catch_warnings():
-            # Of a string that spells an escape which Python does not know.
-            warnings.simplefilter("ignore")
-            return _json(ast.literal_eval(text))
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return _json(parse_literal(text))
+    except (Unreadable, ValueError):
         return _structure(text, depth)
 
 
 def _json(value: object) -> JsonValue:
     """A literal as JSON; raises `ValueError` for what JSON does not have."""
     match value:
-        case None | bool() | int() | str():
+        case None | bool():
+            return value
+        case str():
+            return clean(value)
+        case int() if value.bit_length() <= _LONGEST_INT:
             return value
         case float() if math.isfinite(value):
             return value
         case list() | tuple():
             return [_json(item) for item in value]
         case dict():
-            return {str(key): _json(item) for key, item in value.items()}
+            return {clean(str(key)): _json(item) for key, item in value.items()}
         case set() | frozenset():
             return [_json(item) for item in sorted(value, key=repr)]
     raise ValueError(f"{type(value).__name__} is no JSON")

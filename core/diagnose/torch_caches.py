@@ -17,13 +17,13 @@ from pathlib import Path, PurePath
 from typing import Final, Literal, TypeAlias
 
 from vllmc.core.cache.key import JsonValue, sha256_hex
+from vllmc.core.diagnose.foreign_files import clean
 from vllmc.core.diagnose.reprs import without_addresses
 from vllmc.core.diagnose.torch_trace import (
     Entry,
     TraceLog,
     find_logs,
     json_of,
-    printable,
     read_log,
 )
 from vllmc.core.errors import VllmcError
@@ -196,7 +196,7 @@ def _versions(log: TraceLog, odd: Counter[str]) -> Iterable[str]:
         if entry.kind == "artifact" and entry.fields().get("name") == "torch_version":
             match json_of(entry.payload):
                 case {"pytorch_version": str(version)}:
-                    yield printable(version)
+                    yield clean(version)
                 case _:
                     odd["torch's version could not be read"] += 1
 
@@ -214,7 +214,7 @@ def _compilations(log: TraceLog, odd: Counter[str]) -> Iterable[Compilation]:
         graphs = [e.payload for e in entries if e.kind == "dynamo_output_graph"]
         if lookups or graphs:
             yield Compilation(
-                id=printable(compile_id),
+                id=clean(compile_id),
                 rank=log.rank,
                 frame=_frame(entries, log.strings),
                 graph=_graph(graphs[-1]) if graphs else "",
@@ -243,31 +243,30 @@ def _once(lookups: Iterable[Lookup]) -> tuple[Lookup, ...]:
 
 def _lookup(entry: Entry, odd: Counter[str], known: dict[str, Component]) -> Lookup | None:
     if entry.kind == "chromium_event":
-        is_off = _DISABLED in entry.payload
-        return _answer("fx_graph", "disabled", "the cache is off") if is_off else None
+        return _answer("fx_graph", "disabled") if _DISABLED in entry.payload else None
     if entry.kind != "artifact" or (named := _cache_of(entry.fields().get("name"))) is None:
         return None
     cache, said = named
     if (answer := _ANSWERS.get(said)) is None:
-        odd[f"an entry {printable(str(entry.fields()['name']))} is not known"] += 1
+        odd[f"an entry {clean(str(entry.fields()['name']))} is not known"] += 1
         return None
     info = json_of(entry.payload)
     if not isinstance(info, dict):
         odd[f"the details of a {answer} could not be read"] += 1
-        return _answer(cache, answer, "")
+        return _answer(cache, answer)
     lines = info.get("components")
     components = [_component(line, odd, known) for line in lines] if isinstance(lines, list) else []
     return Lookup(
         cache=cache,
         answer=answer,
-        key=printable(key) if isinstance(key := info.get("key"), str) else "",
+        key=clean(key) if isinstance(key := info.get("key"), str) else "",
         reason=_reason(answer, info),
         components=tuple(c for c in components if c is not None),
     )
 
 
-def _answer(cache: Cache, answer: Answer, reason: str) -> Lookup:
-    return Lookup(cache=cache, answer=answer, key="", reason=reason, components=())
+def _answer(cache: Cache, answer: Answer) -> Lookup:
+    return Lookup(cache=cache, answer=answer, key="", reason="", components=())
 
 
 def _reason(answer: Answer, info: Mapping[str, JsonValue]) -> str:
@@ -282,7 +281,7 @@ def _reason(answer: Answer, info: Mapping[str, JsonValue]) -> str:
 
 
 def _line(text: str) -> str:
-    return " ".join(printable(without_addresses(text)).split())
+    return " ".join(clean(without_addresses(text)).split())
 
 
 def _component(line: object, odd: Counter[str], known: dict[str, Component]) -> Component | None:
@@ -292,9 +291,9 @@ def _component(line: object, odd: Counter[str], known: dict[str, Component]) -> 
     # Most lines recur in every lookup of a trace.
     if (component := known.get(line)) is None:
         component = Component(
-            name=printable(match["name"]),
-            digest=printable(match["digest"]),
-            text=printable(match["text"]),
+            name=clean(match["name"]),
+            digest=clean(match["digest"]),
+            text=clean(match["text"]),
         )
         known[line] = component
     return component
@@ -325,5 +324,5 @@ def _functorch(entries: Iterable[Entry], odd: Counter[str]) -> tuple[Component, 
 
 
 def _option(name: str, value: JsonValue) -> Component:
-    text = printable(value if isinstance(value, str) else repr(value))
-    return Component(name=printable(f"autograd_config[{name}]"), digest=sha256_hex(text), text=text)
+    text = clean(value if isinstance(value, str) else repr(value))
+    return Component(name=clean(f"autograd_config[{name}]"), digest=sha256_hex(text), text=text)

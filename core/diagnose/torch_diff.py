@@ -27,7 +27,10 @@ _NAMED: Final = 3
 _KEY: Final = "key"
 _ANSWER: Final = "answer"
 _OPTIONS: Final = "autograd_config"
-_ADVICE: Final = f"AOTAutograd's are written under {AOT_DETAILS}"
+_INCOMPLETE: Final = (
+    "torch wrote no components of keys that differ, so more may have moved than is named "
+    f"({AOT_DETAILS} writes AOTAutograd's)"
+)
 _NO_PART: Final = Part(klass="unknown")
 _NAMES: Final[Mapping[Cache, str]] = {"fx_graph": "FX graph", "aot_autograd": "AOTAutograd"}
 
@@ -55,15 +58,16 @@ class _Finding:
 def diff_traces(before: TorchTrace, after: TorchTrace) -> TraceDiff:
     """Compares two traces.
 
-    Compilations are matched by id, frame and graph; then, as ids move when something else is
-    compiled first, by frame and graph, or graph alone; last by id and frame.
+    Compilations are matched by rank, id, frame and graph; then, as ids move when something else
+    is compiled first, without the id; then by graph alone; last without the graph.
     """
     pairs, gone, new = _match(
         before.compilations,
         after.compilations,
         lambda c: (c.rank, c.id, c.frame, c.graph),
         lambda c: (c.rank, c.frame, c.graph) if c.graph else None,
-        lambda c: (c.rank, c.graph) if c.graph else None,
+        lambda c: (c.frame, c.graph) if c.graph else None,
+        lambda c: c.graph or None,
         lambda c: (c.rank, c.id, c.frame),
     )
     findings: list[_Finding] = []
@@ -77,14 +81,14 @@ def diff_traces(before: TorchTrace, after: TorchTrace) -> TraceDiff:
     changes = [_change(cache, says, labels, len(pairs)) for cache, says, labels in rows]
     changes.sort(key=lambda change: rank_of(change.name))
     remarks = _gathered((f.cache, f.says, f.label) for f in findings if isinstance(f.says, str))
-    moved = {(f.cache, f.says.component) for f in findings if isinstance(f.says, Difference)}
+    moved = {f.says.component for f in findings if isinstance(f.says, Difference)}
     return TraceDiff(
         changes=(
             *changes,
             *(_one_sided(c, "removed") for c in gone),
             *(_one_sided(c, "added") for c in new),
         ),
-        same=len(names - moved),
+        same=sum(name not in moved for _, name in names),
         notes=tuple(f"{_NAMES[c]} cache: {text}: {_listed(w)}" for c, text, w in remarks),
     )
 
@@ -129,7 +133,7 @@ def _compare(
             for one, other in pairs:
                 parts = _parts((one, other), (before, after))
                 says += _keys(one, other, *parts) if one.key != other.key else _answers(one, other)
-                names |= {(cache, part.name) for side in parts for part in side}
+                names |= {(cache, p.name) for side in parts for p in side if p.name != _OPTIONS}
             says += ["a graph was looked up in a alone"] * bool(gone)
             says += ["a graph was looked up in b alone"] * bool(new)
         else:
@@ -179,8 +183,7 @@ def _keys(before: Lookup, after: Lookup, *parts: tuple[Component, ...]) -> list[
         key = Difference(component=_KEY, name=_KEY, before=before.key, after=after.key, note=note)
         found = (key,)
     if not complete:
-        says = f"more may have moved than is named, as torch wrote no components of keys; {_ADVICE}"
-        return [*found, says]
+        return [*found, _INCOMPLETE]
     return [*found]
 
 
@@ -198,12 +201,15 @@ def _without_keys(before: Sequence[Lookup], after: Sequence[Lookup]) -> list[Dif
         " and ".join(dict.fromkeys(k.answer for k in side if k.answer != UNSAVED)) or "not asked"
         for side in (before, after)
     ]
-    why = "; ".join(dict.fromkeys(k.reason for k in (*before, *after) if k.reason))
-    if states[0] == states[1]:
-        return [f"{states[0]} in both, so there is no key to compare ({why})"] if before else []
-    return [
-        Difference(component=_ANSWER, name=_ANSWER, before=states[0], after=states[1], note=why)
-    ]
+    reasons = "; ".join(dict.fromkeys(k.reason for k in (*before, *after) if k.reason))
+    if states[0] != states[1]:
+        return [
+            Difference(
+                component=_ANSWER, name=_ANSWER, before=states[0], after=states[1], note=reasons
+            )
+        ]
+    why = f" ({reasons})" if reasons else ""
+    return [f"{states[0]} in both, so there is no key to compare{why}"] if before else []
 
 
 def _gathered(

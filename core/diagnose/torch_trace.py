@@ -12,7 +12,6 @@ The first key of the object that says nothing of the entry's whereabouts is its 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmc.core.cache.key import JsonValue
+from vllmc.core.diagnose.foreign_files import Unreadable, clean, parse_json
 from vllmc.core.errors import VllmcError
 
 _LOG_SUFFIX = ".log"
@@ -33,7 +33,6 @@ _WHEREABOUTS = frozenset(
 _PREFIX = re.compile(r"(?:\[rank\d+\]:\s*)?[VIWEC]\d{4,8} \d\d:\d\d:\d\d")
 _RANK_OF_FILE = re.compile(r"rank_(\d{1,9})_")
 _RANK_OF_LINE = re.compile(r"^\[rank(\d{1,9})\]")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 Wanted = Callable[[str, JsonValue], bool]
 
@@ -137,14 +136,9 @@ def read_log(path: Path, wanted: Wanted) -> TraceLog:
 def json_of(text: str) -> Any:
     """The JSON value that `text` is; None where it is none."""
     try:
-        return json.loads(text, parse_constant=str)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except Unreadable:
         return None
-
-
-def printable(text: str) -> str:
-    """`text` without what no terminal and no encoding should be given."""
-    return _CONTROL.sub("\ufffd", text)
 
 
 def _blocks(path: Path) -> Iterator[tuple[str, list[bytes]]]:
@@ -200,7 +194,7 @@ def _compile_id(record: dict[str, JsonValue]) -> str:
 def _interned(data: JsonValue) -> dict[int, str]:
     match data:
         case [str(text), int(number)]:
-            return {number: printable(text)}
+            return {number: clean(text)}
     return {}
 
 
