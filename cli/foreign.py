@@ -87,6 +87,14 @@ def compare_recorded(a: str, b: str) -> Comparison | None:
 
 def _compare_traces(left: TorchTrace, right: TorchTrace) -> Comparison:
     found = diff_traces(left, right)
+    if not found.changes and not found.keys:
+        # Nothing differs because nothing is there: to call that equal would mislead.
+        raise VllmcError(
+            "no-keys",
+            "the traces have no key of torch's caches in common",
+            context={"notes": list(found.notes)} if found.notes else None,
+            hint="the caches were off, bypassed or not asked; vllmc inspect-key TRACE says which",
+        )
     return Comparison(
         left=_trace_side(left),
         right=_trace_side(right),

@@ -38,11 +38,12 @@ _NAMES: Final[Mapping[Cache, str]] = {"fx_graph": "FX graph", "aot_autograd": "A
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceDiff:
     """The differences, the ones to read first at the top; the number of components that are the
-    same wherever they were compared; and what cannot be concluded.
+    same wherever they were compared; the number of keys that were; and what cannot be concluded.
     """
 
     changes: tuple[Change, ...]
     same: int
+    keys: int
     notes: tuple[str, ...]
 
 
@@ -71,11 +72,12 @@ def diff_traces(before: TorchTrace, after: TorchTrace) -> TraceDiff:
         lambda c: (c.rank, c.id, c.frame),
     )
     findings: list[_Finding] = []
-    names: set[tuple[Cache, str]] = set()
+    compared: list[tuple[Cache, frozenset[str]]] = []
     for pair in pairs:
-        found, compared = _compare(*pair)
+        found, keys = _compare(*pair)
         findings += found
-        names |= compared
+        compared += keys
+    names = {(cache, name) for cache, parts in compared for name in parts}
     rows = _gathered((f.cache, _with_versions(f.says, before, after), f.label)
                      for f in findings if isinstance(f.says, Difference))  # fmt: skip
     changes = [_change(cache, says, labels, len(pairs)) for cache, says, labels in rows]
@@ -89,6 +91,7 @@ def diff_traces(before: TorchTrace, after: TorchTrace) -> TraceDiff:
             *(_one_sided(c, "added") for c in new),
         ),
         same=sum(name not in moved for _, name in names),
+        keys=len(compared),
         notes=tuple(f"{_NAMES[c]} cache: {text}: {_listed(w)}" for c, text, w in remarks),
     )
 
@@ -120,10 +123,12 @@ def _match(
 
 def _compare(
     before: Compilation, after: Compilation
-) -> tuple[list[_Finding], set[tuple[Cache, str]]]:
-    """What there is to say of a compilation, and the components that could be compared."""
+) -> tuple[list[_Finding], list[tuple[Cache, frozenset[str]]]]:
+    """What there is to say of a compilation; and of each key that has a counterpart, the names of
+    the components that could be compared.
+    """
     findings: dict[Hashable, _Finding] = {}
-    names: set[tuple[Cache, str]] = set()
+    keys: list[tuple[Cache, frozenset[str]]] = []
     for cache in _NAMES:
         sides = [[k for k in c.lookups if k.cache == cache] for c in (before, after)]
         left, right = ([lookup for lookup in side if lookup.key] for side in sides)
@@ -133,7 +138,8 @@ def _compare(
             for one, other in pairs:
                 parts = _parts((one, other), (before, after))
                 says += _keys(one, other, *parts) if one.key != other.key else _answers(one, other)
-                names |= {(cache, p.name) for side in parts for p in side if p.name != _OPTIONS}
+                names = {part.name for side in parts for part in side} - {_OPTIONS}
+                keys.append((cache, frozenset(names)))
             says += ["a graph was looked up in a alone"] * bool(gone)
             says += ["a graph was looked up in b alone"] * bool(new)
         else:
@@ -145,7 +151,7 @@ def _compare(
             identity = (cache, item) if isinstance(item, str) else _identity(item)
             finding = _Finding(cache=cache, label=after.label, says=item)
             findings.setdefault(identity, finding)
-    return list(findings.values()), names
+    return list(findings.values()), keys
 
 
 def _identity(says: Difference | str) -> Hashable:

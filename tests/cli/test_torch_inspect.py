@@ -157,6 +157,14 @@ def test_a_cold_and_a_warm_trace_are_equal(vllmc: Run) -> None:
     assert "the same key was a miss in a and a hit in b" in done.out
 
 
+@pytest.mark.parametrize("name", ["disabled", "frozen"])
+def test_traces_without_a_key_are_not_called_equal(vllmc: Run, name: str) -> None:
+    done = vllmc("diff-config", trace(name), trace(name), "--json")
+    assert (done.code, done.json["error"]["code"]) == (1, "no-keys")
+    [note, *_] = done.json["error"]["context"]["notes"]
+    assert "in both, so there is no key to compare" in note
+
+
 @pytest.mark.parametrize("other", ["current", "defaults"])
 def test_a_trace_is_compared_with_another_trace_alone(vllmc: Run, other: str) -> None:
     done = vllmc("diff-config", trace("cold"), other, "--json")
