@@ -17,7 +17,15 @@ from vllmc.cli import job as jobs
 from vllmc.cli import report
 from vllmc.cli.options import CommonFlags, CompileFlags, command, compile_request
 from vllmc.cli.settings import Settings
-from vllmc.cli.snapshots import Side, compare_sides, snapshot_side, stored_side, unknown_side
+from vllmc.cli.snapshots import (
+    WORDS,
+    Comparison,
+    Side,
+    compare_sides,
+    snapshot_side,
+    stored_side,
+    unknown_side,
+)
 from vllmc.core.cache.key import Factor
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import CheckFailed, UsageError, VllmcError
@@ -28,19 +36,24 @@ _CONFIGURING = ("TORCH", "TRITON", "INDUCTOR", "AOT_INDUCTOR", "AOTINDUCTOR", "V
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Current:
-    """What `current` and `defaults` are worked out from."""
+class _Given:
+    """What `current` and `defaults` are worked out from; `model` is None where none was named."""
 
     settings: Settings
     compilation: CompileFlags
     variables: Mapping[str, str]
-    model: str
+    model: str | None
 
 
 @command
 def diff_config(
     a: Annotated[
-        str, typer.Argument(metavar="A", help="current, defaults, a stored key or a snapshot file.")
+        str,
+        typer.Argument(
+            metavar="A",
+            help="current, defaults, a stored key, a snapshot file, a vLLM cache or log, or a "
+            "torch trace.",
+        ),
     ],
     b: Annotated[str, typer.Argument(metavar="B", help="The other side, likewise.")],
     compilation: CompileFlags,
@@ -71,25 +84,25 @@ def diff_config(
     A snapshot file is what vllmc inspect-key --json prints. The options that shape the
     compilation apply to current; defaults is without them, config file and environment variables.
 
+    A directory of vLLM's torch_compile_cache (with one key) or a log of vLLM's with
+    VLLM_LOGGING_LEVEL=DEBUG is compared with another of these, or with a snapshot of one.
+
+    A TORCH_TRACE directory, or one log of it, is compared with another: compilations are matched,
+    and the components named in which their keys in torch's caches differ.
+
     With --json: a and b (kind, name), equal (no difference affects the key), changes (group,
     name, before, after, kind: changed, added or removed; class: codegen, surroundings, identity,
     secret or unknown; affects_key, origin_before, origin_after, note), same, the number of
     factors that are, and notes, remarks on what was compared.
     """
-    settings = common.settings()
-    store = Store(settings.cache_dir)
-    known = {text: _known_side(store, text) for text in (a, b)}
-    whose = model or next((s.model for s in known.values() if s and s.model), DEFAULT_PRESET)
-    current = _Current(
-        settings=settings, compilation=compilation, variables=_variables(env or []), model=whose
+    given = _Given(
+        settings=common.settings(),
+        compilation=compilation,
+        variables=_variables(env or []),
+        model=model,
     )
-    try:
-        left, right = (known[text] or _live_side(text, current) for text in (a, b))
-    except VllmcError as error:
-        if error.code == "unknown-model" and model is None:
-            error.hint = "--model MODEL says whose factors current and defaults are"
-        raise
-    comparison = compare_sides(left, right)
+    comparison = _compare_foreign(a, b) or _compare_own(a, b, given)
+    left, right = comparison.left, comparison.right
     equal = not any(change.affects_key for change in comparison.changes)
     row = {
         "a": {"kind": left.kind, "name": left.name},
@@ -101,6 +114,29 @@ def diff_config(
     }
     common.output("diff-config").data(row, lambda: report.diff(row))
     return CheckFailed.exit_code if exit_code and not equal else 0
+
+
+def _compare_foreign(a: str, b: str) -> Comparison | None:
+    """The comparison of what other systems recorded; None where it is all vllmc's own."""
+    if not Path(a).exists() and not Path(b).exists():
+        return None
+    from vllmc.cli.foreign import compare_recorded
+
+    return compare_recorded(a, b)
+
+
+def _compare_own(a: str, b: str, given: _Given) -> Comparison:
+    store = Store(given.settings.cache_dir)
+    known = {text: _known_side(store, text) for text in (a, b)}
+    models = (given.model, *(side.model for side in known.values() if side))
+    whose = next((model for model in models if model), DEFAULT_PRESET)
+    try:
+        left, right = (known[text] or _live_side(text, given, whose) for text in (a, b))
+    except VllmcError as error:
+        if error.code == "unknown-model" and given.model is None:
+            error.hint = "--model MODEL says whose factors current and defaults are"
+        raise
+    return compare_sides(left, right)
 
 
 def _variables(pairs: list[str]) -> dict[str, str]:
@@ -117,7 +153,7 @@ def _variables(pairs: list[str]) -> dict[str, str]:
 
 def _known_side(store: Store, text: str) -> Side | None:
     """The side `text`, where it is a file or a stored key."""
-    if text in ("current", "defaults"):
+    if text in WORDS:
         return None
     if Path(text).is_file():
         return snapshot_side(Path(text))
@@ -127,31 +163,31 @@ def _known_side(store: Store, text: str) -> Side | None:
     return side
 
 
-def _live_side(text: str, current: _Current) -> Side:
+def _live_side(text: str, given: _Given, model: str) -> Side:
     if text == "defaults":
         environment = {
             name: value
-            for name, value in current.settings.environment.items()
+            for name, value in given.settings.environment.items()
             if not _configures(name)
         }
         words = ["--config", os.devnull]
         return Side(
             kind="defaults",
             name="",
-            model=current.model,
-            factors=_elsewhere(current, words, environment),
+            model=model,
+            factors=_elsewhere(given, model, words, environment),
         )
-    if current.variables:
+    if given.variables:
         # torch reads variables when it is imported, so others need a process of their own.
-        words = _words(current.compilation)
-        if current.settings.config is not None:
-            words += ["--config", str(current.settings.config.path)]
-        environment = {**current.settings.environment, **current.variables}
-        factors = _elsewhere(current, words, environment)
+        words = _words(given.compilation)
+        if given.settings.config is not None:
+            words += ["--config", str(given.settings.config.path)]
+        environment = {**given.settings.environment, **given.variables}
+        factors = _elsewhere(given, model, words, environment)
     else:
-        request = compile_request(current.settings, current.compilation, current.model)
-        factors = jobs.make(current.settings, request).factors
-    return Side(kind="current", name="", model=current.model, factors=factors)
+        request = compile_request(given.settings, given.compilation, model)
+        factors = jobs.make(given.settings, request).factors
+    return Side(kind="current", name="", model=model, factors=factors)
 
 
 def _configures(variable: str) -> bool:
@@ -164,11 +200,11 @@ def _configures(variable: str) -> bool:
 
 
 def _elsewhere(
-    current: _Current, words: list[str], environment: Mapping[str, str]
+    given: _Given, model: str, words: list[str], environment: Mapping[str, str]
 ) -> tuple[Factor, ...]:
     """The factors that `inspect-key` with the options `words` finds under this environment."""
     program = "from vllmc.cli.app import entry_point; entry_point()"
-    words = [current.model, "--cache-dir", str(current.settings.cache_dir), *words]
+    words = [model, "--cache-dir", str(given.settings.cache_dir), *words]
     done = subprocess.run(
         [sys.executable, "-c", program, "inspect-key", "--json", "-q", *words],
         env=dict(environment),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,7 +21,9 @@ from rich.text import Text
 Row: TypeAlias = Mapping[str, Any]
 
 _KEY_DIGITS = 12
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _VALUE_LENGTH = 160
+_NOTE_LENGTH = 60
 _LEGIBLE = 16
 _GAP = 2
 
@@ -69,8 +72,10 @@ def moment(timestamp: float) -> str:
 
 
 def plain_value(value: object) -> str:
-    """A JSON value in one line, a long one cut short."""
+    """A JSON value in one line, a long one or a digest cut short."""
     text = value if isinstance(value, str) and value else json.dumps(value, sort_keys=True)
+    if _DIGEST.fullmatch(text):
+        return short_key(text)
     return text if len(text) <= _VALUE_LENGTH else f"{text[: _VALUE_LENGTH - 4]} ..."
 
 
@@ -211,22 +216,34 @@ def factors(rows: Iterable[Row], limit: int | None = None) -> RenderableType:
 
 def _factor(row: Row) -> tuple[str, ...]:
     name = row["name"] if row["affects_key"] else f"{row['name']} (not in the key)"
-    return (name, plain_value(row["value"]), row["origin"])
+    return (name, plain_value(row["value"]), _origin(row, "origin"))
 
 
 def changes(rows: Iterable[Row]) -> RenderableType:
-    """The rows CHANGE: which factor, from what to what, why, and of which class."""
-    return Listing(headings=("FACTOR", "CHANGE", "ORIGIN", "CLASS"), rows=tuple(map(_change, rows)))
+    """The rows CHANGE: which factor, from what to what, why, and of which class.
+
+    Notes too long for a table stand below it.
+    """
+    rows = tuple(rows)
+    table = Listing(
+        headings=("FACTOR", "CHANGE", "ORIGIN", "CLASS"), rows=tuple(map(_change, rows))
+    )
+    below = [
+        Text.assemble((f"{row['group']}.{row['name']}", "bold"), f": {row['note']}")
+        for row in rows
+        if _is_long(row["note"])
+    ]
+    return Group(table, "", *below) if below else table
 
 
 def _change(row: Row) -> tuple[str, ...]:
     before, after = plain_value(row["before"]), plain_value(row["after"])
     change = {"added": f"+ {after}", "removed": f"- {before}"}
-    note = f" ({row['note']})" if row.get("note") else ""
+    note = f" ({row['note']})" if row["note"] and not _is_long(row["note"]) else ""
     return (
         f"{row['group']}.{row['name']}",
         change.get(row["kind"], f"{before} -> {after}"),
-        row["origin_before"] if row["kind"] == "removed" else row["origin_after"],
+        _origin(row, "origin_before" if row["kind"] == "removed" else "origin_after"),
         row["class"] + ("" if row["affects_key"] else ", not in the key") + note,
     )
 
@@ -234,6 +251,15 @@ def _change(row: Row) -> tuple[str, ...]:
 def count(number: int, noun: str) -> str:
     """`1 factor`, `2 factors`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _is_long(note: str) -> bool:
+    return len(note) > _NOTE_LENGTH
+
+
+def _origin(row: Row, field: str) -> str:
+    # A factor that is itself a variable does not name it twice.
+    return "env" if row[field] == f"env:{row['name']}" else str(row[field])
 
 
 def names(items: Sequence[str], limit: int = 4) -> str:

@@ -13,6 +13,8 @@ from vllmc.core.cache.record import SourceFile, UnitRecord
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import UsageError, VllmcError
 
+# What is worked out now, also where a file has such a name.
+WORDS = ("current", "defaults")
 _PREFIX = re.compile(r"[0-9a-f]{8,64}")
 
 
@@ -85,6 +87,10 @@ def snapshot_side(path: Path) -> Side:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         factors = tuple(Factor.from_json(row) for row in data["factors"])
+        if any(factor.group.startswith("torch.") for factor in factors):
+            raise ValueError(
+                "it is of a torch trace, which has a key per graph; compare the traces"
+            )
         return Side(kind="snapshot", name=str(path), model=str(data["model"]), factors=factors)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VllmcError(
@@ -100,5 +106,6 @@ def unknown_side(text: str) -> UsageError:
     return UsageError(
         "unknown-side",
         f"'{text}' is nothing to compare",
-        hint="give current, defaults, a stored key (8 or more hex digits) or a snapshot file",
+        hint="give current, defaults, a stored key (8 or more hex digits), a snapshot file, or a "
+        "vLLM cache directory or debug log, or a TORCH_TRACE directory",
     )

@@ -17,6 +17,7 @@ from vllmc.cli.options import CommonFlags, command
 from vllmc.core.errors import CheckFailed, UnsafeCacheError, UsageError, VllmcError
 
 Run = Callable[..., Any]
+TRACES = Path(__file__).parents[1] / "core" / "diagnose" / "traces"
 FAILURE = VllmcError(
     "unknown-model",
     "there is no model 'x'",
@@ -233,8 +234,16 @@ def spawn(
 
 @pytest.mark.parametrize(
     "words",
-    [("--help",), ("--version",), ("models",), ("cache", "ls"), ("cache", "verify", "--json")],
-    ids=" ".join,
+    [
+        ("--help",),
+        ("--version",),
+        ("models",),
+        ("cache", "ls"),
+        ("cache", "verify", "--json"),
+        ("inspect-key", f"{TRACES}/cold"),
+        ("diff-config", f"{TRACES}/cold", f"{TRACES}/option", "--json"),
+    ],
+    ids=lambda words: " ".join(words).replace(f"{TRACES}/", ""),
 )
 def test_light_commands_import_no_torch(tmp_path: Path, words: tuple[str, ...]) -> None:
     done = spawn(*words, cwd=tmp_path)

@@ -85,6 +85,7 @@ def test_values_are_json_in_one_line_and_cut_when_long() -> None:
     assert render.plain_value({"b": 1, "a": [None, True]}) == '{"a": [null, true], "b": 1}'
     assert render.plain_value("text") == "text"
     assert render.plain_value("") == '""'
+    assert render.plain_value("0123456789ab" + "0" * 52) == "0123456789ab"
     cut = render.plain_value("x" * 1000)
     assert len(cut) == 160
     assert cut.endswith(" ...")
@@ -115,6 +116,22 @@ def test_changes_show_both_sides_the_origin_and_the_class() -> None:
         "inductor.x             + true         flag     codegen (new in torch 2.14)",
         "inductor.y             - false        default  codegen, not in the key",
     ]
+
+
+def test_a_long_note_stands_below_the_table() -> None:
+    note = "it is long, " * 6 + "and has a line of its own"
+    assert lines(render.changes([change(), change(name="x", note=note)])) == [
+        "FACTOR                 CHANGE         ORIGIN  CLASS",
+        "inductor.max_autotune  false -> true  flag    codegen",
+        "inductor.x             false -> true  flag    codegen",
+        "",
+        f"inductor.x: {note}",
+    ]
+
+
+def test_a_variable_that_is_a_factor_is_not_named_twice() -> None:
+    row = change(group="vllm.env", name="VLLM_X", origin_after="env:VLLM_X")
+    assert lines(render.changes([row]))[1].split()[-2:] == ["env", "codegen"]
 
 
 def test_a_few_names_stand_for_many() -> None:

@@ -92,7 +92,9 @@ def test_the_error_for_no_side_names_the_kinds_there_are() -> None:
     assert all(kind in error.hint for kind in ("current", "defaults", "key", "snapshot"))
 
 
-def test_commands_on_stored_things_import_no_torch(stored: Any, workplace: Path) -> None:
+def test_commands_on_stored_things_import_no_torch(
+    stored: Any, workplace: Path, vllm_start: Any
+) -> None:
     program = (
         "import json, sys\n"
         "from vllmc.cli.app import main\n"
@@ -102,7 +104,12 @@ def test_commands_on_stored_things_import_no_torch(stored: Any, workplace: Path)
     key = stored.program.key[:12]
     row = {"model": "m", "factors": [factor.to_json() for factor in stored.program.factors]}
     snapshot = str(write(workplace, row))
+    cache = str(vllm_start.store(workplace / "vllm"))
+    log = workplace / "vllm.log"
+    log.write_text(vllm_start.log())
     commands = [
+        ["inspect-key", cache],
+        ["diff-config", cache, str(log)],
         ["inspect-key", key],
         ["diff-config", key, snapshot, "--exit-code"],
         ["diff-config", key, stored.unit.key[:12]],
@@ -114,4 +121,4 @@ def test_commands_on_stored_things_import_no_torch(stored: Any, workplace: Path)
         capture_output=True,
         check=True,
     )
-    assert done.stdout.splitlines()[-1] == "[0, 0, 0] set()"
+    assert done.stdout.splitlines()[-1] == "[0, 0, 0, 0, 0] set()"

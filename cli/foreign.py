@@ -1,0 +1,187 @@
+"""What other systems recorded, as sides of a comparison. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from vllmc.cli.snapshots import WORDS, Comparison, Side, snapshot_side
+from vllmc.core.diagnose.torch_caches import TorchTrace, read_trace
+from vllmc.core.diagnose.torch_diff import diff_traces
+from vllmc.core.diagnose.torch_trace import is_trace
+from vllmc.core.diagnose.vllm_cache import CacheKind, read_caches
+from vllmc.core.diagnose.vllm_compare import (
+    KEY,
+    Subject,
+    cache_subjects,
+    compare_keys,
+    like_with_like,
+    log_subjects,
+)
+from vllmc.core.diagnose.vllm_factors import KeyFacts
+from vllmc.core.diagnose.vllm_layout import is_vllm_cache
+from vllmc.core.diagnose.vllm_log import is_vllm_log, read_log
+from vllmc.core.errors import UsageError, VllmcError
+
+ForeignKind: TypeAlias = Literal["vllm-cache", "vllm-log", "torch-trace"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """Keys of vLLM's that something holds: at least one, and remarks on what it holds.
+
+    Those of a `torch_aot_compile` tree are made of other things than all others.
+    """
+
+    kind: str
+    name: str
+    subjects: tuple[Subject, ...]
+    tree: CacheKind = "compile"
+    notes: tuple[str, ...] = ()
+
+
+def kind_of(path: Path) -> ForeignKind | None:
+    """What of another system a path holds; None where it holds nothing that is known."""
+    if path.is_dir() and is_vllm_cache(path):
+        return "vllm-cache"
+    if path.exists() and is_trace(path):
+        return "torch-trace"
+    return "vllm-log" if path.is_file() and is_vllm_log(path) else None
+
+
+def recorded(text: str) -> Recorded | None:
+    """The keys of vLLM's in the directory, log or snapshot `text`; None where it is none.
+
+    Raises `VllmcError` where there is not exactly one cache, or no key in a log.
+    """
+    path = Path(text)
+    kind = None if text in WORDS else kind_of(path)
+    if kind == "vllm-cache":
+        return _cache(path)
+    if kind == "vllm-log":
+        return _log(path)
+    return _snapshot(path) if text not in WORDS and path.is_file() else None
+
+
+def compare_recorded(a: str, b: str) -> Comparison | None:
+    """Compares what other systems recorded, like with like; None where both sides are vllmc's own.
+
+    Raises `UsageError` (`unlike-sides`) where only one is, or they record different things.
+    """
+    traces = [text not in WORDS and kind_of(Path(text)) == "torch-trace" for text in (a, b)]
+    if all(traces):
+        return _compare_traces(read_trace(Path(a)), read_trace(Path(b)))
+    left, right = recorded(a), recorded(b)
+    if left is None and right is None and not any(traces):
+        return None
+    if left is None or right is None or left.tree != right.tree:
+        raise UsageError(
+            "unlike-sides",
+            f"the keys of '{a}' and '{b}' are made of different things",
+            hint="compare a vLLM cache or log with another or with a snapshot of one, a "
+            "torch_aot_compile tree with another, and a torch trace with another",
+        )
+    return _compare(left, right)
+
+
+def _compare_traces(left: TorchTrace, right: TorchTrace) -> Comparison:
+    found = diff_traces(left, right)
+    if not found.changes and not found.keys:
+        # Nothing differs because nothing is there: to call that equal would mislead.
+        raise VllmcError(
+            "no-keys",
+            "the traces have no key of torch's caches in common",
+            context={"notes": list(found.notes)} if found.notes else None,
+            hint="the caches were off, bypassed or not asked; vllmc inspect-key TRACE says which",
+        )
+    return Comparison(
+        left=_trace_side(left),
+        right=_trace_side(right),
+        changes=found.changes,
+        same=found.same,
+        notes=found.notes,
+    )
+
+
+def _trace_side(trace: TorchTrace) -> Side:
+    notes = tuple(f"{trace.name}: {note}" for note in trace.notes)
+    return Side(kind="torch-trace", name=trace.name, model="", factors=(), notes=notes)
+
+
+def _compare(left: Recorded, right: Recorded) -> Comparison:
+    a, b, taken = like_with_like(left.subjects, right.subjects)
+    found = compare_keys(a, b)
+    return Comparison(
+        left=_side(left, a),
+        right=_side(right, b),
+        changes=found.changes,
+        same=found.same,
+        notes=(*found.notes, *taken),
+    )
+
+
+def _side(recorded: Recorded, subject: Subject) -> Side:
+    return Side(
+        kind=recorded.kind,
+        name=recorded.name,
+        model="",
+        factors=subject.facts.factors,
+        notes=recorded.notes,
+    )
+
+
+def _cache(path: Path) -> Recorded:
+    caches = read_caches(path)
+    if len(caches) > 1:
+        names = [str(cache.path.relative_to(path.resolve())) for cache in caches]
+        raise UsageError(
+            "several-keys",
+            f"{path} holds {len(caches)} keys, and one is to be compared",
+            context={"keys": names},
+            hint="name the directory of one; vllmc inspect-key says how they differ",
+        )
+    [cache] = caches
+    notes = tuple(f"{path}: {note}" for note in cache.notes)
+    return Recorded(
+        kind="vllm-cache",
+        name=str(path),
+        subjects=cache_subjects(cache),
+        tree=cache.kind,
+        notes=notes,
+    )
+
+
+def _log(path: Path) -> Recorded:
+    log = read_log(path)
+    notes = [*log.notes]
+    if log.loaded:
+        notes.append(
+            f"a whole model was loaded from {log.loaded[-1]}: a start that does so dumps no factors"
+        )
+    if not log.dumps:
+        raise VllmcError(
+            "no-factors",
+            f"{path} has no dump of cache key factors",
+            context={"loaded": list(log.loaded)} if log.loaded else None,
+            hint="start vLLM with VLLM_LOGGING_LEVEL=DEBUG"
+            + (" and VLLM_USE_AOT_COMPILE=0" if log.loaded else ""),
+        )
+    return Recorded(
+        kind="vllm-log",
+        name=str(path),
+        subjects=log_subjects(log),
+        notes=tuple(f"{path}: {note}" for note in notes),
+    )
+
+
+def _snapshot(path: Path) -> Recorded | None:
+    try:
+        side = snapshot_side(path)
+    except VllmcError:
+        # It is for the caller to say that a file is nothing at all.
+        return None
+    if not side.factors or not all(f.group.startswith(f"{KEY}.") for f in side.factors):
+        return None
+    subject = Subject(label="", key="", facts=KeyFacts(factors=side.factors))
+    return Recorded(kind=side.kind, name=side.name, subjects=(subject,))
