@@ -61,6 +61,7 @@ def test_the_json_of_a_comparison_has_the_contract_s_fields(
         "affects_key": True,
         "origin_before": "env:VLLM_NIXL_SIDE_CHANNEL_HOST",
         "origin_after": "env:VLLM_NIXL_SIDE_CHANNEL_HOST",
+        "restore": "",
     }
     assert "everything that differs is spurious: both compile the same code" in row["notes"]
 
