@@ -88,7 +88,7 @@ def find_logs(path: Path) -> tuple[Path, ...]:
     """
     try:
         if not path.is_dir():
-            return (path,) if _begins_as_log(path) else ()
+            return (path,) if path.is_file() and _begins_as_log(path) else ()
         files = sorted(p for p in path.iterdir() if p.suffix == _LOG_SUFFIX and p.is_file())
         return tuple(file for file in files if _begins_as_log(file))
     except OSError as error:

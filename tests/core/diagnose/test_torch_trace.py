@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,11 @@ def test_a_trace_is_told_by_its_contents(tmp_path: Path, traces: Path) -> None:
     assert not is_trace(other)
     assert not is_trace(tmp_path)
     assert not is_trace(tmp_path / "missing")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.log")
+    assert find_logs(tmp_path) == find_logs(tmp_path / "pipe.log") == ()
 
 
 def test_a_log_that_cannot_be_read_is_an_error_with_a_hint(tmp_path: Path) -> None:
