@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from vllmc.cli.snapshots import WORDS, Comparison, Side, snapshot_side
+from vllmc.core.diagnose.foreign_files import clean
 from vllmc.core.diagnose.torch_caches import TorchTrace, read_trace
 from vllmc.core.diagnose.torch_diff import diff_traces
 from vllmc.core.diagnose.torch_trace import is_trace
@@ -50,7 +51,7 @@ def kind_of(path: Path) -> ForeignKind | None:
     return "vllm-log" if path.is_file() and is_vllm_log(path) else None
 
 
-def recorded(text: str) -> Recorded | None:
+def _recorded(text: str) -> Recorded | None:
     """The keys of vLLM's in the directory, log or snapshot `text`; None where it is none.
 
     Raises `VllmcError` where there is not exactly one cache, or no key in a log.
@@ -72,7 +73,7 @@ def compare_recorded(a: str, b: str) -> Comparison | None:
     traces = [text not in WORDS and kind_of(Path(text)) == "torch-trace" for text in (a, b)]
     if all(traces):
         return _compare_traces(read_trace(Path(a)), read_trace(Path(b)))
-    left, right = recorded(a), recorded(b)
+    left, right = _recorded(a), _recorded(b)
     if left is None and right is None and not any(traces):
         return None
     if left is None or right is None or left.tree != right.tree:
@@ -134,7 +135,7 @@ def _side(recorded: Recorded, subject: Subject) -> Side:
 def _cache(path: Path) -> Recorded:
     caches = read_caches(path)
     if len(caches) > 1:
-        names = [str(cache.path.relative_to(path.resolve())) for cache in caches]
+        names = [clean(str(cache.path.relative_to(path.resolve()))) for cache in caches]
         raise UsageError(
             "several-keys",
             f"{path} holds {len(caches)} keys, and one is to be compared",
@@ -167,10 +168,13 @@ def _log(path: Path) -> Recorded:
             hint="start vLLM with VLLM_LOGGING_LEVEL=DEBUG"
             + (" and VLLM_USE_AOT_COMPILE=0" if log.loaded else ""),
         )
+    subjects = log_subjects(log)
+    if len(log.dumps) > len(subjects):
+        notes.append(f"{len(log.dumps)} dumps; of each rank the last is taken")
     return Recorded(
         kind="vllm-log",
         name=str(path),
-        subjects=log_subjects(log),
+        subjects=subjects,
         notes=tuple(f"{path}: {note}" for note in notes),
     )
 
@@ -183,5 +187,5 @@ def _snapshot(path: Path) -> Recorded | None:
         return None
     if not side.factors or not all(f.group.startswith(f"{KEY}.") for f in side.factors):
         return None
-    subject = Subject(label="", key="", facts=KeyFacts(factors=side.factors))
+    subject = Subject(label="", key="", facts=KeyFacts(factors=side.factors, complete=True))
     return Recorded(kind=side.kind, name=side.name, subjects=(subject,))

@@ -58,8 +58,9 @@ def inspect_key(
     or aot), key, path, release, bytes, modified, compilations (label, pieces, ranges, artifacts:
     name, range, piece, bytes, digest), artifacts, unique_artifacts, duplicate_bytes, stores,
     spurious (name, value, reason, advice), secrets, paths (path, role: handle, moved, factor,
-    source or artifact; where, meaning), differs (names of factors) and notes. Of several caches
-    artifacts are not read, and key and factors are empty.
+    source or artifact; where, meaning), differs (names of factors) and notes. Factors, spurious,
+    secrets and paths are those of the first rank. Of several caches artifacts are not read, and
+    key and factors are empty.
 
     For a trace there is no prediction, key is empty, and factors are the components that all keys
     of the trace share, with torch's hash as digest. torch is the version that wrote it, and

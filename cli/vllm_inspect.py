@@ -11,9 +11,10 @@ from rich.text import Text
 
 from vllmc.cli.render import Listing, factors, facts, moment, names, plain_value, short_key, size
 from vllmc.cli.report import notes
+from vllmc.core.diagnose.foreign_files import clean
 from vllmc.core.diagnose.vllm_cache import Compilation, VllmCache, duplicates, read_caches
 from vllmc.core.diagnose.vllm_compare import cache_subjects, compare_keys
-from vllmc.core.diagnose.vllm_factors import ENVIRONMENT, moving, spurious
+from vllmc.core.diagnose.vllm_factors import ENVIRONMENT, KeyFacts, moving, spurious
 from vllmc.core.diagnose.vllm_graph import source_roots
 
 Row = dict[str, Any]
@@ -52,13 +53,13 @@ def vllm_row(path: Path) -> Row:
 
 
 def _cache_row(cache: VllmCache, previous: VllmCache | None) -> Row:
-    facts_ = cache.main.facts if cache.main else None
+    known = cache.main.facts if cache.main else KeyFacts()
     twins = duplicates(cache.artifacts)
     read = all(artifact.digest for artifact in cache.artifacts)
     return {
         "kind": cache.kind,
         "key": cache.key,
-        "path": str(cache.path),
+        "path": clean(str(cache.path)),
         "release": cache.release,
         "bytes": cache.bytes,
         "modified": cache.modified,
@@ -67,10 +68,8 @@ def _cache_row(cache: VllmCache, previous: VllmCache | None) -> Row:
         "unique_artifacts": twins.unique if read else None,
         "duplicate_bytes": twins.bytes if read else None,
         "stores": dict(cache.stores),
-        "spurious": [_spurious_row(n, facts_.environment[n]) for n in moving(facts_)]
-        if facts_
-        else [],
-        "secrets": list(facts_.secrets) if facts_ else [],
+        "spurious": [_spurious_row(name, known.environment[name]) for name in moving(known)],
+        "secrets": list(known.secrets),
         "paths": [row for compilation in cache.compilations[:1] for row in _paths(compilation)],
         "differs": _differs(previous, cache) if previous else None,
         "notes": list(cache.notes),
@@ -213,6 +212,9 @@ def _several(caches: Sequence[Row]) -> RenderableType:
         Text(f"{len(caches)} keys, {total}; give the directory of one to see it", style="bold"),
         "",
         listing,
+        *notes(
+            [f"{short_key(cache['key'])}: {note}" for cache in caches for note in cache["notes"]]
+        ),
     )
 
 

@@ -1,1 +1,1 @@
-"""Recompiles: what happened, why, and how to avoid it."""
+"""What happened, why, and how to avoid it: recompiles, and what other systems recorded."""

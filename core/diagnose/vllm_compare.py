@@ -107,21 +107,23 @@ def like_with_like(
 
 
 def compare_keys(left: Subject, right: Subject) -> KeyComparison:
-    """Compares the factors that both sides have; where one has none, the keys alone."""
+    """Compares the factors that both sides have; where one has none, the keys alone.
+
+    What a side merely does not record is no difference.
+    """
     if not left.facts.factors or not right.facts.factors:
         return _compare_bare(left, right)
-    changes = diff(left.facts.factors, right.facts.factors, include_provenance=True)
-    identities = {f.identity for f in (*left.facts.factors, *right.facts.factors)}
-    same = len(identities) - len(changes)
+    every = diff(left.facts.factors, right.facts.factors, include_provenance=True)
+    missing = [change for change in every if _is_unrecorded(change, left.facts, right.facts)]
+    changes = [_explained(change) for change in every if change not in missing]
     secret = tuple(_secret_changes(left.facts, right.facts))
-    changes = (*map(_explained, changes), *secret)
-    if left.facts.env_hash and right.facts.env_hash:
-        changes += tuple(_unnamed(left.facts, right.facts, changes))
-    changes = tuple(sorted(changes, key=_importance))
+    changes += [*secret, *_unnamed(left, right, (*changes, *secret), whole=not missing)]
+    changes.sort(key=_importance)
+    identities = {f.identity for f in (*left.facts.factors, *right.facts.factors)}
     return KeyComparison(
-        changes=changes,
-        same=same - len(secret),
-        notes=tuple(_conclusions(left, right, changes)),
+        changes=tuple(changes),
+        same=len(identities) - len(every) - len(secret),
+        notes=(*_gaps(left.facts, right.facts, missing), *_conclusions(left, right, changes)),
     )
 
 
@@ -157,19 +159,43 @@ def _compare_bare(left: Subject, right: Subject) -> KeyComparison:
     return KeyComparison(changes=tuple(changes), same=1 - len(changes), notes=notes)
 
 
+def _is_unrecorded(change: Change, left: KeyFacts, right: KeyFacts) -> bool:
+    """Whether a factor is on one side alone because the other side's record has a gap."""
+    if change.kind == "changed":
+        return False
+    lacking = left if change.kind == "added" else right
+    return change.group != ENVIRONMENT or not lacking.complete
+
+
+def _gaps(left: KeyFacts, right: KeyFacts, missing: Sequence[Change]) -> Iterator[str]:
+    if missing:
+        names = [c.name if c.group == ENVIRONMENT else c.group for c in missing]
+        yield f"not compared, as one side does not record them: {_few(names)}"
+    known = [dict(side.hidden) for side in (left, right)]
+    names = [
+        name
+        for name, value in left.environment.items()
+        if value == right.environment.get(name) == REDACTED
+        and not all(name in hidden for hidden in known)
+    ]
+    if names:
+        yield f"not compared, as a snapshot has no secrets: {_few(names)}"
+
+
 def _explained(change: Change) -> Change:
     if change.group != ENVIRONMENT:
         return replace(change, klass="unknown", note=_ONLY_HASHED.get(change.group, ""))
     if change.kind != "changed":
         side = "a" if change.kind == "added" else "b"
-        note = f"not a factor of {side}: another release of vLLM, or a dump cut short"
+        note = f"not a factor of {side}: another release of vLLM"
         return replace(change, klass="unknown", note=note)
     known = spurious(change.name)
     klass: ChangeClass = "codegen" if known is None else "surroundings"
-    note = (
-        "" if known is None else f"spurious: {known.reason}, which shapes no code; {known.advice}"
+    return replace(
+        change,
+        klass="secret" if change.klass == "secret" else klass,
+        note=_spurious_note(known),
     )
-    return replace(change, klass="secret" if change.klass == "secret" else klass, note=note)
 
 
 def _spurious_note(known: Spurious | None) -> str:
@@ -187,18 +213,21 @@ def _secret_changes(left: KeyFacts, right: KeyFacts) -> Iterator[Change]:
             yield _change(ENVIRONMENT, name, REDACTED, REDACTED, klass="secret", note=note)
 
 
-def _unnamed(left: KeyFacts, right: KeyFacts, changes: Sequence[Change]) -> Iterator[Change]:
-    """The change of the environment's hash that no variable accounts for."""
-    named = any(change.group == ENVIRONMENT and change.kind == "changed" for change in changes)
-    if left.env_hash == right.env_hash or named or (left.complete and right.complete):
-        return
-    yield _change(
-        ENVIRONMENT,
-        "hash",
-        left.env_hash,
-        right.env_hash,
-        note="the variable that differs is among those that are not in the dumps",
-    )
+def _unnamed(
+    left: Subject, right: Subject, changes: Sequence[Change], *, whole: bool
+) -> Iterator[Change]:
+    """The difference that no recorded factor accounts for, by the hash that it shows in.
+
+    With the `whole` record on both sides, different names of directories are no difference.
+    """
+    hashes = (left.facts.env_hash, right.facts.env_hash)
+    if all(hashes) and hashes[0] != hashes[1]:
+        if not any(change.group == ENVIRONMENT for change in changes):
+            note = "the variable that differs is not recorded on both sides"
+            yield _change(ENVIRONMENT, "hash", *hashes, note=note)
+    elif not changes and not whole and left.key and right.key and left.key != right.key:
+        note = "what differs is not recorded on both sides"
+        yield _change(KEY, "key", left.key, right.key, note=note)
 
 
 def _change(
@@ -236,7 +265,7 @@ def _importance(change: Change) -> tuple[int, int, str]:
 def _conclusions(left: Subject, right: Subject, changes: Sequence[Change]) -> Iterator[str]:
     groups = {change.group for change in changes}
     if changes and all(c.klass == "surroundings" for c in changes):
-        yield "everything that differs is spurious: both compile the same code"
+        yield "everything that differs is spurious"
     releases = [release(side.facts.environment) for side in (left, right)]
     if all(releases) and releases[0] != releases[1]:
         yield f"two releases of vLLM: a is {releases[0]}; b is {releases[1]}"

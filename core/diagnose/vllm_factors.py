@@ -129,7 +129,7 @@ class KeyFacts:
 
     `factors` hold no secret; `hidden` are the digests of the values left out, by name, so that two
     sides can be told to differ. `env_hash` is vLLM's own over all of the environment's factors;
-    `complete` says that the factors are those it was made of.
+    `complete` says that all of them are here.
     """
 
     factors: tuple[Factor, ...] = ()

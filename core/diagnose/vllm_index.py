@@ -26,8 +26,6 @@ class IndexEntry:
 
     range: str
     piece: int
-    compiler: str
-    name: str
     path: str
 
 
@@ -63,14 +61,8 @@ def _entry(key: object, handle: object) -> IndexEntry | None:
     if isinstance(handle, dict):
         handle = handle.get("graph_handle")
     match key, handle:
-        case (shape, int(piece), str(compiler)), (str(name), str(path)):
-            return IndexEntry(
-                range=_range(shape),
-                piece=piece,
-                compiler=clean(compiler),
-                name=clean(name),
-                path=clean(path),
-            )
+        case (shape, int(piece), str()), (str(), str(path)):
+            return IndexEntry(range=_range(shape), piece=piece, path=clean(path))
         case _:
             return None
 

@@ -59,7 +59,6 @@ class LogDump:
     `sources` are the traced files; `line` is where in the log it stands.
     """
 
-    process: str
     line: int
     directory: str
     facts: KeyFacts
@@ -149,7 +148,6 @@ def _unwrapped(line: str) -> tuple[str, Iterable[str]]:
 class _Open:
     """A dump that is being read."""
 
-    process: str
     line: int
     directory: str = ""
     hashes: dict[str, str] = field(default_factory=dict)
@@ -190,10 +188,10 @@ class _Reader:
         elif marker == _LOADED:
             self._loaded.append(clean(text.partition(_LOADED)[2]))
         elif marker == _USING and (used := _USED.search(text)) is not None:
-            self._dump(state, process, number, clean(used[1]))
+            self._dump(state, number, clean(used[1]))
         elif marker == _FACTORS:
             directory = _DIRECTORY.search(text)
-            dump = self._dump(state, process, number, clean(directory[1]) if directory else "")
+            dump = self._dump(state, number, clean(directory[1]) if directory else "")
             dump.hashes = dict(_FIELD.findall(text))
         elif marker == _RAW and state.dump is not None:
             state.dump.raw = True
@@ -204,11 +202,11 @@ class _Reader:
         dumps = tuple(_closed(dump, notes) for dump in self._dumps)
         return VllmLog(dumps=dumps, loaded=tuple(dict.fromkeys(self._loaded)), notes=tuple(notes))
 
-    def _dump(self, state: _Process, process: str, number: int, directory: str) -> _Open:
+    def _dump(self, state: _Process, number: int, directory: str) -> _Open:
         # vLLM names the directory first, and once more with the factors.
         known = state.dump
         if known is None or known.hashes or (directory and known.directory != directory):
-            known = _Open(process=clean(process), line=number, directory=directory)
+            known = _Open(line=number, directory=directory)
             self._dumps.append(known)
             state.dump = known
         known.sources = tuple(state.sources)
@@ -253,7 +251,6 @@ def _closed(dump: _Open, notes: list[str]) -> LogDump:
     elif dump.hashes and not facts.complete:
         notes.append(f"{where}: the dump is incomplete: its factors do not make its hash")
     return LogDump(
-        process=dump.process,
         line=dump.line,
         directory=dump.directory,
         facts=facts,

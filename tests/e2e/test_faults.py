@@ -115,6 +115,29 @@ def test_a_warmed_cache_can_be_used_read_only_and_a_miss_says_so(
     assert files(warmed.root) == before
 
 
+def test_a_vllm_cache_without_permissions_is_read_as_far_as_it_goes(
+    start: Start, workplace: Path, vllm_start: Any
+) -> None:
+    directory = vllm_start.store(workplace / "vllm")
+    vllm_start.store(workplace / "vllm", label="rank_1_0/backbone")
+    hidden = ("rank_0_0/backbone/cache_key_factors.json", "rank_1_0/backbone")
+    for path in (*hidden, "rank_0_0/backbone/artifact_compile_range_1_8192_subgraph_0"):
+        (directory / path).chmod(0)
+    process = start("inspect-key", "vllm", "--json", before=bound_by_modes())
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    [cache] = json.loads(out)["caches"]
+    assert [len(part["artifacts"]) for part in cache["compilations"]] == [3, 0]
+    for path in hidden:
+        assert any(note.startswith(path) and "denied" in note for note in cache["notes"])
+    directory.parent.chmod(0)
+    process = start("inspect-key", directory.parent, "--json", before=bound_by_modes())
+    out, _ = process.communicate(timeout=120)
+    assert (process.returncode, json.loads(out)["error"]["code"]) == (1, "not-readable")
+    for path in (directory.parent, directory / hidden[1]):
+        path.chmod(0o755)
+
+
 def without_compiler(workplace: Path) -> dict[str, str]:
     """An environment with nothing on its PATH and no Inductor cache to find kernels in."""
     for name in ("bin", "inductor"):

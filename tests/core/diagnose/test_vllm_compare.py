@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,36 @@ def test_a_difference_outside_of_the_dump_is_a_difference(vllm_start: Any, logge
     [left], [right] = (logged(text[: text.index("'VLLM_USE_DEEP_GEMM'")]) for text in texts)
     change = only(compare_keys(left, right))
     assert (change.group, change.name, change.klass) == ("vllm.env", "hash", "unknown")
-    assert "not in the dumps" in change.note
+    assert "not recorded on both sides" in change.note
+
+
+def test_what_one_side_does_not_record_is_no_difference(
+    vllm_start: Any, stored: Any, logged: Any
+) -> None:
+    text = vllm_start.log()
+    [hashes_alone] = logged(text[: text.index("Compile env factors")])
+    found = compare_keys(hashes_alone, stored(vllm_start))
+    assert found.changes == ()
+    assert found.same == 3
+    assert noted(found, "one side does not record them: CMAKE_BUILD_TYPE, CUDA_HOME")
+    [cut] = logged(text[: text.index("'VLLM_DP_RANK'")])
+    assert compare_keys(stored(vllm_start), cut).changes == ()
+
+
+def test_keys_that_differ_in_what_is_not_recorded_differ(vllm_start: Any, stored: Any) -> None:
+    whole = stored(vllm_start)
+    facts = replace(whole.facts, factors=whole.facts.factors[:-1])
+    found = compare_keys(whole, replace(whole, key="0123456789", facts=facts))
+    assert names(found) == ["vllm.key"]
+    assert noted(found, "one side does not record them: vllm.")
+
+
+def test_secrets_are_not_compared_with_a_snapshot(vllm_start: Any, stored: Any) -> None:
+    whole = stored(vllm_start.change(env={"VLLM_API_KEY": "hunter2"}))
+    snapshot = Subject(label="", key="", facts=KeyFacts(factors=whole.facts.factors, complete=True))
+    found = compare_keys(snapshot, whole)
+    assert found.changes == ()
+    assert noted(found, "a snapshot has no secrets: VLLM_API_KEY")
 
 
 def test_a_log_and_a_cache_of_one_start_are_equal(
