@@ -18,7 +18,7 @@ from vllmc.cli import report
 from vllmc.cli.options import CommonFlags, CompileFlags, command, compile_request
 from vllmc.cli.settings import Settings
 from vllmc.cli.snapshots import Side, snapshot_side, stored_side, unknown_side
-from vllmc.core.cache.explain import diff, diff_sources
+from vllmc.core.cache.explain import diff, diff_sources, differing
 from vllmc.core.cache.key import Factor
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import CheckFailed, UsageError, VllmcError
@@ -95,7 +95,7 @@ def diff_config(
         changes += diff_sources(left.sources, right.sources)
     equal = not any(change.affects_key for change in changes)
     identities = {f.identity for f in left.factors} | {f.identity for f in right.factors}
-    different = diff(left.factors, right.factors, include_provenance=True)
+    different = differing(left.factors, right.factors, include_provenance=True)
     row = {
         "a": {"kind": left.kind, "name": left.name},
         "b": {"kind": right.kind, "name": right.name},

@@ -101,8 +101,8 @@ def _miss_reason(job: Job, miss: Miss) -> str:
         return "the cache holds no program yet"
     if miss.nearest_key == job.key:
         return "source files changed since the program was stored"
-    factors = "1 factor" if len(miss.changes) == 1 else f"{len(miss.changes)} factors"
-    return f"no program is stored under this key; the nearest differs in {factors}"
+    count = "1 difference" if len(miss.changes) == 1 else f"{len(miss.changes)} differences"
+    return f"no program is stored under this key; the nearest has {count}"
 
 
 def _shares_compiler(job: Job, store: Store) -> bool:

@@ -68,7 +68,7 @@ def test_it_predicts_and_exits_0_whatever_it_predicts(
     assert miss.json["prediction"]["nearest_key"] == warmed.said["key"]
     [change] = miss.json["prediction"]["changes"]
     assert change["name"] == "max_autotune"
-    assert miss.json["prediction"]["reason"].endswith("differs in 1 factor")
+    assert miss.json["prediction"]["reason"].endswith("has 1 difference")
     unknown = eager("inspect-key", "--layers", "3", "--json")
     assert (unknown.code, unknown.json["prediction"]["outcome"]) == (0, "unknown")
     damage(warmed.root, warmed.said["units"][0]["artifact"])
