@@ -16,6 +16,7 @@ import typer
 from vllmc.cli import job as jobs
 from vllmc.cli import report
 from vllmc.cli.options import CommonFlags, CompileFlags, command, compile_request
+from vllmc.cli.prove import print_proof
 from vllmc.cli.settings import Settings
 from vllmc.cli.snapshots import Side, snapshot_side, stored_side, unknown_side
 from vllmc.core.cache.explain import diff, diff_sources, differing
@@ -56,8 +57,15 @@ def diff_config(
         str | None,
         typer.Option(
             metavar="MODEL",
-            show_default="the other side's, else tiny-llama",
+            show_default="the other side's, else that of --prove, else tiny-llama",
             help="Whose factors current and defaults are.",
+        ),
+    ] = None,
+    prove: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Compile the pieces of MODEL under both sides, and say what each change changes.",
         ),
     ] = None,
     exit_code: Annotated[
@@ -72,15 +80,27 @@ def diff_config(
     A snapshot file is what vllmc inspect-key --json prints. The options that shape the
     compilation apply to current; defaults is without them, config file and environment variables.
 
+    --prove sets up each change that affects the key, alone and all together, compiles the pieces
+    of MODEL, and compares the generated code, and the results on random inputs where it differs.
+    --layers applies to MODEL; all else is as the sides have it. What cannot be set here (another
+    torch, another CPU) is listed as such.
+
     With --json: a and b (kind, name), equal (no difference affects the key), changes (group,
-    name, before, after, kind: changed, added or removed; class: codegen, surroundings, identity,
-    secret or unknown; affects_key, origin_before, origin_after, note) and same, the number of
-    factors that are.
+    name: that of a factor, or of the part of its value that differs, as in name.key and name[2];
+    before, after, kind: changed, added or removed; class: codegen, surroundings, identity, secret
+    or unknown; affects_key, origin_before, origin_after, note) and same, the number of factors
+    that are. With --prove also proof: model, pieces (how many unique ones side a has, or null),
+    changes (group, name, before, after, code: same, differs, unproved, or together for what comes
+    with other changes; units whose code differs, of how many, differing: their names; bitwise
+    and max_abs_diff of the results, null where unknown; reason), together (the same for all
+    changes that can be made here, and their number as changes) and elsewhere (factors that both
+    sides have in common, and not with this process).
     """
     settings = common.settings()
     store = Store(settings.cache_dir)
     known = {text: _known_side(store, text) for text in (a, b)}
-    whose = model or next((s.model for s in known.values() if s and s.model), DEFAULT_PRESET)
+    of_side = next((s.model for s in known.values() if s and s.model), None)
+    whose = model or of_side or prove or DEFAULT_PRESET
     current = _Current(
         settings=settings, compilation=compilation, variables=_variables(env or []), model=whose
     )
@@ -96,14 +116,19 @@ def diff_config(
     equal = not any(change.affects_key for change in changes)
     identities = {f.identity for f in left.factors} | {f.identity for f in right.factors}
     different = differing(left.factors, right.factors, include_provenance=True)
-    row = {
+    row: dict[str, Any] = {
         "a": {"kind": left.kind, "name": left.name},
         "b": {"kind": right.kind, "name": right.name},
         "equal": equal,
         "changes": [change.to_json() for change in changes],
         "same": len(identities) - len(different),
     }
-    common.output("diff-config").data(row, lambda: report.diff(row))
+    output = common.output("diff-config")
+    if prove is None:
+        output.data(row, lambda: report.diff(row))
+    else:
+        request = compile_request(settings, compilation, prove)
+        print_proof(row, (left, right), request, settings, output)
     return CheckFailed.exit_code if exit_code and not equal else 0
 
 

@@ -12,6 +12,7 @@ from vllmc.cli.settings import Settings
 
 if TYPE_CHECKING:
     from vllmc.core.job import Job
+    from vllmc.core.models.model import Model
 
 _FIELDS = {
     "device": "device",
@@ -25,8 +26,8 @@ _FIELDS = {
 }
 
 
-def make(settings: Settings, request: CompileRequest) -> Job:
-    """Resolves the model and the options. Raises `VllmcError` for what is not there."""
+def find_model(request: CompileRequest) -> Model:
+    """The model that is asked for. Raises what `resolve` raises."""
     from vllmc.core.models.resolve import resolve
 
     # `module:attribute` is looked for in the working directory too, which a console script does
@@ -39,6 +40,12 @@ def make(settings: Settings, request: CompileRequest) -> Job:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    return model
+
+
+def make(settings: Settings, request: CompileRequest) -> Job:
+    """Resolves the model and the options. Raises `VllmcError` for what is not there."""
+    model = find_model(request)
 
     from vllmc.core.job import make_job, resolve_spec
     from vllmc.core.spec import CompileSpec
