@@ -137,8 +137,6 @@ def _note(row: Row) -> str:
 
 def _finding(row: Row) -> str:
     """What is known of the code and the results, in a sentence."""
-    if row["code"] == "unproved":
-        return f"not proved: {row['reason']}"
     code = (
         "no piece's code differs"
         if row["code"] == "same"
@@ -173,14 +171,17 @@ def _headline(proof: Row, shown: Sequence[Row], unproved: Sequence[Row]) -> Text
         return Text("nothing to prove: no difference affects the key", style="bold green")
     if not shown:
         return Text(f"{proof['model']}: nothing can be proved here", style="bold yellow")
-    several = f"all {len(shown)} changes together"
-    subject = several if len(shown) > 1 else f"{_name(shown[0])} changed"
-    harmless = together["code"] == "same" and together["bitwise"] and not unproved
     rest = f"; {len(unproved)} more cannot be proved here" if unproved else ""
-    return Text(
-        f"{proof['model']}: {subject}: {_finding(together)}{rest}",
-        style="bold green" if harmless else "bold yellow",
-    )
+    number = "both" if len(shown) == 2 else f"all {len(shown)}"
+    if together["code"] == "unproved":
+        finding = f"{number} changes together cannot be proved: {together['reason']}"
+    elif len(shown) > 1:
+        finding = f"{number} changes together: {_finding(together)}"
+    else:
+        finding = f"{_name(shown[0])} changed: {_finding(together)}"
+    harmless = together["code"] == "same" and together["bitwise"] and not unproved
+    style = "bold green" if harmless else "bold yellow"
+    return Text(f"{proof['model']}: {finding}{rest}", style=style)
 
 
 def _findings(rows: Sequence[Row], together: Row) -> RenderableType:
