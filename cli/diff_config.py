@@ -81,9 +81,9 @@ def diff_config(
     compilation apply to current; defaults is without them, config file and environment variables.
 
     --prove sets up each change that affects the key, alone and all together, compiles the pieces
-    of MODEL, and compares the generated code, and the results on random inputs where it differs.
-    --layers applies to MODEL; all else is as the sides have it. What cannot be set here (another
-    torch, another CPU) is listed as such.
+    of MODEL, and compares the generated code, and the results on random inputs where it differs,
+    for token counts that both sides serve. --layers applies to MODEL; all else is as the sides
+    have it. What cannot be set here (another torch, another CPU) is listed as such.
 
     With --json: a and b (kind, name), equal (no difference affects the key), changes (group,
     name: that of a factor, or of the part of its value that differs, as in name.key and name[2];
