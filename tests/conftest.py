@@ -1,6 +1,9 @@
 """Tests reach no hub: said before anything imports huggingface_hub, which reads it once.
 
-Below it, layouts as vLLM writes them, for tests of what reads them.
+Then the profiles of hypothesis: no example has a deadline, and those of the default run are always
+the same ones. `pytest --hypothesis-profile=thorough` tries others, and twenty times as many.
+
+Below them, layouts as vLLM writes them, for tests of what reads them.
 """
 
 from __future__ import annotations
@@ -13,9 +16,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+_PHASES = (
+    hypothesis.Phase.explicit,
+    hypothesis.Phase.reuse,
+    hypothesis.Phase.generate,
+    hypothesis.Phase.shrink,
+)
+hypothesis.settings.register_profile(
+    "default", deadline=None, derandomize=True, database=None, phases=_PHASES
+)
+hypothesis.settings.register_profile(
+    "thorough", deadline=None, max_examples=2000, print_blob=True, phases=_PHASES
+)
+hypothesis.settings.load_profile("default")
 
 VENV = "/opt/venv/lib/python3.12/site-packages"
 

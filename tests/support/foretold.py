@@ -1,0 +1,361 @@
+"""A model in a package of its own, of which everything can change: what a prediction is tried on.
+
+A `State` is all that decides what is compiled: the text of the source files, the Python values
+that they read, the spec, torch's own settings. `attempt` puts it in force, predicts, and then
+really warms.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch._functorch.config
+import torch._inductor.config
+
+from vllmc.core.cache.record import ProgramRecord
+from vllmc.core.cache.store import Store
+from vllmc.core.errors import VllmcError
+from vllmc.core.events import SilentObserver
+from vllmc.core.graph.layout import Layout
+from vllmc.core.job import Job, make_job
+from vllmc.core.models.attention import ATTENTION_NAME, register_attention
+from vllmc.core.models.resolve import resolve
+from vllmc.core.pipeline import Ready, obtain_program, open_program
+from vllmc.core.prediction import Prediction, predict
+from vllmc.core.spec import ATTENTION_OP, CompileRange, CompileSpec
+from vllmc.kernels.forward_context import (
+    AttentionMetadata,
+    ForwardContext,
+    SequenceSpan,
+    forward_context,
+)
+from vllmc.kernels.kv_cache import BlockTable, KVCacheSpec, LayerCache
+
+TOKENS = 6
+_CONFIGS = {"inductor": torch._inductor.config, "functorch": torch._functorch.config}
+
+_SETTINGS = """
+import json
+from pathlib import Path
+
+# {comment}
+
+def relu(x):
+    return x.relu()
+
+def square(x):
+    return x * x
+
+class Options:
+    pass
+
+values = json.loads(Path(__file__).with_name("values.json").read_text())
+options = Options()
+options.ratio = values["ratio"]
+ACTIVATION = dict(relu=relu, square=square, abs=abs)[values["activation"]]
+MULTIPLIER = values["multiplier"]
+TERMS = tuple(values["terms"])
+TABLE = dict(bias=values["bias"], unread=values["unread"])
+LAYERS = values["layers"]
+"""
+
+_LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 32,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+    "torch_dtype": "float32",
+}
+
+_MODEL = """
+import os
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from foretold_toy import settings
+from foretold_toy.parts import mix
+
+
+class Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        q = self.linear(x).unflatten(-1, (2, 4)).transpose(1, 2)
+        out, _ = ALL_ATTENTION_FUNCTIONS["{attention}"](self, q, q, q, None)
+        return out.flatten(2)
+
+
+class Block(torch.nn.Module):
+    gain = {class_gain}
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+        self.attention = Attention()
+        self.shift = {instance_shift}
+
+    def forward(self, x):
+        x = self.attention(mix(self.linear(x)) * self.gain)
+        if settings.options.ratio > 1:
+            x = x * settings.options.ratio
+        for term in settings.TERMS:
+            x = x + term
+        return settings.ACTIVATION(x) + self.shift
+
+
+class Toy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(32, 8)
+        self.blocks = torch.nn.ModuleList(Block() for _ in range(settings.LAYERS))
+
+    def forward(self, input_ids, position_ids):
+        x = self.embedding(input_ids) * settings.MULTIPLIER
+        for block in self.blocks:
+            x = block(x)
+        if os.environ.get("FORETOLD_TOY") == "1":
+            x = x - 1
+        return x + settings.TABLE["bias"] + torch.ones(8)
+"""
+
+_PARTS = """
+def mix(x, amount={default}):
+    return x * {literal} + amount
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """All that decides what is compiled; the defaults are what most examples share.
+
+    With `llama`, changes of a tiny configuration of Transformers, that is the model, and not the
+    package.
+    `environment` is vllmc's, `variables` are the process's own. `place` is the thread that warms:
+    that of the prediction, another that predicts too, or another that only warms.
+    """
+
+    llama: tuple[tuple[str, Any], ...] | None = None
+    comment: str = ""
+    ratio: float = 1.0
+    activation: Literal["relu", "square", "abs"] = "relu"
+    multiplier: float = 1.0
+    terms: tuple[float, ...] = ()
+    bias: float = 0.5
+    unread: int = 0
+    layers: int = 1
+    class_gain: float = 1.0
+    instance_shift: float = 0.0
+    default: float = 0.0
+    literal: float = 2.0
+    dtype: str = "float32"
+    ranges: tuple[tuple[int, int], ...] = ((1, 8),)
+    sizes: tuple[int, ...] = ()
+    dynamic_shapes: str = "unbacked"
+    layer_names: str = "hoisted"
+    cuts: tuple[str, ...] = ()
+    backend: str = "eager"
+    options: tuple[tuple[str, Any], ...] = ()
+    config: tuple[tuple[str, str, Any], ...] = ()
+    torch_state: tuple[tuple[str, Any], ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()
+    place: Literal["here", "worker", "apart"] = "here"
+
+    @property
+    def spec(self) -> CompileSpec:
+        """The spec of the job."""
+        return CompileSpec(
+            dtype=self.dtype,
+            ranges=tuple(CompileRange(*ends) for ends in self.ranges),
+            sizes=self.sizes,
+            dynamic_shapes=self.dynamic_shapes,  # type: ignore[arg-type]
+            layer_names=self.layer_names,  # type: ignore[arg-type]
+            splitting_ops=(ATTENTION_OP, *self.cuts),
+            inductor=tuple(sorted(self.options)),
+            backend=self.backend,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """What was predicted, and what happened: `ready`, or the `error` that ended it.
+
+    `result` and `expected` are the program's output for six tokens, and the plain module's.
+    """
+
+    prediction: Prediction
+    ready: Ready | None = None
+    error: VllmcError | None = None
+    result: torch.Tensor | None = None
+    expected: torch.Tensor | None = None
+
+    @property
+    def compiled(self) -> int:
+        """How many units a compiler was asked for."""
+        return sum(unit.outcome != "hit" for unit in self.ready.units) if self.ready else 0
+
+
+_directories = itertools.count()
+
+
+def attempt(state: State, root: Path, store: Path) -> Attempt:
+    """Predicts under `state`, then warms; `root` takes the package's files.
+
+    Each call has files of its own, as another host would.
+    """
+    host = root / f"host{next(_directories)}"
+    with _imported(state, host), _in_force(state):
+        if state.place == "here":
+            return _attempt(state, host, store)
+        with ThreadPoolExecutor(1) as pool:
+            if state.place == "worker":
+                return pool.submit(_attempt, state, host, store).result()
+            job = _job(state, host)
+            prediction = predict(job, Store(store))
+            return pool.submit(_warm, job, prediction, store).result()
+
+
+def codes(store: Path, record: ProgramRecord) -> dict[tuple[tuple[str, ...], str], str]:
+    """The digest of each unit's generated code, by its pieces and range."""
+    found = {}
+    for unit in record.units:
+        known = Store(store).unit(unit.key)
+        assert known is not None
+        found[unit.pieces, unit.range] = known.code
+    return found
+
+
+def _attempt(state: State, host: Path, store: Path) -> Attempt:
+    job = _job(state, host)
+    return _warm(job, predict(job, Store(store)), store)
+
+
+def _job(state: State, host: Path) -> Job:
+    since = time.time()
+    register_attention()
+    return make_job(
+        resolve(
+            str(host / "llama") if state.llama is not None else "foretold_toy.model:Toy",
+            layers=None,
+        ),
+        state.spec,
+        environment=dict(state.environment),
+        cache_dir=Path("/nonexistent"),
+        origins={},
+        since=since,
+    )
+
+
+def _warm(job: Job, prediction: Prediction, store: Path) -> Attempt:
+    try:
+        ready = obtain_program(job, Store(store), SilentObserver())
+    except VllmcError as error:
+        return Attempt(prediction=prediction, error=error)
+    entry = job.model.build(
+        "real", device="cpu", dtype=job.spec.dtype, layer_names=job.spec.layer_names, seed=0
+    )
+    args = (torch.arange(TOKENS)[None], torch.arange(TOKENS)[None], torch.arange(3))
+    with torch.no_grad(), forward_context(_context(job, ready)):
+        return Attempt(
+            prediction=prediction,
+            ready=ready,
+            result=open_program(ready, entry)(*args),
+            expected=entry(*args),
+        )
+
+
+def _context(job: Job, ready: Ready) -> ForwardContext:
+    """A step of one prompt of six tokens, in empty caches."""
+    table = BlockTable.of((0,), TOKENS, "cpu")
+    span = SequenceSpan(query_start=0, query_len=TOKENS, total_len=TOKENS, table=table)
+    dtype = getattr(torch, job.spec.dtype)
+    caches = {
+        site.layer: LayerCache.allocate(
+            KVCacheSpec(
+                layer_name=site.layer,
+                num_kv_heads=site.kv_heads,
+                key_size=site.key_size,
+                value_size=site.value_size,
+            ),
+            TOKENS,
+            dtype=dtype,
+            device="cpu",
+        )
+        for site in Layout.from_json(ready.record.program).attention
+    }
+    metadata = AttentionMetadata(slots=torch.arange(TOKENS), sequences=(span,))
+    return ForwardContext(metadata=metadata, caches=caches)
+
+
+@contextmanager
+def _imported(state: State, directory: Path) -> Iterator[None]:
+    """The package's files, written before anything imports them, and found first."""
+    values = asdict(state)
+    package = directory / "foretold_toy"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    for name, text in (("settings", _SETTINGS), ("model", _MODEL), ("parts", _PARTS)):
+        text = text.format(**values, attention=ATTENTION_NAME)
+        (package / f"{name}.py").write_text(text)
+    read = ("ratio", "activation", "multiplier", "terms", "bias", "unread", "layers")
+    (package / "values.json").write_text(json.dumps({name: values[name] for name in read}))
+    if state.llama is not None:
+        (directory / "llama").mkdir()
+        (directory / "llama" / "config.json").write_text(
+            json.dumps({**_LLAMA, **dict(state.llama)})
+        )
+    sys.path.insert(0, str(directory))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(directory))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "foretold_toy"]:
+            del sys.modules[name]
+
+
+@contextmanager
+def _in_force(state: State) -> Iterator[None]:
+    import pytest
+
+    setters: Mapping[str, tuple[Any, Any]] = {
+        "default_dtype": (torch.set_default_dtype, torch.get_default_dtype),
+        "matmul_precision": (
+            torch.set_float32_matmul_precision,
+            torch.get_float32_matmul_precision,
+        ),
+        "deterministic": (
+            torch.use_deterministic_algorithms,
+            torch.are_deterministic_algorithms_enabled,
+        ),
+        "threads": (torch.set_num_threads, torch.get_num_threads),
+    }
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        for name, value in state.variables:
+            patch.setenv(name, value)
+        for group, name, value in state.config:
+            stack.enter_context(_CONFIGS[group].patch({name: value}))
+        for name, value in state.torch_state:
+            put, get = setters[name]
+            stack.callback(put, get())
+            put(value)
+        yield
