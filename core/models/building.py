@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from safetensors import SafetensorError
@@ -85,6 +88,27 @@ def build_entry(model: torch.nn.Module, layer_names: LayerNames) -> torch.nn.Mod
     return entry
 
 
+# What decides how weights are made is the process's, not the thread's: whether modules initialize
+# their parameters, and the state of the random number generator.
+_MAKING = threading.RLock()
+
+
+@contextmanager
+def weights_of(weights: Weights, device: str, seed: int) -> Iterator[None]:
+    """Within it, modules are made on `device` with fake weights, or with random ones from `seed`.
+
+    One thread at a time is within it.
+    """
+    with _MAKING, torch.device(device):
+        if weights == "fake":
+            with fake_weights(), no_init_weights():
+                yield
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                yield
+
+
 def initialize(
     name: str, config: PretrainedConfig, weights: Weights, *, device: str, dtype: str, seed: int
 ) -> torch.nn.Module:
@@ -105,11 +129,7 @@ def initialize(
         except (ValueError, ImportError) as error:
             raise unsupported_model(name, str(error).splitlines()[0]) from error
 
-    if weights == "fake":
-        with fake_weights(), no_init_weights(), torch.device(device):
-            return make()
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.manual_seed(seed)
+    with weights_of(weights, device, seed):
         return make()
 
 
@@ -121,9 +141,10 @@ def load_weights(
     Raises `VllmcError` (`bad-weights`).
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=getattr(torch, dtype), revision=revision or "main"
-        )
+        with _MAKING:
+            return AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=getattr(torch, dtype), revision=revision or "main"
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise VllmcError(
             "bad-weights",

@@ -21,6 +21,7 @@ import torch
 from vllmc.core.cache.explain import redact
 from vllmc.core.cache.key import JsonValue, canonical_json, sha256_hex
 from vllmc.core.cache.record import UNREADABLE
+from vllmc.core.syntax import parse_expression
 
 # Covered by factors and by digests of the traced files, as for every model of Transformers.
 _COVERED: Final = ("torch", "transformers", "vllmc")
@@ -45,7 +46,7 @@ def read_guarded(expressions: Iterable[str], entry: torch.nn.Module) -> dict[str
     """
     found: dict[str, JsonValue] = {}
     for expression in sorted(set(expressions)):
-        tree = ast.parse(expression, mode="eval").body
+        tree = parse_expression(expression)
         if _root(tree).partition(".")[0] in _COVERED:
             continue
         try:

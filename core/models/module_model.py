@@ -10,14 +10,12 @@ from typing import Any
 import torch
 import xxhash
 from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.errors import VllmcError
-from vllmc.core.models.building import build_entry
+from vllmc.core.models.building import build_entry, weights_of
 from vllmc.core.models.model import ModelInfo, Weights
 from vllmc.core.spec import LayerNames
-from vllmc.core.torch_compat.fake import fake_weights
 
 
 class ModuleModel:
@@ -89,11 +87,7 @@ class ModuleModel:
         if isinstance(self._make, torch.nn.Module):
             # An instance brings its own weights, which are there already.
             return self._make.to(device, dtype)
-        if weights == "fake":
-            with fake_weights(), no_init_weights(), torch.device(device):
-                return _to_dtype(self._call(self._make), dtype)
-        with torch.random.fork_rng(devices=[]), torch.device(device):
-            torch.manual_seed(seed)
+        with weights_of(weights, device, seed):
             return _to_dtype(self._call(self._make), dtype)
 
     def _call(self, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:

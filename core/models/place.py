@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from traceback import FrameSummary
 
+from vllmc.core.syntax import parse_module
+
 _FRAME = re.compile(r'File "(?P<file>.+)", line (?P<line>\d+), in (?P<function>.+)')
 
 
@@ -96,7 +98,7 @@ def _from_package(file: str) -> str:
 
 def _enclosing_class(file: str, line: int) -> str:
     try:
-        module = ast.parse(Path(file).read_text(encoding="utf-8"))
+        module = parse_module(Path(file).read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError):
         return ""
     return next(

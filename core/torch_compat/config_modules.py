@@ -17,6 +17,8 @@ from typing import Any, Final
 
 import torch
 
+from vllmc.core.syntax import parse_module
+
 _HEAVY: Final = frozenset({"torch._inductor.config", "torch._dynamo.config"})
 
 
@@ -43,7 +45,7 @@ def config_file(name: str) -> Path:
 @functools.cache
 def _stand_in(name: str) -> ModuleType:
     file = config_file(name)
-    tree = _without_the_compiler(ast.parse(file.read_bytes()))
+    tree = _without_the_compiler(parse_module(file.read_bytes()))
     module = ModuleType(f"{__name__}:{name}")
     module.__file__ = str(file)
     # The source ends in install_config_module(sys.modules[__name__]).

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import FunctionType, SimpleNamespace
 from typing import Any, TypeAlias
 
+from vllmc.core.syntax import parse_module
 from vllmc.core.torch_compat.config_modules import config_file, present_config
 
 _Functions: TypeAlias = "dict[str, ast.FunctionDef]"
@@ -38,7 +39,7 @@ class Definition:
 @functools.cache
 def definitions(module: str) -> dict[str, Definition]:
     """The definitions in a config module of torch, by dotted option name."""
-    tree = ast.parse(config_file(module).read_bytes())
+    tree = parse_module(config_file(module).read_bytes())
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     found: dict[str, Definition] = {}
     _collect(tree.body, "", functions, found)

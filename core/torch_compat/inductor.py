@@ -34,6 +34,7 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from vllmc.core.syntax import parse_module
 from vllmc.core.torch_compat.shapes import ShapeScope
 
 _same_ordered_by_number = FlexibleLayout.same_ordered
@@ -206,7 +207,7 @@ def bundle_code(data: bytes) -> bytes:
     graph = getattr(getattr(entry, "compiled_fw", None), "result", None)
     if not isinstance(graph, CompiledFxGraph) or not graph.source_code:
         return data
-    parts = [ast.unparse(ast.parse(graph.source_code)).encode()]
+    parts = [ast.unparse(parse_module(graph.source_code)).encode()]
     for name, tensor in sorted((graph.constants or {}).items()):
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), bytes(values.numpy())]

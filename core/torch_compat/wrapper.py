@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch._inductor.select_algorithm import extern_kernels
 
+from vllmc.core.syntax import parse_module
 from vllmc.core.torch_compat.native import EXTERN_KERNELS
 
 ENTRY = "call"
@@ -52,7 +53,7 @@ def reduce_wrapper(source: str, *, provided: frozenset[str]) -> Reduced:
     Raises `NotPortable` where something that `call` reaches compiles code at load time, or is
     bound in a way that this reading of the module does not see.
     """
-    body = ast.parse(source).body
+    body = parse_module(source).body
     products = _products(_reached(body, provided))
     if products is not None:
         provided |= {EXTERN_KERNELS}

@@ -11,9 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
-from foretold import Attempt, State, attempt, codes
+from foretold import Attempt, State, attempt, attempt_together, codes
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
@@ -80,6 +78,17 @@ _LLAMA: dict[str, Sequence[Any]] = {
 }
 
 
+# Options that show in Inductor's code on a CPU, or do not.
+_OPTIONS: Sequence[tuple[str, Any]] = (
+    ("size_asserts", False),
+    ("nan_asserts", True),
+    ("epilogue_fusion", False),
+    ("cpp.simdlen", 256),
+    ("debug_index_asserts", True),
+    ("max_autotune", True),
+)
+
+
 def _one_of(pool: dict[str, Sequence[Any]]) -> st.SearchStrategy[dict[str, Any]]:
     pairs = [(name, value) for name, values in pool.items() for value in values]
     return st.sampled_from(pairs).map(lambda pair: {pair[0]: pair[1]})
@@ -90,6 +99,18 @@ _PLACE = st.sampled_from(("worker", "apart")).map(lambda place: {"place": place}
 _TOY_CHANGE = st.one_of(_one_of(_SPEC), _one_of(_PYTHON), _FLAG, _PLACE)
 _LLAMA_CHANGE = st.one_of(
     _one_of(_SPEC), _one_of(_LLAMA).map(lambda c: {"llama": tuple(c.items())}), _FLAG
+)
+
+
+_INDUCTOR_CHANGE = st.one_of(
+    st.sampled_from(_OPTIONS).map(lambda option: {"options": (option,)}),
+    st.sampled_from(_OPTIONS).map(lambda option: {"config": (("inductor", *option),)}),
+    _one_of({name: _SPEC[name] for name in ("ranges", "sizes", "dynamic_shapes", "torch_state")}),
+    _one_of({name: _PYTHON[name] for name in ("comment", "multiplier", "layers")}),
+)
+_THREAD_CHANGE = st.one_of(
+    _one_of({name: v for name, v in _SPEC.items() if name not in ("torch_state", "environment")}),
+    _FLAG,
 )
 
 
@@ -113,20 +134,25 @@ def _compiled_alone(state: State) -> State:
 
 @functools.cache
 def _fresh(state: State) -> tuple[Any, Any]:
-    """The program of `state` compiled into an empty store: its layout, and the code of its units."""
+    """The layout of the program, and the code of its units, compiled into an empty store."""
     with tempfile.TemporaryDirectory() as scratch:
         done = attempt(state, Path(scratch), Path(scratch) / "store")
         assert done.ready is not None, done.error
         return done.ready.record.program, codes(Path(scratch) / "store", done.ready.record)
 
 
-def _check(state: State, done: Attempt, store: Path, before: Sequence[State]) -> None:
+def _check(state: State, done: Attempt, store: Path) -> None:
+    """What holds whatever else happens in the store at the same time."""
     predicted = done.prediction.outcome
     event(f"{predicted}, {done.error.code if done.error else f'compiled {done.compiled > 0}'}")
     assert done.prediction.reason
     if done.error is not None:
-        # A thread that does not see the caller's options compiles nothing.
-        assert (done.error.code, state.place) == ("config-changed", "apart"), done.error
+        # Weights are never frozen into code; a thread that does not see the options of the
+        # caller compiles nothing.
+        refused = any(name == "freezing" for _, name, _ in state.config)
+        assert (done.error.code == "bad-option" and refused) or (
+            done.error.code == "config-changed" and state.place == "apart"
+        ), done.error
         assert predicted != "hit"
         return
     assert done.ready is not None
@@ -134,11 +160,17 @@ def _check(state: State, done: Attempt, store: Path, before: Sequence[State]) ->
     torch.testing.assert_close(done.result, done.expected)
     if predicted == "hit":
         assert done.compiled == 0, "a wrong hit"
-    if predicted == "miss":
-        assert done.compiled > 0, "a wrong miss"
     if not done.compiled:
         found = (done.ready.record.program, codes(store, done.ready.record))
         assert found == _fresh(_compiled_alone(state)), "a wrong hit"
+
+
+def _check_alone(state: State, done: Attempt, store: Path, before: Sequence[State]) -> None:
+    """What holds in a store of which nothing is known but the states `before`."""
+    _check(state, done, store)
+    predicted = done.prediction.outcome
+    if predicted == "miss" and done.error is None:
+        assert done.compiled > 0, "a wrong miss"
     stored = {_compiled_alone(s) for s in before}
     if _compiled_alone(state) in stored:
         assert predicted == "hit", "what was just stored is there"
@@ -157,7 +189,7 @@ def _follow(states: Sequence[State]) -> None:
         before: list[State] = []
         for state in states:
             done = attempt(state, root, root / "store")
-            _check(state, done, root / "store", before)
+            _check_alone(state, done, root / "store", before)
             if done.error is None:
                 before.append(state)
 
@@ -173,3 +205,22 @@ def test_a_prediction_holds_whatever_changes_in_a_package_of_python(states: list
 @given(_states(_LLAMA_CHANGE, llama=()))
 def test_a_prediction_holds_whatever_changes_in_a_configuration(states: list[State]) -> None:
     _follow(states)
+
+
+@pytest.mark.slow
+@settings(max_examples=settings.default.max_examples // 50)
+@given(_states(_INDUCTOR_CHANGE, backend="inductor"))
+def test_a_prediction_holds_whatever_changes_in_what_inductor_compiles(states: list[State]) -> None:
+    _follow(states)
+
+
+@settings(max_examples=settings.default.max_examples // 10)
+@given(_states(_THREAD_CHANGE))
+def test_threads_with_options_of_their_own_get_what_each_asked_for(states: list[State]) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        for _ in range(2):
+            for state, done in zip(
+                states, attempt_together(states, root, root / "store"), strict=True
+            ):
+                _check(state, done, root / "store")

@@ -11,14 +11,16 @@ import importlib
 import itertools
 import json
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
@@ -143,7 +145,7 @@ def mix(x, amount={default}):
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class State:
     """All that decides what is compiled; the defaults are what most examples share.
 
@@ -180,6 +182,12 @@ class State:
     variables: tuple[tuple[str, str], ...] = ()
     place: Literal["here", "worker", "apart"] = "here"
 
+    def __repr__(self) -> str:
+        given = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
+        return (
+            f"State({', '.join(f'{n}={value!r}' for n, value, usual in given if value != usual)})"
+        )
+
     @property
     def spec(self) -> CompileSpec:
         """The spec of the job."""
@@ -193,6 +201,9 @@ class State:
             inductor=tuple(sorted(self.options)),
             backend=self.backend,
         )
+
+
+_USUAL = State()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +243,23 @@ def attempt(state: State, root: Path, store: Path) -> Attempt:
             job = _job(state, host)
             prediction = predict(job, Store(store))
             return pool.submit(_warm, job, prediction, store).result()
+
+
+def attempt_together(states: Sequence[State], root: Path, store: Path) -> list[Attempt]:
+    """Attempts each state in a thread of its own, all at once.
+
+    They share the process, so only what a thread has to itself may differ: spec and `config`.
+    """
+    host = root / f"host{next(_directories)}"
+    start = threading.Barrier(len(states))
+
+    def one(state: State) -> Attempt:
+        with _configured(state):
+            start.wait()
+            return _attempt(state, host, store)
+
+    with _imported(states[0], host), ThreadPoolExecutor(len(states)) as pool:
+        return [*pool.map(one, states)]
 
 
 def codes(store: Path, record: ProgramRecord) -> dict[tuple[tuple[str, ...], str], str]:
@@ -334,9 +362,15 @@ def _imported(state: State, directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _in_force(state: State) -> Iterator[None]:
-    import pytest
+def _configured(state: State) -> Iterator[None]:
+    with ExitStack() as stack:
+        for group, name, value in state.config:
+            stack.enter_context(_CONFIGS[group].patch({name: value}))
+        yield
 
+
+@contextmanager
+def _in_force(state: State) -> Iterator[None]:
     setters: Mapping[str, tuple[Any, Any]] = {
         "default_dtype": (torch.set_default_dtype, torch.get_default_dtype),
         "matmul_precision": (
@@ -349,11 +383,9 @@ def _in_force(state: State) -> Iterator[None]:
         ),
         "threads": (torch.set_num_threads, torch.get_num_threads),
     }
-    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+    with _configured(state), ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         for name, value in state.variables:
             patch.setenv(name, value)
-        for group, name, value in state.config:
-            stack.enter_context(_CONFIGS[group].patch({name: value}))
         for name, value in state.torch_state:
             put, get = setters[name]
             stack.callback(put, get())
