@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib
-import json
-import math
 from collections.abc import Callable, Iterable, Mapping
-from enum import Enum
-from types import ModuleType
 from typing import Any, Final
 
 import torch
@@ -21,10 +17,12 @@ import torch
 from vllmc.core.cache.explain import redact
 from vllmc.core.cache.key import JsonValue, canonical_json, sha256_hex
 from vllmc.core.cache.record import UNREADABLE
+from vllmc.core.models.described import describe
 from vllmc.core.syntax import parse_expression
 
-# Covered by factors and by digests of the traced files, as for every model of Transformers.
-_COVERED: Final = ("torch", "transformers", "vllmc")
+# Covered by the factors of versions and code. Transformers is not: a model that code makes may
+# have replaced functions in it.
+_COVERED: Final = ("torch", "vllmc")
 _CALLS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "type": type,
     "vars": vars,
@@ -34,15 +32,13 @@ _CALLS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "len": len,
 }
 _LONG: Final = 200
-_DEEP: Final = 6
 
 
 def read_guarded(expressions: Iterable[str], entry: torch.nn.Module) -> dict[str, JsonValue]:
     """What each expression over `L['self']`, which is `entry`, and `M[module]` stands for now.
 
-    Plain values as they are, long or secret ones as a digest, others by the name of their class.
-    Imports the modules that are named. Expressions over the modules of torch, Transformers and
-    vllmc are left out.
+    Each as `describe` tells it; long or secret ones as a digest. Imports the modules that are
+    named. Expressions over the modules of torch and vllmc are left out.
     """
     found: dict[str, JsonValue] = {}
     for expression in sorted(set(expressions)):
@@ -92,7 +88,7 @@ def _look_up(node: ast.expr, entry: torch.nn.Module) -> Any:
 
 
 def _shown(expression: str, value: Any) -> JsonValue:
-    described = _describe(value, _DEEP)
+    described = describe(value)
     text = canonical_json(described)
     if len(text) > _LONG or redact(_last_name(expression), described) != described:
         return f"sha256:{sha256_hex(text)}"
@@ -101,35 +97,3 @@ def _shown(expression: str, value: Any) -> JsonValue:
 
 def _last_name(expression: str) -> str:
     return expression.rstrip("]'\"").replace("'", ".").rpartition(".")[2]
-
-
-def _describe(value: Any, depth: int) -> JsonValue:
-    match value:
-        case Enum():
-            return f"{_qualified(type(value))}.{value.name}"
-        case None | bool() | int() | str():
-            return value
-        case float():
-            return value if math.isfinite(value) else repr(value)
-        case torch.Tensor():
-            return f"{value.dtype} {list(value.shape)}"
-        case torch.dtype() | torch.device() | torch.layout() | bytes() | complex() | range():
-            return repr(value)
-        case ModuleType():
-            return f"module {value.__name__}"
-        case type():
-            return f"class {_qualified(value)}"
-        case list() | tuple() | set() | frozenset() | dict() if depth == 0:
-            return _qualified(type(value))
-        case list() | tuple():
-            return [_describe(item, depth - 1) for item in value]
-        case set() | frozenset():
-            return sorted((_describe(item, depth - 1) for item in value), key=json.dumps)
-        case dict():
-            return {str(k): _describe(item, depth - 1) for k, item in value.items()}
-    return _qualified(value) if hasattr(value, "__qualname__") else _qualified(type(value))
-
-
-def _qualified(named: Any) -> str:
-    # A method that is built in belongs to no module.
-    return f"{getattr(named, '__module__', '')}.{named.__qualname__}"

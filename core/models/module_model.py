@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import xxhash
 from transformers import PreTrainedModel
 
 from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.errors import VllmcError
 from vllmc.core.models.building import build_entry, weights_of
+from vllmc.core.models.described import class_digest, describe
 from vllmc.core.models.model import ModelInfo, Weights
 from vllmc.core.spec import LayerNames
 
@@ -52,7 +52,10 @@ class ModuleModel:
         )
 
     def factors(self) -> tuple[Factor, ...]:
-        """A factor for each module of the tree, and one for the source of each class in it."""
+        """A factor for each module of the tree, and one for the code of each class in it.
+
+        Also of the classes of torch and Transformers, whose methods others may have replaced.
+        """
         rows = {}
         classes: dict[str, type] = {}
         for path, module in self._sample.named_modules():
@@ -60,9 +63,7 @@ class ModuleModel:
             classes[f"{cls.__module__}.{cls.__qualname__}"] = cls
             rows[path or "."] = _describe(module)
         sources: dict[str, JsonValue] = {
-            f"class {name}": _source_digest(cls)
-            for name, cls in classes.items()
-            if not name.startswith(("torch.", "transformers."))
+            f"class {name}": class_digest(cls) for name, cls in classes.items()
         }
         return tuple(
             Factor(group="model", name=name, value=value, origin="probe", is_default=False)
@@ -179,11 +180,4 @@ def _plain(attributes: dict[str, Any]) -> Iterator[tuple[str, JsonValue]]:
             case torch.dtype() | torch.device():
                 yield name, str(value)
             case _ if callable(value):
-                yield name, getattr(value, "__qualname__", type(value).__qualname__)
-
-
-def _source_digest(cls: type) -> JsonValue:
-    try:
-        return xxhash.xxh3_128_hexdigest(inspect.getsource(cls).encode())
-    except (OSError, TypeError):
-        return None
+                yield name, describe(value)

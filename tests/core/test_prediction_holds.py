@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
-from foretold import Attempt, State, attempt, attempt_together, codes
+from foretold import PICKED, Attempt, State, attempt, attempt_together, codes
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
@@ -63,6 +63,8 @@ _PYTHON: dict[str, Sequence[Any]] = {
     "instance_shift": (1.0,),
     "default": (1.0,),
     "literal": (3.0,),
+    "picked": ("lambda_", "member"),
+    "amount": (2,),
     "variables": ((("FORETOLD_TOY", "1"),), (("FORETOLD_OTHER", "1"),)),
 }
 _LLAMA: dict[str, Sequence[Any]] = {
@@ -224,3 +226,16 @@ def test_threads_with_options_of_their_own_get_what_each_asked_for(states: list[
                 states, attempt_together(states, root, root / "store"), strict=True
             ):
                 _check(state, done, root / "store")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PICKED if kind != "none"])
+def test_a_python_value_is_never_mistaken_for_another(kind: str, tmp_path: Path) -> None:
+    one, other = (State(picked=kind, amount=amount) for amount in (1, 2))
+    done = [attempt(state, tmp_path, tmp_path / "store") for state in (one, other, one)]
+    for tried in done:
+        assert tried.error is None
+        assert tried.result is not None
+        torch.testing.assert_close(tried.result, tried.expected, equal_nan=True)
+    assert done[1].prediction.outcome == "unknown", "it was never captured"
+    assert done[2].prediction.outcome == "hit", "it is as it was"
+    assert done[2].compiled == 0

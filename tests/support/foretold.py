@@ -24,6 +24,7 @@ import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
+from transformers.models.llama import modeling_llama
 
 from vllmc.core.cache.record import ProgramRecord
 from vllmc.core.cache.store import Store
@@ -48,8 +49,14 @@ TOKENS = 6
 _CONFIGS = {"inductor": torch._inductor.config, "functorch": torch._functorch.config}
 
 _SETTINGS = """
+import collections
+import dataclasses
+import enum
 import json
+from functools import partial
 from pathlib import Path
+
+import torch
 
 # {comment}
 
@@ -62,7 +69,130 @@ def square(x):
 class Options:
     pass
 
+def scale(x, amount=0.0, *, more=0.0):
+    return x * amount + more
+
+def closure(amount):
+    def inner(x):
+        return x * amount
+    return inner
+
+def default(amount):
+    def inner(x, amount=amount):
+        return x * amount
+    return inner
+
+def keyword_default(amount):
+    def inner(x, *, amount=amount):
+        return x * amount
+    return inner
+
+class Scaler:
+    def __init__(self, amount):
+        self.amount = amount
+
+    def __call__(self, x):
+        return x * self.amount
+
+    def apply(self, x):
+        return x * self.amount
+
+    @property
+    def doubled(self):
+        return self.amount * 2
+
+class Slotted:
+    __slots__ = ("amount",)
+
+    def __init__(self, amount):
+        self.amount = amount
+
+class Mode(enum.Enum):
+    ONE = 1
+    TWO = 2
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    amount: float
+
+Named = collections.namedtuple("Named", ["amount"])
+
+def subclass(amount):
+    class Made(Scaler):
+        extra = amount
+    return Made
+
+class One:
+    def apply(self, x):
+        return x + 1
+
+class Two:
+    def apply(self, x):
+        return x + 2
+
+def picked(kind, amount):
+    one = amount == 1
+    return dict(
+        none=lambda: None,
+        lambda_=lambda: (lambda x: x * 2) if one else (lambda x: x * 3),
+        closure=lambda: closure(amount),
+        default=lambda: default(amount),
+        keyword_default=lambda: keyword_default(amount),
+        partial=lambda: partial(scale, amount=amount),
+        partial_of_partial=lambda: partial(partial(scale, amount=2), more=amount),
+        method=lambda: Scaler(amount).apply,
+        callable=lambda: Scaler(amount),
+        function=lambda: torch.nn.functional.relu if one else torch.nn.functional.gelu,
+        op=lambda: torch.ops.aten.relu.default if one else torch.ops.aten.silu.default,
+        builtin=lambda: torch.sin if one else torch.cos,
+        module=lambda: torch.nn.ReLU() if one else torch.nn.GELU(),
+        property=lambda: Scaler(amount),
+        slotted=lambda: Slotted(amount),
+        enum=lambda: Mode(amount),
+        enum_value=lambda: Mode(amount),
+        frozen=lambda: Frozen(amount),
+        named=lambda: Named(amount),
+        class_attribute=lambda: subclass(amount),
+        instance_of=lambda: One() if one else Two(),
+        length=lambda: ["a"] * amount,
+        member=lambda: {{"a", "b"}} if one else {{"b"}},
+        text=lambda: "gelu_tanh" if one else "relu",
+        keys=lambda: {{"a": 1.0}} if one else {{"b": 1.0}},
+        nested=lambda: {{"a": [{{"b": (1.0, amount)}}]}},
+        ordered=lambda: {{"a": 1.0, "b": 2.0}} if one else {{"b": 2.0, "a": 1.0}},
+        number=lambda: amount,
+        true=lambda: True if one else 1,
+        zero=lambda: 0.0 if one else -0.0,
+        dtype=lambda: torch.float64 if one else torch.float16,
+        slice=lambda: slice(0, amount),
+        string_getattr=lambda: "relu" if one else "sigmoid",
+        class_defined_twice=lambda: Twice(),
+        function_defined_twice=lambda: None,
+        text_or_dtype=lambda: "torch.float32" if one else torch.float32,
+        list_or_tuple=lambda: [1] if one else (1,),
+        tuple_or_named=lambda: (1,) if one else Named(1),
+        key_or_text=lambda: {{1: 2.0}} if one else {{"1": 2.0}},
+        infinite=lambda: "inf" if one else float("inf"),
+        replaced=lambda: None,
+    )[kind]()
+
 values = json.loads(Path(__file__).with_name("values.json").read_text())
+
+if values["amount"] == 1:
+    class Twice:
+        def apply(self, x):
+            return x * 2
+
+    def twice(x):
+        return x * 2
+else:
+    class Twice:
+        def apply(self, x):
+            return x * 3
+
+    def twice(x):
+        return x * 3
+
 options = Options()
 options.ratio = values["ratio"]
 ACTIVATION = dict(relu=relu, square=square, abs=abs)[values["activation"]]
@@ -70,6 +200,7 @@ MULTIPLIER = values["multiplier"]
 TERMS = tuple(values["terms"])
 TABLE = dict(bias=values["bias"], unread=values["unread"])
 LAYERS = values["layers"]
+PICKED = picked(values["picked"], values["amount"])
 """
 
 _LLAMA = {
@@ -90,6 +221,7 @@ import os
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 
 from foretold_toy import settings
 from foretold_toy.parts import mix
@@ -127,6 +259,7 @@ class Block(torch.nn.Module):
 class Toy(torch.nn.Module):
     def __init__(self):
         super().__init__()
+        self.norm = modeling_llama.LlamaRMSNorm(8)
         self.embedding = torch.nn.Embedding(32, 8)
         self.blocks = torch.nn.ModuleList(Block() for _ in range(settings.LAYERS))
 
@@ -136,8 +269,44 @@ class Toy(torch.nn.Module):
             x = block(x)
         if os.environ.get("FORETOLD_TOY") == "1":
             x = x - 1
+        {use}
         return x + settings.TABLE["bias"] + torch.ones(8)
 """
+
+_CALLED = "x = settings.PICKED(x)"
+PICKED = {
+    "none": "pass",
+    **dict.fromkeys(("lambda_", "closure", "default", "keyword_default", "partial"), _CALLED),
+    **dict.fromkeys(("partial_of_partial", "method", "callable", "function"), _CALLED),
+    **dict.fromkeys(("op", "builtin", "module"), _CALLED),
+    **dict.fromkeys(["slotted", "frozen", "named"], "x = x * settings.PICKED.amount"),
+    "property": "x = x * settings.PICKED.doubled",
+    "enum": "x = x * 2 if settings.PICKED is settings.Mode.ONE else x * 3",
+    "enum_value": "x = x * settings.PICKED.value",
+    "class_attribute": "x = x * settings.PICKED.extra",
+    "instance_of": "x = settings.PICKED.apply(x)",
+    "length": "x = x * len(settings.PICKED)",
+    "member": "x = x * 2 if 'a' in settings.PICKED else x * 3",
+    "text": "x = x * 2 if 'gelu' in settings.PICKED else x * 3",
+    "keys": "x = x * 2 if 'a' in settings.PICKED else x * 3",
+    "nested": "x = x * settings.PICKED['a'][0]['b'][1]",
+    "ordered": "x = x * list(settings.PICKED.values())[0]",
+    "number": "x = x * settings.PICKED",
+    "true": "x = x * 2 if settings.PICKED is True else x * 3",
+    "zero": "x = x.relu() * settings.PICKED + 1e-30 / (x.relu() * settings.PICKED)",
+    "dtype": "x = x.to(settings.PICKED).to(x.dtype) * 3",
+    "slice": "x = x + x[..., settings.PICKED].sum(-1, keepdim=True)",
+    "class_defined_twice": "x = settings.PICKED.apply(x)",
+    "function_defined_twice": "x = settings.twice(x)",
+    "text_or_dtype": "x = x * 2 if isinstance(settings.PICKED, str) else x * 3",
+    "list_or_tuple": "x = x * 2 if isinstance(settings.PICKED, tuple) else x * 3",
+    "tuple_or_named": "x = x * 2 if hasattr(settings.PICKED, 'amount') else x * 3",
+    "key_or_text": "x = x * 2 if 1 in settings.PICKED else x * 3",
+    "infinite": "x = x * 2 if settings.PICKED == 'inf' else x * 3",
+    "replaced": "x = modeling_llama.rotate_half(x) + self.norm(x)",
+    "string_getattr": "x = getattr(torch, settings.PICKED)(x)",
+}
+"""How `forward` uses `settings.PICKED`, by the kind of Python value that it is."""
 
 _PARTS = """
 def mix(x, amount={default}):
@@ -164,6 +333,8 @@ class State:
     bias: float = 0.5
     unread: int = 0
     layers: int = 1
+    picked: str = "none"
+    amount: int = 1
     class_gain: float = 1.0
     instance_shift: float = 0.0
     default: float = 0.0
@@ -342,9 +513,19 @@ def _imported(state: State, directory: Path) -> Iterator[None]:
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     for name, text in (("settings", _SETTINGS), ("model", _MODEL), ("parts", _PARTS)):
-        text = text.format(**values, attention=ATTENTION_NAME)
+        text = text.format(**values, attention=ATTENTION_NAME, use=PICKED[state.picked])
         (package / f"{name}.py").write_text(text)
-    read = ("ratio", "activation", "multiplier", "terms", "bias", "unread", "layers")
+    read = (
+        "ratio",
+        "activation",
+        "multiplier",
+        "terms",
+        "bias",
+        "unread",
+        "layers",
+        "picked",
+        "amount",
+    )
     (package / "values.json").write_text(json.dumps({name: values[name] for name in read}))
     if state.llama is not None:
         (directory / "llama").mkdir()
@@ -359,6 +540,14 @@ def _imported(state: State, directory: Path) -> Iterator[None]:
         sys.path.remove(str(directory))
         for name in [name for name in sys.modules if name.partition(".")[0] == "foretold_toy"]:
             del sys.modules[name]
+
+
+def _replaced(x: torch.Tensor) -> torch.Tensor:
+    return x * 5
+
+
+def _replaced_method(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return x * 7
 
 
 @contextmanager
@@ -384,6 +573,10 @@ def _in_force(state: State) -> Iterator[None]:
         "threads": (torch.set_num_threads, torch.get_num_threads),
     }
     with _configured(state), ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        if (state.picked, state.amount) == ("replaced", 2):
+            # As a package of faster kernels would.
+            patch.setattr(modeling_llama, "rotate_half", _replaced)
+            patch.setattr(modeling_llama.LlamaRMSNorm, "forward", _replaced_method)
         for name, value in state.variables:
             patch.setenv(name, value)
         for name, value in state.torch_state:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vllmc.core.cache.record import UNREADABLE
+from vllmc.core.models.described import class_digest
 from vllmc.core.models.guarded import read_guarded
 
 
@@ -44,13 +45,13 @@ def read(expression: str) -> Any:
     ("expression", "value"),
     [
         ("L['self'].scale", 2.0),
-        ("L['self'].mode", f"{__name__}.Mode.FAST"),
+        ("L['self'].mode", f"<{__name__}.Mode.FAST>"),
         ("L['self'].table", {"a": 1, "b": [True, None]}),
         ("L['self'].table['b'][-2]", True),
         ("dict.__getitem__(L['self'].table, list(dict.keys(L['self'].table))[0])", 1),
         ("L['self']._modules['linear'].in_features", 2),
-        ("L['self']._modules['linear'].weight", "torch.float32 [3, 2]"),
-        ("type(L['self'])", f"class {__name__}.Entry"),
+        ("L['self']._modules['linear'].weight", "<torch.float32 [3, 2]>"),
+        ("type(L['self'])", f"<class {__name__}.Entry#{class_digest(Entry)}>"),
         ("len(L['self'].table)", 2),
     ],
 )
