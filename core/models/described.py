@@ -65,8 +65,8 @@ def describe(value: object, depth: int = _DEEP) -> JsonValue:
             plain = owner is None or isinstance(owner, ModuleType) or not depth
             return name if plain else {"<method>": [name, describe(owner, depth - 1)]}
     # The object's class, and the name of what has one: an op, a function of an extension.
-    name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
-    named = f" {name}" if isinstance(name, str) else ""
+    own = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
+    named = f" {own}" if isinstance(own, str) else ""
     return f"<{_qualified(kind)}{named}#{class_digest(kind)}>"
 
 
@@ -85,8 +85,9 @@ def class_digest(cls: type) -> str:
 def _members(cls: type) -> Iterable[list[str]]:
     for name, member in vars(cls).items():
         for function in _functions(member):
-            yield [name, code_digest(inspect.unwrap(function).__code__)]
             yield [name, code_digest(function.__code__)]
+            if isinstance(wrapped := inspect.unwrap(function), FunctionType):
+                yield [name, code_digest(wrapped.__code__)]
 
 
 def _functions(member: object) -> list[FunctionType]:

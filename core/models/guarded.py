@@ -31,6 +31,16 @@ _CALLS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "tuple": tuple,
     "len": len,
 }
+HOOKS: Final = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+"""The attributes of a module that hold functions to be called with it."""
+
 _LONG: Final = 200
 
 
@@ -38,17 +48,22 @@ def read_guarded(expressions: Iterable[str], entry: torch.nn.Module) -> dict[str
     """What each expression over `L['self']`, which is `entry`, and `M[module]` stands for now.
 
     Each as `describe` tells it; long or secret ones as a digest. Imports the modules that are
-    named. Expressions over the modules of torch and vllmc are left out.
+    named. Left out is what factors cover: the modules of torch and vllmc, and of the model the tree
+    of modules with its tensors and hooks (see `ModuleModel.factors`).
     """
     found: dict[str, JsonValue] = {}
     for expression in sorted(set(expressions)):
         tree = parse_expression(expression)
-        if _root(tree).partition(".")[0] in _COVERED:
+        root = _root(tree)
+        if root.partition(".")[0] in _COVERED or (not root and _of_the_tree(tree)):
             continue
         try:
-            found[expression] = _shown(expression, _look_up(tree, entry))
+            value = _look_up(tree, entry)
         except (LookupError, AttributeError, TypeError, ValueError, ImportError):
             found[expression] = UNREADABLE
+        else:
+            if root or not isinstance(value, torch.nn.Module):
+                found[expression] = _shown(expression, value)
     return found
 
 
@@ -59,6 +74,15 @@ def _root(tree: ast.expr) -> str:
             case ast.Subscript(value=ast.Name(id="M"), slice=ast.Constant(value=str(name))):
                 return name
     return ""
+
+
+def _of_the_tree(tree: ast.expr) -> bool:
+    """Whether an expression reads a module's tensors, or anything of its hooks."""
+    match tree:
+        case ast.Attribute(attr=name) | ast.Subscript(value=ast.Attribute(attr=name)):
+            if name in ("_parameters", "_buffers"):
+                return True
+    return any(isinstance(node, ast.Attribute) and node.attr in HOOKS for node in ast.walk(tree))
 
 
 def _look_up(node: ast.expr, entry: torch.nn.Module) -> Any:

@@ -14,6 +14,7 @@ from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.errors import VllmcError
 from vllmc.core.models.building import build_entry, weights_of
 from vllmc.core.models.described import class_digest, describe
+from vllmc.core.models.guarded import HOOKS
 from vllmc.core.models.model import ModelInfo, Weights
 from vllmc.core.spec import LayerNames
 
@@ -161,10 +162,17 @@ def _describe(module: torch.nn.Module) -> JsonValue:
     }
     plain = {k: v for k, v in sorted(vars(module).items()) if not k.startswith("_")}
     cls = type(module)
+    # Their keys count the hooks of the process.
+    hooks: dict[str, JsonValue] = {
+        name: [describe(hook) for hook in getattr(module, name).values()]
+        for name in HOOKS
+        if getattr(module, name)
+    }
     return {
         "class": f"{cls.__module__}.{cls.__qualname__}",
         "tensors": tensors,
         "attributes": dict(_plain(plain)),
+        **({"hooks": hooks} if hooks else {}),
     }
 
 

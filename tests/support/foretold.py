@@ -174,6 +174,7 @@ def picked(kind, amount):
         key_or_text=lambda: {{1: 2.0}} if one else {{"1": 2.0}},
         infinite=lambda: "inf" if one else float("inf"),
         replaced=lambda: None,
+        hook=lambda: (lambda m, args, out: out * 2) if one else (lambda m, args, out: out * 3),
     )[kind]()
 
 values = json.loads(Path(__file__).with_name("values.json").read_text())
@@ -260,6 +261,8 @@ class Toy(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.norm = modeling_llama.LlamaRMSNorm(8)
+        if settings.values["picked"] == "hook":
+            self.norm.register_forward_hook(settings.PICKED)
         self.embedding = torch.nn.Embedding(32, 8)
         self.blocks = torch.nn.ModuleList(Block() for _ in range(settings.LAYERS))
 
@@ -304,6 +307,7 @@ PICKED = {
     "key_or_text": "x = x * 2 if 1 in settings.PICKED else x * 3",
     "infinite": "x = x * 2 if settings.PICKED == 'inf' else x * 3",
     "replaced": "x = modeling_llama.rotate_half(x) + self.norm(x)",
+    "hook": "x = self.norm(x)",
     "string_getattr": "x = getattr(torch, settings.PICKED)(x)",
 }
 """How `forward` uses `settings.PICKED`, by the kind of Python value that it is."""
