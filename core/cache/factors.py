@@ -27,6 +27,7 @@ import torch
 import xxhash
 
 from vllmc.core.cache.key import Factor, JsonValue
+from vllmc.core.cache.redaction import hide
 from vllmc.core.errors import VllmcError
 from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat import system
@@ -121,8 +122,9 @@ def program_factors(
 
     `environment` is what the process was started with; `cache_dir` is where slow answers are
     remembered. `option_origins` says where the user's values came from, by (group, name): an
-    option's in group `inductor` or `functorch`, a field of the spec in group `spec`. Raises
-    `UsageError` for options that torch does not have, `VllmcError` (`no-device`).
+    option's in group `inductor` or `functorch`, a field of the spec in group `spec`. Secrets are
+    redacted (`redaction`). Raises `UsageError` for options that torch does not have, `VllmcError`
+    (`no-device`).
     """
     overrides = vllmc_overrides(spec)
     return (
@@ -193,12 +195,14 @@ def _environment(spec: CompileSpec, environment: Mapping[str, str]) -> Iterator[
     names = [*ENVIRONMENT, *(CUDA_ENVIRONMENT if spec.device != "cpu" else ())]
     for name in sorted(names):
         value = environment.get(name)
-        yield Factor(
-            group="environment",
-            name=name,
-            value=value and _content(value),
-            origin="default" if value is None else f"env:{name}",
-            is_default=value is None,
+        yield hide(
+            Factor(
+                group="environment",
+                name=name,
+                value=value and _content(value),
+                origin="default" if value is None else f"env:{name}",
+                is_default=value is None,
+            )
         )
     yield from _torch_state(spec)
 
@@ -268,12 +272,14 @@ def _configs(
 ) -> Iterator[Factor]:
     for group in ("inductor", "functorch", "dynamo"):
         for entry in snapshot(group, overrides, environment=environment, option_origins=origins):
-            yield Factor(
-                group=group,
-                name=entry.name,
-                value=entry.value,
-                origin=entry.origin,
-                is_default=entry.is_default,
+            yield hide(
+                Factor(
+                    group=group,
+                    name=entry.name,
+                    value=entry.value,
+                    origin=entry.origin,
+                    is_default=entry.is_default,
+                )
             )
 
 

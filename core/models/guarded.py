@@ -18,9 +18,9 @@ from typing import Any, Final
 
 import torch
 
-from vllmc.core.cache.explain import redact
-from vllmc.core.cache.key import JsonValue, canonical_json, sha256_hex
+from vllmc.core.cache.key import REDACTED, JsonValue, canonical_json, sha256_hex
 from vllmc.core.cache.record import UNREADABLE
+from vllmc.core.cache.redaction import redact, scrub
 
 # Covered by factors and by digests of the traced files, as for every model of Transformers.
 _COVERED: Final = ("torch", "transformers", "vllmc")
@@ -39,17 +39,21 @@ _DEEP: Final = 6
 def read_guarded(expressions: Iterable[str], entry: torch.nn.Module) -> dict[str, JsonValue]:
     """What each expression over `L['self']`, which is `entry`, and `M[module]` stands for now.
 
-    Plain values as they are, long or secret ones as a digest, others by the name of their class.
-    Imports the modules that are named. Expressions over the modules of torch, Transformers and
-    vllmc are left out.
+    Plain values as they are, long ones as a digest, others by the name of their class. Of what
+    holds a secret nothing is told, not even a digest, from which a short one could be guessed: it
+    is `REDACTED`, and a program that depends on it is not found again. Imports the modules that are
+    named. Expressions over the modules of torch, Transformers and vllmc are left out.
     """
     found: dict[str, JsonValue] = {}
-    for expression in sorted(set(expressions)):
+    for expression in sorted(set(map(scrub, expressions))):
+        if REDACTED in expression:
+            found[expression] = REDACTED
+            continue
         tree = ast.parse(expression, mode="eval").body
         if _root(tree).partition(".")[0] in _COVERED:
             continue
         try:
-            found[expression] = _shown(expression, _look_up(tree, entry))
+            found[expression] = _shown(_name_of(tree), _look_up(tree, entry))
         except (LookupError, AttributeError, TypeError, ValueError, ImportError):
             found[expression] = UNREADABLE
     return found
@@ -90,16 +94,26 @@ def _look_up(node: ast.expr, entry: torch.nn.Module) -> Any:
             raise LookupError(ast.unparse(node))
 
 
-def _shown(expression: str, value: Any) -> JsonValue:
+def _shown(name: str, value: Any) -> JsonValue:
     described = _describe(value, _DEEP)
+    if redact(name, described) != described:
+        return REDACTED
     text = canonical_json(described)
-    if len(text) > _LONG or redact(_last_name(expression), described) != described:
-        return f"sha256:{sha256_hex(text)}"
-    return described
+    return f"sha256:{sha256_hex(text)}" if len(text) > _LONG else described
 
 
-def _last_name(expression: str) -> str:
-    return expression.rstrip("]'\"").replace("'", ".").rpartition(".")[2]
+def _name_of(tree: ast.expr) -> str:
+    """What the value that is read is called; empty where it is something about that value."""
+    match tree:
+        case ast.Attribute(attr=name) | ast.Subscript(slice=ast.Constant(value=str(name))):
+            return name
+        case ast.Subscript(value=value):
+            return _name_of(value)
+        case ast.Call(func=ast.Name(id="type" | "len")):
+            return ""
+        case ast.Call(args=[*_, last]):
+            return str(last.value) if isinstance(last, ast.Constant) else _name_of(last)
+    return ""
 
 
 def _describe(value: Any, depth: int) -> JsonValue:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from vllmc.core.cache.key import Factor, JsonValue
+from vllmc.core.cache.redaction import redact, scrub
 from vllmc.core.errors import VllmcError
 from vllmc.core.models.building import build_entry
 from vllmc.core.models.model import ModelInfo, Weights
@@ -31,7 +32,7 @@ class ModuleModel:
     @property
     def name(self) -> str:
         """The name under which the user asked for it."""
-        return self._name
+        return scrub(self._name)
 
     @property
     def info(self) -> ModelInfo:
@@ -169,7 +170,8 @@ def _describe(module: torch.nn.Module) -> JsonValue:
     return {
         "class": f"{cls.__module__}.{cls.__qualname__}",
         "tensors": tensors,
-        "attributes": dict(_plain(plain)),
+        # What the graph depends on of a secret, capture guards on.
+        "attributes": {name: redact(name, value) for name, value in _plain(plain)},
     }
 
 

@@ -13,6 +13,7 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, AutoConfig
 
 from vllmc.core.cache.key import Factor, JsonValue
+from vllmc.core.cache.redaction import redact, scrub
 from vllmc.core.errors import VllmcError
 from vllmc.core.models.errors import unsupported_model
 from vllmc.core.models.model import ModelInfo, Weights
@@ -76,7 +77,7 @@ class TransformersModel:
     @property
     def name(self) -> str:
         """The name under which the user asked for it."""
-        return self._name
+        return scrub(self._name)
 
     @property
     def info(self) -> ModelInfo:
@@ -101,7 +102,8 @@ class TransformersModel:
             Factor(
                 group="model",
                 name=name,
-                value=value,
+                # No architecture reads a secret; whoever changes one keeps the key.
+                value=redact(name, value),
                 origin=self._origin(name, defaults, value),
                 is_default=name in defaults and defaults[name] == value,
             )
