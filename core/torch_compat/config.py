@@ -7,7 +7,9 @@ then a key describes the very settings that its code was generated under.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
@@ -58,6 +60,7 @@ _VLLMC_FUNCTORCH: Final[Mapping[str, OptionValue]] = MappingProxyType(
     {"enable_autograd_cache": False, "enable_remote_autograd_cache": False}
 )
 
+_ONE_THREAD: Final = threading.RLock()
 _NO_ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType({})
 _NO_ORIGINS: Final[Mapping[tuple[str, str], str]] = MappingProxyType({})
 
@@ -125,13 +128,22 @@ def applied(
     """Runs a block under the overrides; `config` finds the modules that they are set in.
 
     They are context-local in torch: a thread started within the block does not see them and
-    enters `applied` itself, so that threads may compile under different options.
+    enters `applied` itself, so that threads may compile under different options. Where an older
+    torch keeps them for the whole process, one thread at a time is in such a block.
     """
+    inductor, functorch = config(MODULES["inductor"]), config(MODULES["functorch"])
     with (
-        config(MODULES["inductor"]).patch(dict(overrides.inductor)),
-        config(MODULES["functorch"]).patch(dict(overrides.functorch)),
+        contextlib.nullcontext() if local_overrides() else _ONE_THREAD,
+        inductor.patch(dict(overrides.inductor)),
+        functorch.patch(dict(overrides.functorch)),
     ):
         yield
+
+
+def local_overrides() -> bool:
+    """Whether overrides are context-local in this torch, as not in 2.11."""
+    entries = present_config(MODULES["functorch"])._config.values()
+    return all(isinstance(entry.user_override, ContextVar) for entry in entries)
 
 
 def snapshot(

@@ -26,6 +26,7 @@ from vllmc.core.spec import CompileRange, CompileSpec
 from vllmc.core.torch_compat import system
 
 PATH = os.environ["PATH"]
+IMPORTS = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
 MODEL = (Factor(group="model", name="layers", value=2),)
 
 
@@ -102,7 +103,7 @@ print(json.dumps([factor.to_json() for factor in factors]))
 def key_in_process(cache: Path, cwd: Path, **environment: str) -> tuple[str, str]:
     done = subprocess.run(
         [sys.executable, "-c", PRINT_KEY, str(cache)],
-        env={"PATH": PATH, **environment},
+        env={"PATH": PATH, **IMPORTS, **environment},
         cwd=cwd,
         capture_output=True,
         text=True,

@@ -24,16 +24,18 @@ from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat.config import (
     Overrides,
     applied,
+    local_overrides,
     snapshot,
     vllmc_overrides,
 )
-from vllmc.core.torch_compat.config_scope import CAPTURE, EXCLUDED
+from vllmc.core.torch_compat.config_scope import ABSENT, CAPTURE, EXCLUDED
 from vllmc.core.torch_compat.config_source import default_without_environment, definitions
 from vllmc.core.torch_compat.config_values import stable
 from vllmc.core.torch_compat.options import option_names, parse_option
 from vllmc.core.torch_compat.system import portable_march
 
 CONFIGS = {"inductor": torch._inductor.config, "functorch": torch._functorch.config}
+KEPT = ("PATH", "PYTHONPATH")
 PLAIN = vllmc_overrides(CompileSpec())
 
 
@@ -68,10 +70,14 @@ def with_option(group: str, name: str, value: Any) -> Overrides:
 
 
 def run_python(code: str, *, cwd: Path, **environment: str) -> str:
-    """The output of a fresh process that has no environment but this."""
+    """The output of a fresh process that has no environment but this, and finds vllmc."""
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={"PATH": os.environ["PATH"], "HOME": str(cwd), **environment},
+        env={
+            **{n: os.environ[n] for n in KEPT if n in os.environ},
+            "HOME": str(cwd),
+            **environment,
+        },
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -104,7 +110,7 @@ def test_every_setting_of_capture_changes_the_snapshot() -> None:
             "compiler": torch.compiler.config,
             "symbolic_shapes": torch.fx.experimental._config,
         }[prefix]
-        if module._config[key].deprecated:
+        if getattr(module._config[key], "deprecated", False):
             continue
         with module.patch({key: another(getattr(module, key))}):
             assert values("dynamo") != before, name
@@ -112,10 +118,13 @@ def test_every_setting_of_capture_changes_the_snapshot() -> None:
     assert all(CAPTURE.values())
 
 
-def test_names_that_are_left_out_exist() -> None:
-    assert {name for group, name in EXCLUDED if group == "inductor"} <= option_names("inductor")
-    assert {name for group, name in EXCLUDED if group == "functorch"} <= option_names("functorch")
-    assert set(CAPTURE) == set(values("dynamo"))
+def test_names_that_are_left_out_exist_but_for_those_that_this_torch_is_said_to_lack() -> None:
+    minor = ".".join(torch.__version__.split(".")[:2])
+    options = {(group, name) for group in CONFIGS for name in option_names(group)}
+    settings = {("dynamo", name) for name in values("dynamo")}
+    named = {*EXCLUDED, *(("dynamo", name) for name in CAPTURE)}
+    assert named - options - settings == ABSENT.get(minor, frozenset())
+    assert set().union(*ABSENT.values()) <= named
 
 
 @pytest.mark.parametrize("group", ["inductor", "functorch"])
@@ -150,7 +159,8 @@ def test_the_snapshot_describes_what_applied_puts_into_force() -> None:
 
 
 def test_each_thread_has_the_overrides_that_it_entered() -> None:
-    both_inside = threading.Barrier(2, timeout=60)
+    # Both at once, unless this torch keeps overrides for the whole process.
+    both_inside = threading.Barrier(2 if local_overrides() else 1, timeout=60)
     seen: dict[int, tuple[Any, ...]] = {}
 
     def work(threads: int) -> None:
@@ -175,6 +185,7 @@ def test_each_thread_has_the_overrides_that_it_entered() -> None:
     assert seen == {3: (3, True, 3, True), 5: (5, False, 5, False)}
 
 
+@pytest.mark.skipif(not local_overrides(), reason="this torch has one set for all threads")
 def test_a_thread_started_inside_does_not_see_the_overrides() -> None:
     seen = []
     with applied(with_option("inductor", "cpp.threads", 3)):
@@ -250,13 +261,16 @@ def test_variables_are_named_as_origins_however_torch_reads_them(tmp_path: Path)
         "inductor.cutlass.cutlass_dynamic_cluster_shape": [[4, 1, 1], cluster, False],
         "inductor.cuda.cutlass_dynamic_cluster_fallback": [[4, 1, 1], cluster, False],
     }
+    if not definitions("torch._inductor.config")["triton.autotune_at_compile_time"].variables:
+        # Torch 2.11 reads no variable for it.
+        del expected["inductor.triton.autotune_at_compile_time"]
     assert {name: found[name] for name in expected} == expected
 
 
 def test_without_variables_only_what_vllmc_sets_differs_from_the_default(tmp_path: Path) -> None:
     found = json.loads(run_python(DESCRIBE, cwd=tmp_path))
     changed = {name: row[1] for name, row in found.items() if not row[2]}
-    march = {"inductor.cpp.march"} if portable_march() else set()
+    march = {"inductor.cpp.march"} & {*found} if portable_march() else set()
     assert set(changed) == march | {
         "inductor.cpp.dynamic_threads",
         "inductor.cpp.threads",
@@ -415,6 +429,8 @@ def test_options_are_read_as_the_type_that_they_have(text: str, expected: Any) -
         "cutlass.cutlass_instantiation_level": "0",
         "cutlass.cutlass_dynamic_cluster_shape": (4, 1, 1),
     }
+    if text.startswith("cpp.march") and "cpp.march" not in option_names("inductor"):
+        pytest.skip("this torch has no such option")
     group, name, value = parse_option(text)
     assert (group, name, value) == (expected or ("inductor", name, special[name]))
     wanted = expected[2] if expected else special[name]
