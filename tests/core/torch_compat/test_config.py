@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -28,13 +30,16 @@ from vllmc.core.torch_compat.config import (
     snapshot,
     vllmc_overrides,
 )
+from vllmc.core.torch_compat.config_modules import _stand_in, config_file
 from vllmc.core.torch_compat.config_scope import ABSENT, CAPTURE, EXCLUDED
 from vllmc.core.torch_compat.config_source import default_without_environment, definitions
 from vllmc.core.torch_compat.config_values import stable
-from vllmc.core.torch_compat.options import option_names, parse_option
+from vllmc.core.torch_compat.options import MODULES, option_names, parse_option
 from vllmc.core.torch_compat.system import portable_march
 
 CONFIGS = {"inductor": torch._inductor.config, "functorch": torch._functorch.config}
+# Read only together with another variable, which names the device.
+WITHOUT_EFFECT = {"TORCHINDUCTOR_AUTOHEURISTIC_COLLECT"}
 KEPT = ("PATH", "PYTHONPATH")
 PLAIN = vllmc_overrides(CompileSpec())
 
@@ -344,6 +349,71 @@ def test_every_variable_in_the_source_of_inductors_config_belongs_to_an_option()
     # Read by a function that no option uses.
     assert read - known == {"MAST_HPC_JOB_NAME", "ROLE_RANK"}
     assert len(read) > 100
+
+
+def config_under(module: str, environment: dict[str, str]) -> dict[str, str]:
+    """What the source of a config makes of these variables: each option, to compare."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in variables_in(module):
+            patch.delenv(name, raising=False)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        fresh = _stand_in.__wrapped__(module)
+    return {
+        name: json.dumps(
+            [stable(e.default), stable(e.env_value_force), stable(e.env_value_default)]
+        )
+        for name, e in fresh._config.items()
+        if not isinstance(e.default, FunctionType)
+    }
+
+
+def variables_in(module: str) -> list[str]:
+    """All that could be a variable's name in the source of a config."""
+    return sorted(
+        set(re.findall(r"""["']([A-Z][A-Z0-9_]{4,})["']""", config_file(module).read_text()))
+    )
+
+
+def effective(module: str, variable: str) -> str:
+    """A text that makes a difference in the first option that the variable is said to set."""
+    if variable == "TORCHINDUCTOR_WORKER_START":
+        return "fork"
+    for name, definition in definitions(module).items():
+        if variable in definition.variables:
+            default = default_without_environment(module, name)
+            number = isinstance(default, (int, float)) and not isinstance(default, bool)
+            return "7" if number else "x" if isinstance(default, str) else "0" if default else "1"
+    return "1"
+
+
+@pytest.mark.parametrize("group", ["inductor", "functorch", "dynamo"])
+def test_an_option_that_a_variable_changes_names_it_as_origin_and_no_other(group: str) -> None:
+    module = MODULES.get(group, "torch._dynamo.config")
+    variables = variables_in(module)
+    probes = {name: effective(module, name) for name in variables}
+    before = config_under(module, {})
+    nothing = Overrides(inductor=(), functorch=(), chosen=frozenset())
+    seen = set()
+    # The variables with a bit set in their number, and those without: any two are once apart.
+    for bit, value in itertools.product(range(len(variables).bit_length()), (0, 1)):
+        given = {v: probes[v] for i, v in enumerate(variables) if i >> bit & 1 == value}
+        after = config_under(module, given)
+        for entry in snapshot(group, nothing, environment=given):
+            how, _, name = entry.origin.partition(":")
+            changed = after.get(entry.name, "") != before.get(entry.name, "")
+            assert how == "env" or not changed, (entry.name, given)
+            if how == "env":
+                assert name in given
+                if changed:
+                    seen.add(name)
+    said = {
+        definition.variables[0]
+        for name, definition in definitions(module).items()
+        if definition.variables and name in values(group)
+    }
+    assert said - seen <= WITHOUT_EFFECT
+    assert len(seen) >= {"inductor": 100, "functorch": 3, "dynamo": 3}[group]
 
 
 class Pass(CustomGraphPass):
