@@ -6,47 +6,68 @@ Imports no torch.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Final
 
 from vllmc.core.cache.key import REDACTED, Factor, JsonValue
 
-_SECRET_PARTS: Final = re.compile(
-    r"password|passwd|passphrase|secret|credential|api_?key|access_?key|private_?key|signing_?key"
-    r"|encryption_?key|ssh_?key|auth_?token|bearer|authorization|cookie",
-    re.IGNORECASE,
+SECRET_PARTS: Final = (
+    "password",
+    "passwd",
+    "passphrase",
+    "secret",
+    "credential",
+    "api_key",
+    "access_key",
+    "private_key",
+    "signing_key",
+    "encryption_key",
+    "ssh_key",
+    "auth_token",
+    "bearer",
+    "authorization",
+    "cookie",
 )
-_SECRET_LAST_WORDS: Final = frozenset({"token", "auth", "pat", "pwd"})
-# `eos_token` and its like name vocabulary.
-_VOCABULARY: Final = re.compile(
-    r"(?:^|_)(?:audio|bos|cls|end|eos|image|mask|pad|per|sep|special|start|stop|unk|video)_",
-    re.IGNORECASE,
+"""What makes a name that of a secret wherever it stands in it; `_` may be left out."""
+
+SECRET_LAST_WORDS: Final = ("token", "auth", "pat", "pwd")
+"""What makes a name that of a secret as its last word."""
+
+VOCABULARY: Final = (
+    *("audio", "bos", "cls", "end", "eos", "image", "mask", "pad", "per", "sep", "special"),
+    *("start", "stop", "unk", "video"),
 )
-_SECRET_SHAPES: Final = re.compile(
-    r"""
-      \b(?: hf_[A-Za-z0-9]{16,}
-          | sk-[A-Za-z0-9_-]{16,}
-          | [rs]k_(?:live|test)_[A-Za-z0-9]{10,}
-          | gh[pousr]_[A-Za-z0-9]{16,}
-          | github_pat_\w{16,}
-          | glpat-[\w-]{16,}
-          | npm_[A-Za-z0-9]{30,}
-          | pypi-[\w-]{40,}
-          | xox[abprs]-[\w-]{10,}
-          | nvapi-[\w-]{16,}
-          | AIza[\w-]{30,}
-          | (?:AKIA|ASIA)[A-Z0-9]{16}
-          | eyJ[\w-]{5,}\.[\w-]{5,}\.[\w-]*
-          | [Bb]earer[ ]+[\w.~+/=-]{8,}
-        )
-    | -----BEGIN[ ][A-Z ]*PRIVATE[ ]KEY-----(?:.*?-----END[ ][A-Z ]*PRIVATE[ ]KEY-----|.*)
-    | (?<=://)[^/\s:@]*:[^/\s@]+(?=@)
-    | (?i:password|passwd|passphrase|secret|api_?key|access_?key)["']?\s*[=:]\s*["']?
-      [^\s"',;&)}\]]{4,}
-    """,
-    re.VERBOSE | re.DOTALL,
+"""Words before a last one that make it no secret: `eos_token` and its like name vocabulary."""
+
+SHAPES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "tokens of Hugging Face": r"\bhf_[A-Za-z0-9]{16,}",
+        "keys that begin with `sk-`": r"\bsk-[A-Za-z0-9_-]{16,}",
+        "keys of Stripe": r"\b[rs]k_(?:live|test)_[A-Za-z0-9]{10,}",
+        "tokens of GitHub": r"\b(?:gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,})",
+        "tokens of GitLab": r"\bglpat-[\w-]{16,}",
+        "tokens of npm and PyPI": r"\b(?:npm_[A-Za-z0-9]{30,}|pypi-[\w-]{40,})",
+        "tokens of Slack": r"\bxox[abprs]-[\w-]{10,}",
+        "keys of NVIDIA": r"\bnvapi-[\w-]{16,}",
+        "keys of Google": r"\bAIza[\w-]{30,}",
+        "key ids of AWS": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}",
+        "JSON web tokens": r"\beyJ[\w-]{5,}\.[\w-]{5,}\.[\w-]*",
+        "bearer tokens": r"\b[Bb]earer +[\w.~+/=-]{8,}",
+        "private keys in PEM": r"-----BEGIN [A-Z ]*PRIVATE KEY-----"
+        r"(?:.*?-----END [A-Z ]*PRIVATE KEY-----|.*)",
+        "user and password in a URL": r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)",
+        "assignments to a password or key": r"(?i:password|passwd|passphrase|secret|api_?key"
+        r"|access_?key)[\"']?\s*[=:]\s*[\"']?[^\s\"',;&)}\]]{4,}",
+    }
 )
+"""The shapes of secrets, as regular expressions."""
+
+_SECRET_PARTS: Final = re.compile("|".join(SECRET_PARTS).replace("_", "_?"), re.IGNORECASE)
+_VOCABULARY: Final = re.compile(rf"(?:^|_)(?:{'|'.join(VOCABULARY)})_", re.IGNORECASE)
+_SECRET_SHAPES: Final = re.compile("|".join(SHAPES.values()), re.DOTALL)
 _LONG_WORDS: Final = re.compile(r"(?<![\w:#+/=-])[\w+/=-]{32,}")
 _HEX: Final = re.compile(r"[0-9a-f]{32,}|[0-9A-F]{32,}")
 _CHANGES_KIND: Final = 0.4
@@ -104,7 +125,7 @@ def _part_names_secret(name: str) -> bool:
     if last == "key":
         # STRIPE_KEY is a secret by the custom of environment variables; sort_key is an option.
         return name.isupper() and "CACHE" not in name
-    return last in _SECRET_LAST_WORDS and not _VOCABULARY.search(name)
+    return last in SECRET_LAST_WORDS and not _VOCABULARY.search(name)
 
 
 def _looks_random(word: str) -> bool:

@@ -22,8 +22,7 @@ from vllmc.core.spec import LayerNames
 if TYPE_CHECKING:
     import torch
 
-# Options of a configuration that change no graph: names, tokens and what `generate` does.
-_NOT_IDENTITY = frozenset(
+NOT_IDENTITY = frozenset(
     {
         "_name_or_path",
         "architectures",
@@ -50,6 +49,7 @@ _NOT_IDENTITY = frozenset(
         "use_cache",
     }
 )
+"""Fields of a configuration that change no graph: names, tokens and what `generate` does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,7 +244,7 @@ def _with_layers(config: PretrainedConfig, layers: int | None) -> PretrainedConf
 
 def _flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, JsonValue]]:
     for key, value in sorted(fields.items(), key=lambda item: str(item[0])):
-        if not prefix and (key in _NOT_IDENTITY or key.startswith("_")):
+        if not prefix and (key in NOT_IDENTITY or key.startswith("_")):
             continue
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")

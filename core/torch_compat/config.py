@@ -20,7 +20,7 @@ from vllmc.core.torch_compat.config_modules import import_config, present_config
 from vllmc.core.torch_compat.config_scope import CAPTURE, EXCLUDED
 from vllmc.core.torch_compat.config_source import default_without_environment, definitions
 from vllmc.core.torch_compat.config_values import canonical, stable
-from vllmc.core.torch_compat.options import MODULES, check_option, option_names
+from vllmc.core.torch_compat.options import MODULES, OptionGroup, check_option, option_names
 from vllmc.core.torch_compat.system import portable_march
 
 if TYPE_CHECKING:
@@ -37,28 +37,41 @@ _CAPTURE_PREFIXES: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 
-_VLLMC_INDUCTOR: Final[Mapping[str, OptionValue]] = MappingProxyType(
+_STORE: Final = (
+    "vllmc's store takes the place of torch's caches: a hit in one of them would leave it unclear "
+    "what was compiled, and with what"
+)
+VLLMC_SETS: Final[Mapping[tuple[Group, str], tuple[OptionValue, str]]] = MappingProxyType(
     {
-        # Inductor would compile and load a test program to learn whether the compiler can build
-        # for this CPU's instruction set: half of a process's first compile. What the CPU can do is
-        # a factor of its own, and a compiler that cannot build for it fails with its own message.
-        "cpp.vec_isa_ok": True,
-        # Else the number of threads of the compiling machine is baked into parallel regions and
-        # reduction buffers (`num_threads(2)`); so the code asks OpenMP when it runs.
-        "cpp.dynamic_threads": True,
-        # Even so Inductor weighs how many loops to share out among how many threads. -1 is this
-        # machine's number; 1 would leave out the `omp single` around serial parts of a parallel
-        # region. With 8, a row of 4096 elements (8 x cpp.min_chunk_size) is worth sharing.
-        "cpp.threads": 8,
-        # vllmc's store takes the place of torch's caches: a hit in one of them would leave it
-        # unclear what was compiled, and with what.
-        "fx_graph_cache": False,
-        "fx_graph_remote_cache": False,
+        ("inductor", "cpp.vec_isa_ok"): (
+            True,
+            "Inductor would compile and load a test program to learn whether the compiler can "
+            "build for this CPU's instruction set: half of a process's first compile. What the "
+            "CPU can do is a factor of its own, and a compiler that cannot build for it fails "
+            "with its own message",
+        ),
+        ("inductor", "cpp.dynamic_threads"): (
+            True,
+            "else the number of threads of the compiling machine is baked into parallel regions "
+            "and reduction buffers (`num_threads(2)`); so the code asks OpenMP when it runs",
+        ),
+        ("inductor", "cpp.threads"): (
+            8,
+            "even so Inductor weighs how many loops to share out among how many threads. -1 is "
+            "this machine's number; 1 would leave out the `omp single` around serial parts of a "
+            "parallel region. With 8, a row of 4096 elements (8 x `cpp.min_chunk_size`) is worth "
+            "sharing",
+        ),
+        ("inductor", "fx_graph_cache"): (False, _STORE),
+        ("inductor", "fx_graph_remote_cache"): (False, _STORE),
+        ("functorch", "enable_autograd_cache"): (False, _STORE),
+        ("functorch", "enable_remote_autograd_cache"): (False, _STORE),
     }
 )
-_VLLMC_FUNCTORCH: Final[Mapping[str, OptionValue]] = MappingProxyType(
-    {"enable_autograd_cache": False, "enable_remote_autograd_cache": False}
-)
+"""(group, name) of the options that vllmc sets, with the value and the reason.
+
+Beside them `cpp.march`, whose value depends on the machine.
+"""
 
 _ONE_THREAD: Final = threading.RLock()
 _NO_ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType({})
@@ -102,8 +115,7 @@ def vllmc_overrides(spec: CompileSpec) -> Overrides:
     Options that this torch lacks are left out of vllmc's own. Raises `UsageError`
     (`unknown-option`, `bad-option`) for the user's.
     """
-    inductor = {k: v for k, v in _VLLMC_INDUCTOR.items() if k in option_names("inductor")}
-    functorch = {k: v for k, v in _VLLMC_FUNCTORCH.items() if k in option_names("functorch")}
+    inductor, functorch = _own("inductor"), _own("functorch")
     # Inductor compiles with -march=native, so that the code would be this very CPU model's. A
     # level of the x86-64 ABI and the features that Inductor adds to it make code for all that
     # have them, and those are what `cpu_features` then puts in the key.
@@ -119,6 +131,11 @@ def vllmc_overrides(spec: CompileSpec) -> Overrides:
             + [("functorch", name) for name, _ in spec.functorch]
         ),
     )
+
+
+def _own(group: OptionGroup) -> dict[str, OptionValue]:
+    names = option_names(group)
+    return {n: value for (g, n), (value, _) in VLLMC_SETS.items() if g == group and n in names}
 
 
 @contextlib.contextmanager
