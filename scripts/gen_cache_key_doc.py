@@ -21,7 +21,7 @@ PROVENANCE = "provenance"
 
 HEAD = """# The cache key
 
-<!-- Written by scripts/gen_cache_key_doc.py from the tables in core/: change those, then run it. -->
+<!-- Written by scripts/gen_cache_key_doc.py: change the tables in core/, then run it. -->
 
 A key is the SHA-256 of named factors. Each factor has a group, a name, a JSON value and the
 SHA-256 of that value; the key is taken over (group, name, digest) of every factor that affects it,
@@ -126,7 +126,7 @@ MODEL = """
   revision counts: equal configurations are one model.
 - **`module:attribute`**: the module is made with fake weights. Each module in it is a factor under
   its path (`.` is the outermost): its class, the dtypes and shapes of its tensors, its plain
-  attributes. `class NAME` is the digest of the source of a class that is neither torch's nor
+  attributes (a path by its digest). `class NAME` is the digest of the source of a class that is neither torch's nor
   Transformers'.
 """
 

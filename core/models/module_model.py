@@ -18,6 +18,7 @@ from vllmc.core.errors import VllmcError
 from vllmc.core.models.building import build_entry
 from vllmc.core.models.model import ModelInfo, Weights
 from vllmc.core.spec import LayerNames
+from vllmc.core.torch_compat.config_values import stable
 from vllmc.core.torch_compat.fake import fake_weights
 
 
@@ -67,8 +68,15 @@ class ModuleModel:
             for name, cls in classes.items()
             if not name.startswith(("torch.", "transformers."))
         }
+        # What a person wants to see first: the outermost module, and which code makes it all.
         return tuple(
-            Factor(group="model", name=name, value=value, origin="probe", is_default=False)
+            Factor(
+                group="model",
+                name=name,
+                value=value,
+                origin="probe",
+                is_default=name in rows and name != ".",
+            )
             for name, value in [*rows.items(), *sources.items()]
         )
 
@@ -165,7 +173,12 @@ def _describe(module: torch.nn.Module) -> JsonValue:
             *module.named_buffers(recurse=False),
         ]
     }
-    plain = {k: v for k, v in sorted(vars(module).items()) if not k.startswith("_")}
+    # Where Transformers read a model from says nothing of what it is.
+    plain = {
+        name: value
+        for name, value in sorted(vars(module).items())
+        if not name.startswith("_") and name != "name_or_path"
+    }
     cls = type(module)
     return {
         "class": f"{cls.__module__}.{cls.__qualname__}",
@@ -179,11 +192,11 @@ def _plain(attributes: dict[str, Any]) -> Iterator[tuple[str, JsonValue]]:
     for name, value in attributes.items():
         match value:
             case None | bool() | int() | str():
-                yield name, value
+                yield name, stable(value)
             case float():
                 yield name, repr(value)
             case list() | tuple() if all(isinstance(v, (bool, int, str)) for v in value):
-                yield name, list(value)
+                yield name, stable(value)
             case torch.dtype() | torch.device():
                 yield name, str(value)
             case _ if callable(value):

@@ -18,6 +18,7 @@ from vllmc.core.errors import VllmcError
 from vllmc.core.models.errors import unsupported_model
 from vllmc.core.models.model import ModelInfo, Weights
 from vllmc.core.spec import LayerNames
+from vllmc.core.torch_compat.config_values import stable
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +104,7 @@ class TransformersModel:
                 group="model",
                 name=name,
                 # No architecture reads a secret; whoever changes one keeps the key.
-                value=redact(name, value),
+                value=redact(name, stable(value)),
                 origin=self._origin(name, defaults, value),
                 is_default=name in defaults and defaults[name] == value,
             )
