@@ -126,8 +126,8 @@ MODEL = """
   revision counts: equal configurations are one model.
 - **`module:attribute`**: the module is made with fake weights. Each module in it is a factor under
   its path (`.` is the outermost): its class, the dtypes and shapes of its tensors, its plain
-  attributes (a path by its digest). `class NAME` is the digest of the source of a class that is neither torch's nor
-  Transformers'.
+  attributes (a path by its digest). `class NAME` is the digest of the source of a class that is
+  neither torch's nor Transformers'.
 """
 
 SECRETS = """
