@@ -20,7 +20,7 @@ import xxhash
 
 from vllmc.core.cache.factor_table import NO_FACTORS
 from vllmc.core.cache.key import Factor, JsonValue
-from vllmc.core.cache.redaction import hide
+from vllmc.core.cache.redaction import hide, redact
 from vllmc.core.errors import VllmcError
 from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat import system
@@ -166,7 +166,7 @@ def check_in_force(factors: Iterable[Factor], spec: CompileSpec) -> None:
         context={
             "options": [f"{f.group}.{f.name}" for f in changed],
             "in the key": known[first.identity].value,
-            "here": first.value,
+            "here": redact(first.name, first.value, random=True),
         },
         hint="make the job and compile it in one thread, under the same torch options",
     )
