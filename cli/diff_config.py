@@ -182,7 +182,7 @@ def _variables(pairs: list[str]) -> dict[str, str]:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise UsageError(
-                "bad-value", f"'{pair}' sets no variable", hint="write it as --env NAME=VALUE"
+                "bad-value", f"'{name}' sets no variable", hint="write it as --env NAME=VALUE"
             )
         variables[name] = value
     return variables

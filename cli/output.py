@@ -1,5 +1,7 @@
 """The one output sink: data to stdout, everything else to stderr. Imports no torch.
 
+What shows to be a secret by its shape is redacted from complaints, whoever worded them.
+
 Rich adapts to a terminal's width and honours NO_COLOR; what is piped is plain and never wrapped.
 """
 
@@ -17,6 +19,7 @@ from rich.text import Text
 
 from vllmc.cli.interrupts import remembered_interrupts
 from vllmc.cli.render import duration
+from vllmc.core.cache.redaction import scrub
 from vllmc.core.errors import VllmcError
 from vllmc.core.events import Observer, SilentObserver, UnitOutcome
 
@@ -83,23 +86,23 @@ class Output:
     def note(self, text: str, *, level: int = 0) -> None:
         """Prints a remark on stderr; `level` 1 and 2 take `-v` and `-vv`."""
         if self.verbosity >= level:
-            self._stderr.print(Text(text, style="dim"))
+            self._stderr.print(Text(scrub(text), style="dim"))
 
     def error(self, error: VllmcError) -> None:
         """Prints an error: on stderr, with `--json` also as the object on stdout."""
         self._complain("error", "bold red", error.code, error.message)
         for name, value in error.context.items():
-            self._stderr.print(Text(f"  {name}: {_plain(value)}"))
+            self._stderr.print(Text(f"  {name}: {scrub(_plain(value))}"))
         self._hint(error.hint)
         if self.verbosity >= 2:
             lines = traceback.format_exception(error)
-            self._stderr.print(Text("".join(lines).rstrip()))
+            self._stderr.print(Text(scrub("".join(lines)).rstrip()))
         if self._json:
             fields = {
                 "code": error.code,
-                "message": error.message,
-                "context": error.context,
-                "hint": error.hint,
+                "message": scrub(error.message),
+                "context": {name: _scrubbed(value) for name, value in error.context.items()},
+                "hint": scrub(error.hint),
             }
             self._print_json({"error": fields})
 
@@ -133,11 +136,19 @@ class Output:
         self._stdout.file.flush()
 
     def _complain(self, kind: str, style: str, code: str, message: str) -> None:
-        self._stderr.print(Text.assemble((kind, style), f"[{code}]: {message}"))
+        self._stderr.print(Text.assemble((kind, style), f"[{code}]: {scrub(message)}"))
 
     def _hint(self, hint: str) -> None:
         if hint:
-            self._stderr.print(Text.assemble(("  hint: ", "bold"), hint))
+            self._stderr.print(Text.assemble(("  hint: ", "bold"), scrub(hint)))
+
+
+def _scrubbed(value: object) -> object:
+    if isinstance(value, list | tuple):
+        return [_scrubbed(item) for item in value]
+    if isinstance(value, dict):
+        return {_scrubbed(name): _scrubbed(item) for name, item in value.items()}
+    return value if value is None or isinstance(value, int | float) else scrub(str(value))
 
 
 def _plain(value: object) -> str:

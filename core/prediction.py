@@ -9,7 +9,7 @@ from typing import Final, Literal, TypeAlias
 
 from vllmc.core.cache.explain import Change, by_distance, diff, diff_guarded, diff_sources
 from vllmc.core.cache.files import MissingArtifact
-from vllmc.core.cache.key import Factor, JsonValue, canonical_json, key_of
+from vllmc.core.cache.key import REDACTED, Factor, JsonValue, canonical_json, key_of
 from vllmc.core.cache.record import UNREADABLE, ProgramRecord
 from vllmc.core.cache.sources import current, verify
 from vllmc.core.cache.store import Store
@@ -102,7 +102,7 @@ def is_current(record: ProgramRecord, job: Job) -> bool:
         return False
     now = job.read_guarded(tuple(record.guarded))
     # Not `==` between values: Python takes 1, 1.0 and True for equal.
-    return UNREADABLE not in record.guarded.values() and (
+    return not {UNREADABLE, REDACTED} & {*map(str, record.guarded.values())} and (
         canonical_json(now) == canonical_json(record.guarded)
     )
 
@@ -223,7 +223,7 @@ def _why(job: Job, miss: Miss) -> str:
     if groups == {"guarded"}:
         return "Python values that the model reads changed since the program was stored"
     if not groups:
-        return "a Python value that the model reads cannot be looked up without capturing it"
+        return "a Python value that the model reads is secret, or only capturing it can look it up"
     names = [f"{change.group}.{change.name}" for change in miss.changes]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f"the nearest stored program differs in {', '.join(names[:_NAMED])}{more}"
@@ -231,7 +231,7 @@ def _why(job: Job, miss: Miss) -> str:
 
 def _captured_alike(job: Job, store: Store) -> ProgramRecord | None:
     """A program that capture made of the same model in the same way, whatever compiled it."""
-    wanted = _to_capture({f.identity: f.value for f in job.factors if f.affects_key})
+    wanted = _to_capture({f.identity: f.compared for f in job.factors if f.affects_key})
     for outline in store.outlines():
         if _to_capture(outline.values) == wanted:
             record = store.readable_program(outline.key, outline.id)

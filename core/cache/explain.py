@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
-from vllmc.core.cache.key import Factor, JsonValue, canonical_json
+from vllmc.core.cache.key import REDACTED, Factor, JsonValue, canonical_json
 from vllmc.core.cache.leaves import ChangeKind, Leaf, leaves
 from vllmc.core.cache.record import Outline, SourceFile
 from vllmc.core.cache.restore import restoring
@@ -15,7 +14,6 @@ from vllmc.core.cache.restore import restoring
 ChangeClass: TypeAlias = Literal["codegen", "surroundings", "identity", "secret", "unknown"]
 Pair: TypeAlias = "tuple[Factor | None, Factor | None]"
 
-REDACTED: Final = "<redacted>"
 _IDENTITY: Final = 4
 
 # In the order in which a change is worth knowing: causes before what follows from them (another
@@ -45,36 +43,6 @@ _SETS: Final = frozenset(
         ("spec", "splitting_ops"),
         ("system", "cpu_features"),
     }
-)
-
-_SECRET_PARTS: Final = re.compile(
-    r"password|passwd|passphrase|secret|credential|api_?key|access_?key|private_?key|signing_?key"
-    r"|encryption_?key|ssh_?key|auth_?token|bearer|authorization|cookie",
-    re.IGNORECASE,
-)
-_SECRET_LAST_WORDS: Final = frozenset({"token", "auth", "pat", "pwd"})
-# `eos_token` and its like name vocabulary.
-_VOCABULARY: Final = re.compile(
-    r"(?:^|_)(?:audio|bos|cls|end|eos|image|mask|pad|per|sep|special|start|stop|unk|video)_",
-    re.IGNORECASE,
-)
-_SECRET_SHAPES: Final = re.compile(
-    r"""
-      \b(?: hf_[A-Za-z0-9]{16,}
-          | sk-[A-Za-z0-9_-]{16,}
-          | gh[pousr]_[A-Za-z0-9]{16,}
-          | github_pat_\w{16,}
-          | glpat-[\w-]{16,}
-          | xox[abprs]-[\w-]{10,}
-          | nvapi-[\w-]{16,}
-          | AIza[\w-]{30,}
-          | (?:AKIA|ASIA)[A-Z0-9]{16}
-          | eyJ[\w-]{5,}\.[\w-]{5,}\.[\w-]*
-        )
-    | -----BEGIN[ ][A-Z ]*PRIVATE[ ]KEY-----
-    | ://[^/\s:@]*:[^/\s@]+@
-    """,
-    re.VERBOSE,
 )
 
 
@@ -205,7 +173,7 @@ def by_distance(
     the one with the fewest differences that affect the key, of which one of identity weighs as
     much as several others; then the newest.
     """
-    wanted = {f.identity: f.value for f in factors if f.affects_key}
+    wanted = {f.identity: f.compared for f in factors if f.affects_key}
 
     def distance(outline: Outline) -> tuple[bool, int, float, str, str]:
         # Most values are one and the same object to Python, or compare as numbers and texts do.
@@ -230,40 +198,10 @@ def _alike(left: JsonValue, right: JsonValue) -> bool:
     return left == right
 
 
-def redact(name: str, value: JsonValue) -> JsonValue:
-    """`value`, with `<redacted>` for every text in it that is a secret by its name or its shape.
-
-    `name` is that of an environment variable or option; within a dictionary each name counts too.
-    Numbers are never secret. What is redacted no longer changes a key: redact only what cannot
-    shape the generated code.
-    """
-    if isinstance(value, str):
-        hidden = value and (_names_secret(name) or _SECRET_SHAPES.search(value))
-        return REDACTED if hidden else value
-    if isinstance(value, list):
-        return [redact(name, item) for item in value]
-    if isinstance(value, dict):
-        return {
-            key: redact(name if _names_secret(name) else key, item) for key, item in value.items()
-        }
-    return value
-
-
-def _names_secret(name: str) -> bool:
-    if _SECRET_PARTS.search(name):
-        return True
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
-    last = words[-1].lower() if words else ""
-    if last == "key":
-        # STRIPE_KEY is a secret by the custom of environment variables; sort_key is an option.
-        return name.isupper() and "CACHE" not in name
-    return last in _SECRET_LAST_WORDS and not _VOCABULARY.search(name)
-
-
 def _same(before: Factor | None, after: Factor | None) -> bool:
     if before is None or after is None:
         return False
-    return before.affects_key == after.affects_key and _alike(before.value, after.value)
+    return before.affects_key == after.affects_key and _alike(before.compared, after.compared)
 
 
 def _changes(before: Factor | None, after: Factor | None) -> Iterator[Change]:
@@ -285,7 +223,7 @@ def _changes(before: Factor | None, after: Factor | None) -> Iterator[Change]:
             before=leaf.before,
             after=leaf.after,
             kind=leaf.kind,
-            klass=_klass(leaf, sides[0].group, _affects_key((before, after))),
+            klass=_klass(leaf, sides, _affects_key((before, after))),
             affects_key=_affects_key((before, after)),
             origin_before=before.origin if before else None,
             origin_after=after.origin if after else None,
@@ -316,10 +254,11 @@ def _kind(before: object | None, after: object | None) -> ChangeKind:
     return "removed" if after is None else "changed"
 
 
-def _klass(leaf: Leaf, group: str, affects_key: bool) -> ChangeClass:
-    if REDACTED in (leaf.before, leaf.after):
+def _klass(leaf: Leaf, sides: Sequence[Factor], affects_key: bool) -> ChangeClass:
+    hidden = not leaf.path and any(side.hidden for side in sides)
+    if hidden or REDACTED in (leaf.before, leaf.after):
         return "secret"
-    return _GROUPS.get(group, "unknown") if affects_key else "surroundings"
+    return _GROUPS.get(sides[0].group, "unknown") if affects_key else "surroundings"
 
 
 def _importance(pair: Pair) -> tuple[bool, int, bool, str, str]:

@@ -1,14 +1,6 @@
 """The factors of a program's and a unit's cache key, all but the model, the graph and the range.
 
-| group | what |
-|---|---|
-| environment | variables that change generated code and show nowhere else; torch's own switches |
-| versions | Python, torch, Triton, Transformers |
-| system | the device, the CPU's instruction set; the C++ compiler as provenance |
-| code | vllmc's own modules that shape programs, by digest |
-| inductor, functorch | whole config snapshots, under the overrides that compilation applies |
-| dynamo | the settings that matter to capture |
-| spec | what the user asked for |
+`factor_table` says what they are, and docs/cache-key.md is made from both.
 """
 
 from __future__ import annotations
@@ -26,7 +18,9 @@ from typing import Final
 import torch
 import xxhash
 
+from vllmc.core.cache.factor_table import NO_FACTORS
 from vllmc.core.cache.key import Factor, JsonValue
+from vllmc.core.cache.redaction import hide, redact
 from vllmc.core.errors import VllmcError
 from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat import system
@@ -88,8 +82,10 @@ _CODE: Final[Sequence[tuple[str, str, tuple[str, ...]]]] = (
     ("kernels", "vllmc.kernels", ("**/*.py",)),
 )
 
-_UNIT_GROUPS: Final = frozenset({"environment", "system", "inductor", "functorch", "passes"})
-_UNIT_FACTORS: Final = frozenset(
+UNIT_GROUPS: Final = frozenset({"environment", "system", "inductor", "functorch", "passes"})
+"""The groups that a single artifact depends on whole."""
+
+UNIT_FACTORS: Final = frozenset(
     {
         ("versions", "python"),
         ("versions", "python_abi"),
@@ -105,6 +101,7 @@ _UNIT_FACTORS: Final = frozenset(
         ("spec", "backend"),
     }
 )
+"""(group, name) of the factors of other groups that it depends on."""
 
 Origins = Mapping[tuple[str, str], str]
 
@@ -121,8 +118,9 @@ def program_factors(
 
     `environment` is what the process was started with; `cache_dir` is where slow answers are
     remembered. `option_origins` says where the user's values came from, by (group, name): an
-    option's in group `inductor` or `functorch`, a field of the spec in group `spec`. Raises
-    `UsageError` for options that torch does not have, `VllmcError` (`no-device`).
+    option's in group `inductor` or `functorch`, a field of the spec in group `spec`. Secrets are
+    redacted (`redaction`). Raises `UsageError` for options that torch does not have, `VllmcError`
+    (`no-device`).
     """
     overrides = vllmc_overrides(spec)
     return (
@@ -145,7 +143,7 @@ def unit_factors(program_factors: Iterable[Factor]) -> tuple[Factor, ...]:
     return tuple(
         factor
         for factor in program_factors
-        if factor.group in _UNIT_GROUPS or factor.identity in _UNIT_FACTORS
+        if factor.group in UNIT_GROUPS or factor.identity in UNIT_FACTORS
     )
 
 
@@ -168,7 +166,7 @@ def check_in_force(factors: Iterable[Factor], spec: CompileSpec) -> None:
         context={
             "options": [f"{f.group}.{f.name}" for f in changed],
             "in the key": known[first.identity].value,
-            "here": first.value,
+            "here": redact(first.name, first.value, random=True),
         },
         hint="make the job and compile it in one thread, under the same torch options",
     )
@@ -177,28 +175,21 @@ def check_in_force(factors: Iterable[Factor], spec: CompileSpec) -> None:
 def excluded() -> tuple[tuple[str, str], ...]:
     """(name, reason) of each thing that is no factor, though it might seem to be one."""
     options = [(f"{group}.{name}", reason) for (group, name), reason in EXCLUDED.items()]
-    return (
-        *sorted(options),
-        ("dynamo.*", "settings of guards, logs and recompiling: a linked program has no guards"),
-        ("environment.*", "variables that set an option count there; no other changes the code"),
-        ("system.cache_sizes", "of the CPU: they size blocks of autotuned products, for speed"),
-        ("system.cxx_compiler", "provenance: compared only when something must be compiled"),
-        ("system.driver", "of the GPU: code is made for the device and the CUDA toolkit"),
-        ("system.threads", "generated code asks OpenMP for their number when it runs"),
-        ("torch._inductor.config_comms", "orders collectives of several devices; vllmc uses one"),
-    )
+    return (*sorted(options), *sorted(NO_FACTORS.items()))
 
 
 def _environment(spec: CompileSpec, environment: Mapping[str, str]) -> Iterator[Factor]:
     names = [*ENVIRONMENT, *(CUDA_ENVIRONMENT if spec.device != "cpu" else ())]
     for name in sorted(names):
         value = environment.get(name)
-        yield Factor(
-            group="environment",
-            name=name,
-            value=value and _content(value),
-            origin="default" if value is None else f"env:{name}",
-            is_default=value is None,
+        yield hide(
+            Factor(
+                group="environment",
+                name=name,
+                value=value and _content(value),
+                origin="default" if value is None else f"env:{name}",
+                is_default=value is None,
+            )
         )
     yield from _torch_state(spec)
 
@@ -268,12 +259,14 @@ def _configs(
 ) -> Iterator[Factor]:
     for group in ("inductor", "functorch", "dynamo"):
         for entry in snapshot(group, overrides, environment=environment, option_origins=origins):
-            yield Factor(
-                group=group,
-                name=entry.name,
-                value=entry.value,
-                origin=entry.origin,
-                is_default=entry.is_default,
+            yield hide(
+                Factor(
+                    group=group,
+                    name=entry.name,
+                    value=entry.value,
+                    origin=entry.origin,
+                    is_default=entry.is_default,
+                )
             )
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, replace
+from typing import Final, TypeAlias
 
 JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, JsonValue] | None"
+
+REDACTED: Final = "<redacted>"
+"""What stands where a secret was (`redaction`)."""
 
 
 def canonical_json(value: object) -> str:
@@ -28,7 +31,8 @@ class Factor:
     `group` and `name` identify it, `value` is JSON. `origin` says where the value came from:
     `default`, `env:NAME`, `file:NAME:LINE`, `flag`, `vllmc` (set by vllmc itself) or `probe`
     (read from the system). Provenance is a factor with `affects_key=False`: recorded and shown,
-    not compared.
+    not compared. `hidden` is the digest of a value of which secrets were redacted (`redaction`),
+    else empty.
     """
 
     group: str
@@ -37,11 +41,17 @@ class Factor:
     origin: str = "default"
     is_default: bool = True
     affects_key: bool = True
+    hidden: str = ""
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of the value's canonical JSON, as 64 hex digits."""
-        return sha256_hex(canonical_json(self.value))
+        """The SHA-256 of the value's canonical JSON, secrets included, as 64 hex digits."""
+        return self.hidden or sha256_hex(canonical_json(self.value))
+
+    @property
+    def compared(self) -> JsonValue:
+        """What tells the value from another: itself, or the digest where a secret is hidden."""
+        return self.hidden or self.value
 
     @property
     def identity(self) -> tuple[str, str]:
@@ -62,8 +72,11 @@ class Factor:
 
     @classmethod
     def from_json(cls, row: Mapping[str, JsonValue]) -> Factor:
-        """Reads a row that `to_json` wrote. Raises `KeyError` or `TypeError` on any other."""
-        return cls(
+        """Reads a row that `to_json` wrote. Raises `KeyError` or `TypeError` on any other.
+
+        Its digest is read where the value is redacted, and may be missing elsewhere.
+        """
+        factor = cls(
             group=_text(row["group"]),
             name=_text(row["name"]),
             value=row["value"],
@@ -71,6 +84,10 @@ class Factor:
             is_default=bool(row["is_default"]),
             affects_key=bool(row["affects_key"]),
         )
+        if REDACTED in canonical_json(factor.value) and "digest" in row:
+            digest = _text(row["digest"])
+            return factor if digest == factor.digest else replace(factor, hidden=digest)
+        return factor
 
 
 def _text(value: JsonValue) -> str:

@@ -8,7 +8,7 @@ Of the factors, most of which nobody has set, the body holds only names and valu
 is as usual; each record stays readable by itself. The body is canonical JSON, and the checksum is
 the SHA-256 over format, version and body, so a change to any byte of the file is noticed before
 the body is parsed. A record holds no absolute path and no secret: sources are named relative to
-their package, and whoever makes the factors redacts them (`explain.redact`).
+their package, and whoever makes factors redacts them (`redaction`).
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class ProgramRecord:
 class Outline:
     """As much of a program's record as finding the nearest one takes.
 
-    `values` are those of the factors that affect the key, by (group, name).
+    `values` are those of the factors that affect the key, by (group, name): what is `compared`.
     """
 
     key: str
@@ -227,7 +227,7 @@ def outline(data: bytes, id: str) -> Outline:
         }
         for row in body["factors"]["other"]:
             if row["affects_key"]:
-                values[row["group"], row["name"]] = row["value"]
+                values[row["group"], row["name"]] = row.get("digest", row["value"])
         return Outline(
             key=body["key"], id=id, model=body["model"], created=body["created"], values=values
         )
@@ -369,13 +369,19 @@ def _factor_rows(factors: Iterable[Factor]) -> _Row:
             group[factor.name] = factor.value
         else:
             row = factor.to_json()
-            del row["digest"]
+            if not factor.hidden:
+                del row["digest"]
             other.append(row)
     return {"default": default, "other": other}
 
 
 def _usual(factor: Factor) -> bool:
-    return factor.origin == "default" and factor.is_default and factor.affects_key
+    return (
+        factor.origin == "default"
+        and factor.is_default
+        and factor.affects_key
+        and not factor.hidden
+    )
 
 
 def _factors(row: _Row) -> tuple[Factor, ...]:
@@ -388,7 +394,10 @@ def _factors(row: _Row) -> tuple[Factor, ...]:
     ]
     names = ("group", "name", "value", "origin", "is_default", "affects_key")
     for item in _list(parts, "other"):
-        fields = _row(item, names)
+        hidden = isinstance(item, dict) and "digest" in item
+        fields = _row(item, (*names, "digest") if hidden else names)
+        if hidden:
+            _hex(fields, "digest")
         for name in ("is_default", "affects_key"):
             if not isinstance(fields[name], bool):
                 _refuse(name, "true or false", fields[name])

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Final
 
-from vllmc.core.cache.key import JsonValue
+from vllmc.core.cache.key import REDACTED, JsonValue, canonical_json
 
 _SPEC_FLAGS: Final[Mapping[str, str]] = {
     "device": "--device",
@@ -42,6 +42,8 @@ def restoring(
         return f"unset {what}"
     if how == "file" and origin_before in (None, "default", "vllmc"):
         return f"remove it from {what}"
+    if REDACTED in canonical_json(before):
+        return ""
     variable = (origin_before or "").partition(":")
     if group == "environment" and variable[0] == "env" and isinstance(before, str):
         # Of a file the contents count, and what the variable said is not recorded.

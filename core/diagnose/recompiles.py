@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import PurePath
 from typing import Any, Literal, TypeAlias
 
+from vllmc.core.cache.key import REDACTED
+from vllmc.core.cache.redaction import redact, scrub
+
 RecompileClass: TypeAlias = Literal["shape-0-1", "shape", "dtype", "int", "string", "other"]
 
 _FIXES: dict[str, str] = {
@@ -34,6 +37,7 @@ _DTYPE = re.compile(
     r"actual (?P<observed>\w+)"
 )
 _SYMBOL = re.compile(r"(?P<expected>[2-9]|\d{2,})\s*<=\s*(?P<subject>\S+\.size\(\)\[\d+\])")
+_NAMES = re.compile(r"\w+")
 _EQUALS = re.compile(r"^(?P<subject>.+?) == (?P<expected>.+)$")
 
 
@@ -71,8 +75,10 @@ def explain(
     what changed since then.
     """
     lines = [text for text in reason.splitlines() if _ATTEMPT.match(text)] or [reason]
-    guard = _COMMENT.sub("", _ATTEMPT.sub("", lines[-1])).strip()
+    guard = scrub(_COMMENT.sub("", _ATTEMPT.sub("", lines[-1])).strip())
     klass, subject, expected, observed = _classify(guard)
+    if klass == "string" and redact(_NAMES.findall(subject)[-1], expected) == REDACTED:
+        guard, expected = f"{subject} == {REDACTED}", REDACTED
     return Recompile(
         frame=f"{PurePath(file).name}:{line} in {function}",
         klass=klass,

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from vllmc.core.cache.explain import ChangeClass, redact
+from vllmc.core.cache.explain import ChangeClass
 from vllmc.core.cache.key import JsonValue, canonical_json
+from vllmc.core.cache.redaction import redact
 from vllmc.core.diagnose.reprs import value_of
 from vllmc.core.diagnose.torch_caches import Component
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from vllmc.core.cache.explain import REDACTED, Change, ChangeClass, diff
-from vllmc.core.cache.key import JsonValue
+from vllmc.core.cache.explain import Change, ChangeClass, diff
+from vllmc.core.cache.key import REDACTED, JsonValue
 from vllmc.core.diagnose.vllm_cache import VllmCache
 from vllmc.core.diagnose.vllm_factors import (
     ENVIRONMENT,

@@ -15,8 +15,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from vllmc.core.cache.explain import redact
 from vllmc.core.cache.key import Factor, JsonValue, canonical_json, sha256_hex
+from vllmc.core.cache.redaction import redact
 from vllmc.core.diagnose.foreign_files import clean_json
 
 ENVIRONMENT: Final = "vllm.env"

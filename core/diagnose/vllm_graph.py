@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Final, Literal, TypeAlias
 
-from vllmc.core.cache.explain import redact
+from vllmc.core.cache.redaction import redact
 from vllmc.core.diagnose.foreign_files import clean
 
 _PIECE: Final = re.compile(r"^\s+class (submod_\w+)\(")

@@ -14,9 +14,9 @@ from typing import Any, Final
 
 import torch
 
-from vllmc.core.cache.explain import redact
-from vllmc.core.cache.key import JsonValue, canonical_json, sha256_hex
+from vllmc.core.cache.key import REDACTED, JsonValue, canonical_json, sha256_hex
 from vllmc.core.cache.record import UNREADABLE
+from vllmc.core.cache.redaction import redact, scrub
 from vllmc.core.models.described import describe
 from vllmc.core.syntax import parse_expression
 
@@ -47,12 +47,17 @@ _LONG: Final = 200
 def read_guarded(expressions: Iterable[str], entry: torch.nn.Module) -> dict[str, JsonValue]:
     """What each expression over `L['self']`, which is `entry`, and `M[module]` stands for now.
 
-    Each as `describe` tells it; long or secret ones as a digest. Imports the modules that are
-    named. Left out is what factors cover: the modules of torch and vllmc, and of the model the tree
-    of modules with its tensors and hooks (see `ModuleModel.factors`).
+    Each as `describe` tells it, a long one as a digest. Of what holds a secret nothing is told, not
+    even a digest, from which a short one could be guessed: it is `REDACTED`, and a program that
+    depends on it is not found again. Imports the modules that are named. Left out is what factors
+    cover: the modules of torch and vllmc, and of the model the tree of modules with its tensors and
+    hooks (see `ModuleModel.factors`).
     """
     found: dict[str, JsonValue] = {}
-    for expression in sorted(set(expressions)):
+    for expression in sorted(set(map(scrub, expressions))):
+        if REDACTED in expression:
+            found[expression] = REDACTED
+            continue
         tree = parse_expression(expression)
         root = _root(tree)
         if root.partition(".")[0] in _COVERED or (not root and _of_the_tree(tree)):
@@ -63,7 +68,7 @@ def read_guarded(expressions: Iterable[str], entry: torch.nn.Module) -> dict[str
             found[expression] = UNREADABLE
         else:
             if root or not isinstance(value, torch.nn.Module):
-                found[expression] = _shown(expression, value)
+                found[expression] = _shown(_name_of(tree), value)
     return found
 
 
@@ -111,13 +116,23 @@ def _look_up(node: ast.expr, entry: torch.nn.Module) -> Any:
             raise LookupError(ast.unparse(node))
 
 
-def _shown(expression: str, value: Any) -> JsonValue:
+def _shown(name: str, value: Any) -> JsonValue:
     described = describe(value)
+    if redact(name, described) != described:
+        return REDACTED
     text = canonical_json(described)
-    if len(text) > _LONG or redact(_last_name(expression), described) != described:
-        return f"sha256:{sha256_hex(text)}"
-    return described
+    return f"sha256:{sha256_hex(text)}" if len(text) > _LONG else described
 
 
-def _last_name(expression: str) -> str:
-    return expression.rstrip("]'\"").replace("'", ".").rpartition(".")[2]
+def _name_of(tree: ast.expr) -> str:
+    """What the value that is read is called; empty where it is something about that value."""
+    match tree:
+        case ast.Attribute(attr=name) | ast.Subscript(slice=ast.Constant(value=str(name))):
+            return name
+        case ast.Subscript(value=value):
+            return _name_of(value)
+        case ast.Call(func=ast.Name(id="type" | "len")):
+            return ""
+        case ast.Call(args=[*_, last]):
+            return str(last.value) if isinstance(last, ast.Constant) else _name_of(last)
+    return ""

@@ -11,12 +11,14 @@ import torch
 from transformers import PreTrainedModel
 
 from vllmc.core.cache.key import Factor, JsonValue
+from vllmc.core.cache.redaction import redact, scrub
 from vllmc.core.errors import VllmcError
 from vllmc.core.models.building import build_entry, weights_of
 from vllmc.core.models.described import class_digest, describe
 from vllmc.core.models.guarded import HOOKS
 from vllmc.core.models.model import ModelInfo, Weights
 from vllmc.core.spec import LayerNames
+from vllmc.core.torch_compat.config_values import stable
 
 
 class ModuleModel:
@@ -30,7 +32,7 @@ class ModuleModel:
     @property
     def name(self) -> str:
         """The name under which the user asked for it."""
-        return self._name
+        return scrub(self._name)
 
     @property
     def info(self) -> ModelInfo:
@@ -66,8 +68,15 @@ class ModuleModel:
         sources: dict[str, JsonValue] = {
             f"class {name}": class_digest(cls) for name, cls in classes.items()
         }
+        # What a person wants to see first: the outermost module, and which code makes it all.
         return tuple(
-            Factor(group="model", name=name, value=value, origin="probe", is_default=False)
+            Factor(
+                group="model",
+                name=name,
+                value=value,
+                origin="probe",
+                is_default=name in rows and name != ".",
+            )
             for name, value in [*rows.items(), *sources.items()]
         )
 
@@ -160,7 +169,12 @@ def _describe(module: torch.nn.Module) -> JsonValue:
             *module.named_buffers(recurse=False),
         ]
     }
-    plain = {k: v for k, v in sorted(vars(module).items()) if not k.startswith("_")}
+    # Where Transformers read a model from says nothing of what it is.
+    plain = {
+        name: value
+        for name, value in sorted(vars(module).items())
+        if not name.startswith("_") and name != "name_or_path"
+    }
     cls = type(module)
     # Their keys count the hooks of the process.
     hooks: dict[str, JsonValue] = {
@@ -171,7 +185,8 @@ def _describe(module: torch.nn.Module) -> JsonValue:
     return {
         "class": f"{cls.__module__}.{cls.__qualname__}",
         "tensors": tensors,
-        "attributes": dict(_plain(plain)),
+        # What the graph depends on of a secret, capture guards on.
+        "attributes": {name: redact(name, value) for name, value in _plain(plain)},
         **({"hooks": hooks} if hooks else {}),
     }
 
@@ -180,11 +195,11 @@ def _plain(attributes: dict[str, Any]) -> Iterator[tuple[str, JsonValue]]:
     for name, value in attributes.items():
         match value:
             case None | bool() | int() | str():
-                yield name, value
+                yield name, stable(value)
             case float():
                 yield name, repr(value)
             case list() | tuple() if all(isinstance(v, (bool, int, str)) for v in value):
-                yield name, list(value)
+                yield name, stable(value)
             case torch.dtype() | torch.device():
                 yield name, str(value)
             case _ if callable(value):

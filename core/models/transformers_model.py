@@ -13,16 +13,17 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, AutoConfig
 
 from vllmc.core.cache.key import Factor, JsonValue
+from vllmc.core.cache.redaction import redact, scrub
 from vllmc.core.errors import VllmcError
 from vllmc.core.models.errors import unsupported_model
 from vllmc.core.models.model import ModelInfo, Weights
 from vllmc.core.spec import LayerNames
+from vllmc.core.torch_compat.config_values import stable
 
 if TYPE_CHECKING:
     import torch
 
-# Options of a configuration that change no graph: names, tokens and what `generate` does.
-_NOT_IDENTITY = frozenset(
+NOT_IDENTITY = frozenset(
     {
         "_name_or_path",
         "architectures",
@@ -49,6 +50,7 @@ _NOT_IDENTITY = frozenset(
         "use_cache",
     }
 )
+"""Fields of a configuration that change no graph: names, tokens and what `generate` does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +78,7 @@ class TransformersModel:
     @property
     def name(self) -> str:
         """The name under which the user asked for it."""
-        return self._name
+        return scrub(self._name)
 
     @property
     def info(self) -> ModelInfo:
@@ -101,7 +103,8 @@ class TransformersModel:
             Factor(
                 group="model",
                 name=name,
-                value=value,
+                # No architecture reads a secret; whoever changes one keeps the key.
+                value=redact(name, stable(value)),
                 origin=self._origin(name, defaults, value),
                 is_default=name in defaults and defaults[name] == value,
             )
@@ -242,7 +245,7 @@ def _with_layers(config: PretrainedConfig, layers: int | None) -> PretrainedConf
 
 def _flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, JsonValue]]:
     for key, value in sorted(fields.items(), key=lambda item: str(item[0])):
-        if not prefix and (key in _NOT_IDENTITY or key.startswith("_")):
+        if not prefix and (key in NOT_IDENTITY or key.startswith("_")):
             continue
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")

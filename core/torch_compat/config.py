@@ -7,7 +7,9 @@ then a key describes the very settings that its code was generated under.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
@@ -18,7 +20,7 @@ from vllmc.core.torch_compat.config_modules import import_config, present_config
 from vllmc.core.torch_compat.config_scope import CAPTURE, EXCLUDED
 from vllmc.core.torch_compat.config_source import default_without_environment, definitions
 from vllmc.core.torch_compat.config_values import canonical, stable
-from vllmc.core.torch_compat.options import MODULES, check_option, option_names
+from vllmc.core.torch_compat.options import MODULES, OptionGroup, check_option, option_names
 from vllmc.core.torch_compat.system import portable_march
 
 if TYPE_CHECKING:
@@ -35,29 +37,43 @@ _CAPTURE_PREFIXES: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 
-_VLLMC_INDUCTOR: Final[Mapping[str, OptionValue]] = MappingProxyType(
+_STORE: Final = (
+    "vllmc's store takes the place of torch's caches: a hit in one of them would leave it unclear "
+    "what was compiled, and with what"
+)
+VLLMC_SETS: Final[Mapping[tuple[Group, str], tuple[OptionValue, str]]] = MappingProxyType(
     {
-        # Inductor would compile and load a test program to learn whether the compiler can build
-        # for this CPU's instruction set: half of a process's first compile. What the CPU can do is
-        # a factor of its own, and a compiler that cannot build for it fails with its own message.
-        "cpp.vec_isa_ok": True,
-        # Else the number of threads of the compiling machine is baked into parallel regions and
-        # reduction buffers (`num_threads(2)`); so the code asks OpenMP when it runs.
-        "cpp.dynamic_threads": True,
-        # Even so Inductor weighs how many loops to share out among how many threads. -1 is this
-        # machine's number; 1 would leave out the `omp single` around serial parts of a parallel
-        # region. With 8, a row of 4096 elements (8 x cpp.min_chunk_size) is worth sharing.
-        "cpp.threads": 8,
-        # vllmc's store takes the place of torch's caches: a hit in one of them would leave it
-        # unclear what was compiled, and with what.
-        "fx_graph_cache": False,
-        "fx_graph_remote_cache": False,
+        ("inductor", "cpp.vec_isa_ok"): (
+            True,
+            "Inductor would compile and load a test program to learn whether the compiler can "
+            "build for this CPU's instruction set: half of a process's first compile. What the "
+            "CPU can do is a factor of its own, and a compiler that cannot build for it fails "
+            "with its own message",
+        ),
+        ("inductor", "cpp.dynamic_threads"): (
+            True,
+            "else the number of threads of the compiling machine is baked into parallel regions "
+            "and reduction buffers (`num_threads(2)`); so the code asks OpenMP when it runs",
+        ),
+        ("inductor", "cpp.threads"): (
+            8,
+            "even so Inductor weighs how many loops to share out among how many threads. -1 is "
+            "this machine's number; 1 would leave out the `omp single` around serial parts of a "
+            "parallel region. With 8, a row of 4096 elements (8 x `cpp.min_chunk_size`) is worth "
+            "sharing",
+        ),
+        ("inductor", "fx_graph_cache"): (False, _STORE),
+        ("inductor", "fx_graph_remote_cache"): (False, _STORE),
+        ("functorch", "enable_autograd_cache"): (False, _STORE),
+        ("functorch", "enable_remote_autograd_cache"): (False, _STORE),
     }
 )
-_VLLMC_FUNCTORCH: Final[Mapping[str, OptionValue]] = MappingProxyType(
-    {"enable_autograd_cache": False, "enable_remote_autograd_cache": False}
-)
+"""(group, name) of the options that vllmc sets, with the value and the reason.
 
+Beside them `cpp.march`, whose value depends on the machine.
+"""
+
+_ONE_THREAD: Final = threading.RLock()
 _NO_ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType({})
 _NO_ORIGINS: Final[Mapping[tuple[str, str], str]] = MappingProxyType({})
 
@@ -99,8 +115,7 @@ def vllmc_overrides(spec: CompileSpec) -> Overrides:
     Options that this torch lacks are left out of vllmc's own. Raises `UsageError`
     (`unknown-option`, `bad-option`) for the user's.
     """
-    inductor = {k: v for k, v in _VLLMC_INDUCTOR.items() if k in option_names("inductor")}
-    functorch = {k: v for k, v in _VLLMC_FUNCTORCH.items() if k in option_names("functorch")}
+    inductor, functorch = _own("inductor"), _own("functorch")
     # Inductor compiles with -march=native, so that the code would be this very CPU model's. A
     # level of the x86-64 ABI and the features that Inductor adds to it make code for all that
     # have them, and those are what `cpu_features` then puts in the key.
@@ -118,6 +133,11 @@ def vllmc_overrides(spec: CompileSpec) -> Overrides:
     )
 
 
+def _own(group: OptionGroup) -> dict[str, OptionValue]:
+    names = option_names(group)
+    return {n: value for (g, n), (value, _) in VLLMC_SETS.items() if g == group and n in names}
+
+
 @contextlib.contextmanager
 def applied(
     overrides: Overrides, *, config: Callable[[str], Any] = import_config
@@ -125,13 +145,22 @@ def applied(
     """Runs a block under the overrides; `config` finds the modules that they are set in.
 
     They are context-local in torch: a thread started within the block does not see them and
-    enters `applied` itself, so that threads may compile under different options.
+    enters `applied` itself, so that threads may compile under different options. Where an older
+    torch keeps them for the whole process, one thread at a time is in such a block.
     """
+    inductor, functorch = config(MODULES["inductor"]), config(MODULES["functorch"])
     with (
-        config(MODULES["inductor"]).patch(dict(overrides.inductor)),
-        config(MODULES["functorch"]).patch(dict(overrides.functorch)),
+        contextlib.nullcontext() if local_overrides() else _ONE_THREAD,
+        inductor.patch(dict(overrides.inductor)),
+        functorch.patch(dict(overrides.functorch)),
     ):
         yield
+
+
+def local_overrides() -> bool:
+    """Whether overrides are context-local in this torch, as not in 2.11."""
+    entries = present_config(MODULES["functorch"])._config.values()
+    return all(isinstance(entry.user_override, ContextVar) for entry in entries)
 
 
 def snapshot(

@@ -51,7 +51,8 @@ def default_without_environment(module: str, name: str) -> Any:
     defined = definitions(module)[name]
     namespace = vars(present_config(module))
     bare = dict(namespace)
-    bare["os"] = SimpleNamespace(environ={}, getenv=lambda _, default=None: default, path=os.path)
+    unset = {"environ": {}, "getenv": lambda _, default=None: default}
+    bare["os"] = SimpleNamespace(**(vars(os) | unset))
     bare["get_tristate_env"] = lambda _, default=None: default
     for key, value in list(bare.items()):
         if isinstance(value, FunctionType) and value.__globals__ is namespace:

@@ -57,10 +57,11 @@ def torch_key_hex(cache: Path | None) -> str:
     RECORD, which lists every file's digest; a torch edited in place is not noticed until then.
     Without `cache` or RECORD it is computed.
     """
-    record = Path(torch.__file__).parents[1] / f"torch-{torch.__version__}.dist-info" / "RECORD"
+    # Its directory's name need not end in torch.__version__: builds for CUDA leave `+cu130` out.
+    records = list(Path(torch.__file__).parents[1].glob("torch-*.dist-info/RECORD"))
     try:
-        build = hashlib.sha256(record.read_bytes()).hexdigest()
-    except OSError:
+        [build] = [hashlib.sha256(record.read_bytes()).hexdigest() for record in records]
+    except (OSError, ValueError):
         return _torch_key()
     return _remembered(cache, f"torch_key-{build}", re.compile(r"[0-9a-f]{64}"), _torch_key)
 

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "gen_cli_docs.py"
+from vllmc.core.cache.factors import CUDA_ENVIRONMENT, ENVIRONMENT, excluded
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture
 def script() -> dict[str, Any]:
-    return runpy.run_path(str(SCRIPT))
+    return runpy.run_path(str(SCRIPTS / "gen_cli_docs.py"))
 
 
 def test_the_page_of_the_command_line_is_up_to_date(script: dict[str, Any]) -> None:
@@ -28,3 +32,27 @@ def test_the_page_names_every_command_and_its_options(script: dict[str, Any]) ->
     assert "- `--repair`: " in text
     assert "- `--cache-dir DIR`: " in text
     assert "`VLLMC_COMPILE_RANGE`" in text
+
+
+@pytest.fixture
+def of_keys() -> dict[str, Any]:
+    return runpy.run_path(str(SCRIPTS / "gen_cache_key_doc.py"))
+
+
+def test_the_page_of_the_cache_key_is_up_to_date(of_keys: dict[str, Any]) -> None:
+    page: Path = of_keys["PAGE"]
+    assert page.read_text(encoding="utf-8") == of_keys["page"](), "run scripts/gen_cache_key_doc.py"
+
+
+def test_the_page_shows_every_exclusion_with_its_reason(of_keys: dict[str, Any]) -> None:
+    lines = of_keys["page"]().splitlines()
+    for name, reason in excluded():
+        assert [line for line in lines if f"`{name}`" in line and line.endswith(f"| {reason} |")]
+    for variable in (*ENVIRONMENT, *CUDA_ENVIRONMENT):
+        assert [line for line in lines if line.startswith(f"| `{variable}` | ")]
+
+
+def test_the_page_is_the_same_on_every_machine(of_keys: dict[str, Any]) -> None:
+    text = of_keys["page"]()
+    for local in (torch.__version__, sys.prefix, str(Path.cwd()), str(Path.home())):
+        assert local not in text

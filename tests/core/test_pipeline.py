@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from vllmc.core.cache.key import canonical_json
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import CheckFailed, UnsafeCacheError, VllmcError
 from vllmc.core.events import SilentObserver
@@ -24,6 +25,7 @@ from vllmc.core.pipeline import Ready, obtain_program, open_program
 from vllmc.core.runtime.sampler import SamplingParams
 from vllmc.core.runtime.workload import Limits, WorkloadResult, run_workload
 from vllmc.core.spec import CompileRange, CompileSpec
+from vllmc.core.torch_compat.config import Group, Overrides, snapshot
 
 PROMPTS = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11], [4]]
 SILU = ("torch.nn.functional.silu",)
@@ -200,6 +202,47 @@ def test_a_key_made_under_other_options_compiles_nothing(job: Any, tmp_path: Pat
     assert Store(tmp_path).entries() == ()
     with config.patch(max_autotune=True):
         assert warm(tuned, tmp_path).outcome == "compiled"
+
+
+class Witness(Notes):
+    """Takes down the options in force, by (group, name), wherever the pipeline reports."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_force: list[dict[tuple[str, str], str]] = []
+
+    def stage(self, name: str) -> None:
+        self._look()
+
+    def unit_started(self, name: str, index: int, total: int) -> None:
+        self._look()
+
+    def _look(self) -> None:
+        nothing = Overrides(inductor=(), functorch=(), chosen=frozenset())
+        groups: tuple[Group, ...] = ("inductor", "functorch", "dynamo")
+        self.in_force.append(
+            {(g, e.name): canonical_json(e.value) for g in groups for e in snapshot(g, nothing)}
+        )
+
+
+def test_capture_and_every_unit_happen_under_the_options_that_the_key_names(
+    job: Any, tmp_path: Path
+) -> None:
+    tuned = job(inductor=(("max_autotune", True), ("cpp.threads", 3)), functorch=(("cse", False),))
+    witness = Witness()
+    ready = warm(tuned, tmp_path, witness)
+    assert len(witness.in_force) == 1 + len(ready.units), "the capture, and each unit"
+    named = {
+        f.identity: canonical_json(f.value)
+        for f in ready.record.factors
+        if f.group in ("inductor", "functorch", "dynamo")
+    }
+    assert witness.in_force == [named] * len(witness.in_force)
+    for unit in ready.units:
+        stored = Store(tmp_path).unit(unit.key)
+        assert stored is not None
+        values = {f.identity: canonical_json(f.value) for f in stored.factors}
+        assert {i: v for i, v in named.items() if i[0] != "dynamo"}.items() <= values.items()
 
 
 def test_a_switch_of_torch_between_key_and_compilation_is_noticed(job: Any, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from vllmc.core.cache.factor_table import FACTORS, GPU_FACTORS, GROUPS, ORIGINS
 from vllmc.core.cache.factors import (
     CUDA_ENVIRONMENT,
     ENVIRONMENT,
@@ -26,6 +27,7 @@ from vllmc.core.spec import CompileRange, CompileSpec
 from vllmc.core.torch_compat import system
 
 PATH = os.environ["PATH"]
+IMPORTS = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
 MODEL = (Factor(group="model", name="layers", value=2),)
 
 
@@ -76,6 +78,19 @@ def test_factors_come_in_their_groups_each_name_once(plain: tuple[Factor, ...]) 
     assert [Factor.from_json(row) for row in json.loads(json.dumps(rows))] == list(plain)
 
 
+def test_every_factor_but_those_of_configs_and_model_is_described(
+    plain: tuple[Factor, ...],
+) -> None:
+    described = {*FACTORS, *(("environment", name) for name in ENVIRONMENT)}
+    groups = {group for group, _ in described}
+    assert {f.identity for f in plain if f.group in groups} == described
+    assert not {*FACTORS} & {*GPU_FACTORS}
+    told = {i for i, what in FACTORS.items() if what.startswith("provenance")}
+    assert {f.identity for f in plain if not f.affects_key} == told
+    assert {f.group for f in plain} | {"graph", "range"} == {*GROUPS}
+    assert {f.origin.partition(":")[0] for f in plain} <= {o.partition(":")[0] for o in ORIGINS}
+
+
 def test_the_same_question_has_the_same_answer(cache: Path, plain: tuple[Factor, ...]) -> None:
     assert factors_of(cache) == plain
     assert key_of(factors_of(None)) == key_of(plain)
@@ -102,7 +117,7 @@ print(json.dumps([factor.to_json() for factor in factors]))
 def key_in_process(cache: Path, cwd: Path, **environment: str) -> tuple[str, str]:
     done = subprocess.run(
         [sys.executable, "-c", PRINT_KEY, str(cache)],
-        env={"PATH": PATH, **environment},
+        env={"PATH": PATH, **IMPORTS, **environment},
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -290,6 +305,8 @@ def test_a_gpu_brings_its_own_factors(cache: Path, plain: tuple[Factor, ...]) ->
     spec = CompileSpec(device="cuda")
     factors = factors_of(cache, spec)
     assert named(factors, "system", "device_multiprocessors").value
+    brought = {f.identity for f in factors} - {f.identity for f in plain}
+    assert brought == {*GPU_FACTORS, *(("environment", name) for name in CUDA_ENVIRONMENT)}
     assert key_of(factors) != key_of(plain)
     assert key_of(factors_of(cache, spec, TRITON_INTERPRET="1")) != key_of(factors)
 

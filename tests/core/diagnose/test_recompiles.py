@@ -9,6 +9,8 @@ import torch
 from vllmc.core.diagnose.recompiles import Recompile, explain, merge
 from vllmc.core.torch_compat.recompiles import Recompilation, watch_recompiles
 
+TOKEN = "hf_" + "aB3" * 8
+
 
 def explained(reason: str, seconds: float | None = 0.5) -> Recompile:
     return explain(
@@ -149,3 +151,16 @@ def test_watching_leaves_torchs_memory_of_compilations_as_long_as_it_was() -> No
     with watch_recompiles():
         pass
     assert torch._dynamo.utils._compilation_metrics.maxlen == limit
+
+
+@pytest.mark.parametrize(
+    ("reason", "guard", "expected"),
+    [
+        ("0/0: L['self'].api_key == 'hunter2'", "L['self'].api_key == <redacted>", "<redacted>"),
+        (f"0/0: L['notes'] == '{TOKEN}'", "L['notes'] == '<redacted>'", "'<redacted>'"),
+        ("0/0: L['self'].pad_token == '<pad>'", "L['self'].pad_token == '<pad>'", "'<pad>'"),
+    ],
+)
+def test_a_guard_on_a_secret_does_not_tell_it(reason: str, guard: str, expected: str) -> None:
+    row = explained(reason)
+    assert (row.klass, row.guard, row.expected) == ("string", guard, expected)

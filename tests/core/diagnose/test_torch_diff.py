@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from vllmc.core.cache.explain import REDACTED, Change
+from vllmc.core.cache.explain import Change
+from vllmc.core.cache.key import REDACTED
 from vllmc.core.diagnose.torch_caches import (
     Cache,
     Compilation,

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from vllmc.core.cache.key import REDACTED
 from vllmc.core.cache.record import UNREADABLE
 from vllmc.core.models.described import class_digest
 from vllmc.core.models.guarded import read_guarded
+
+TOKEN = "hf_" + "aB3" * 11
 
 
 class Mode(enum.Enum):
@@ -26,6 +29,8 @@ class Entry(torch.nn.Module):
         self.mode: Any = Mode.FAST
         self.table: Any = {"a": 1, "b": [True, None]}
         self.api_key = "hunter2"
+        self.keys: Any = {}
+        self.notes: Any = None
         self.long = "x" * 500
 
 
@@ -66,11 +71,37 @@ def test_a_global_is_read_where_it_stands_now(settings: Any) -> None:
     assert read(expression) == 4
 
 
-def test_a_long_or_secret_value_is_a_digest() -> None:
-    for name in ("long", "api_key"):
-        value = read(f"L['self'].{name}")
-        assert value.startswith("sha256:")
-        assert len(value) == len("sha256:") + 64
+def test_a_long_value_is_a_digest() -> None:
+    value = read("L['self'].long")
+    assert value.startswith("sha256:")
+    assert len(value) == len("sha256:") + 64
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "L['self'].api_key",
+        "vars(L['self'])['api_key']",
+        "dict.__getitem__(vars(L['self']), 'api_key')",
+        "L['self'].keys['api_key'][0]",
+        "L['self'].keys",
+        "list(L['self'].keys['api_key'])",
+        "L['self'].notes",
+        f"L['self'].keys['{TOKEN}']",
+    ],
+)
+def test_of_a_secret_not_even_a_digest_is_told(expression: str) -> None:
+    entry = Entry()
+    entry.keys = {"api_key": ["hunter2"], TOKEN: 1}
+    entry.notes = {"a": [f"--header={TOKEN}"]}
+    [(told, value)] = read_guarded([expression], entry).items()
+    assert value == REDACTED
+    assert TOKEN not in told
+
+
+def test_what_is_asked_about_a_secret_is_no_secret() -> None:
+    assert read("type(L['self'].api_key)") == "class builtins.str"
+    assert read("len(L['self'].api_key)") == len("hunter2")
 
 
 @pytest.mark.parametrize(

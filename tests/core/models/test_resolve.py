@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from vllmc.core.cache.key import Factor, key_of
+from vllmc.core.cache.key import REDACTED, Factor, key_of
 from vllmc.core.errors import UsageError, VllmcError
 from vllmc.core.models.model import Model
+from vllmc.core.models.module_model import ModuleModel
 from vllmc.core.models.resolve import resolve
+from vllmc.core.torch_compat.config_values import stable
 
 LLAMA = {
     "model_type": "llama",
@@ -99,6 +104,15 @@ def test_what_shapes_no_graph_is_not_in_the_key(directory: Path, field: str) -> 
     assert key_of(resolve(str(directory)).factors()) == before
 
 
+def test_a_path_or_a_secret_in_a_configuration_is_not_told(directory: Path) -> None:
+    fields = {"vocabulary_file": str(directory / "v.txt"), "hub": {"auth": "hunter2", "user": "me"}}
+    (directory / "config.json").write_text(json.dumps(LLAMA | fields))
+    model = resolve(str(directory))
+    assert re.fullmatch("path:[0-9a-f]{64}", str(factor(model, "vocabulary_file").value))
+    assert factor(model, "hub.auth").value == REDACTED
+    assert factor(model, "hub.user").value == "me"
+
+
 def test_layers_override_the_configuration() -> None:
     model = resolve("gemma-2-2b", layers=3)
     assert model.info.layers == 3
@@ -172,6 +186,24 @@ def test_an_unknown_name_gets_the_nearest_preset() -> None:
     with pytest.raises(VllmcError) as caught:
         resolve("llama-3-70")
     assert caught.value.hint == "did you mean 'llama-3-70b'?"
+
+
+class Located(torch.nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 3)
+        self.name_or_path = "/data/model"
+        self.files = ["/data/a", "b"]
+        self.api_key = "hunter2"
+
+
+def test_a_path_or_a_secret_among_a_module_s_attributes_is_not_told() -> None:
+    [row] = [f for f in ModuleModel("x:y", Located).factors() if f.name == "."]
+    assert isinstance(row.value, dict)
+    attributes: Any = row.value["attributes"]
+    assert "name_or_path" not in attributes
+    assert attributes["files"] == [stable("/data/a"), "b"]
+    assert attributes["api_key"] == REDACTED
+    assert "/data" not in json.dumps(row.value)
 
 
 def test_the_identity_of_a_factory_is_what_it_makes(
