@@ -73,17 +73,19 @@ def describe(value: object, depth: int = _DEEP) -> JsonValue:
 def class_digest(cls: type) -> str:
     """A digest of the code of `cls` and its bases: of every function that is defined in them.
 
-    Python's own classes are told by their names.
+    Python's own classes are told by their names. Of torch's, whose version tells the rest, only
+    what others replace counts: Transformers adds methods to `torch.nn.Module` as it goes along.
     """
-    told = [
-        [_qualified(base), sorted(_members(base)) if base.__module__ != "builtins" else []]
-        for base in cls.__mro__
-    ]
+    told = [[_qualified(base), sorted(_members(base))] for base in cls.__mro__]
     return sha256_hex(canonical_json(told))[:_DIGITS]
 
 
 def _members(cls: type) -> Iterable[list[str]]:
-    for name, member in vars(cls).items():
+    root = cls.__module__.partition(".")[0]
+    members = () if root == "builtins" else vars(cls).items()
+    for name, member in members:
+        if root == "torch" and name not in ("forward", "__call__"):
+            continue
         for function in _functions(member):
             yield [name, code_digest(function.__code__)]
             if isinstance(wrapped := inspect.unwrap(function), FunctionType):

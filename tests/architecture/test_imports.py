@@ -20,7 +20,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LEAVES = ("vllmc.core.errors", "vllmc.core.spec", "vllmc.core.cache.key", "vllmc.core.torch_compat")
+LEAVES = (
+    "vllmc.core.errors",
+    "vllmc.core.spec",
+    "vllmc.core.syntax",
+    "vllmc.core.cache.key",
+    "vllmc.core.torch_compat",
+)
 PRIVATE = ("torch._inductor", "torch._dynamo", "torch._functorch")
 
 

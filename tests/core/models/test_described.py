@@ -169,6 +169,14 @@ def test_a_replaced_method_changes_the_class(monkeypatch: pytest.MonkeyPatch) ->
     assert class_digest(Block) == before
 
 
+def test_a_method_that_others_add_to_every_module_changes_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = class_digest(torch.nn.Linear)
+    monkeypatch.setattr(torch.nn.Module, "added", lambda self: None, raising=False)
+    assert class_digest(torch.nn.Linear) == before
+
+
 def test_what_closes_over_itself_is_told() -> None:
     def again(x: int) -> int:
         return again(x - 1) if x else 0
