@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import typer
+from typer.core import TyperGroup
 
 from vllmc.cli.app import build_app, entry_point, run
 from vllmc.cli.options import CommonFlags, command
@@ -26,7 +27,7 @@ FAILURE = VllmcError(
 )
 
 
-def failing_app(error: BaseException) -> typer.Typer:
+def failing_app(error: BaseException) -> TyperGroup:
     @command
     def fail(common: CommonFlags) -> None:
         raise error
@@ -34,7 +35,9 @@ def failing_app(error: BaseException) -> typer.Typer:
     app = typer.Typer()
     app.callback()(lambda: None)
     app.command("fail")(fail)
-    return app
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    return group
 
 
 def test_an_error_is_named_on_stderr_with_its_context_and_hint(
@@ -192,7 +195,7 @@ def leaves(group: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 
 def test_every_command_takes_the_common_options(vllmc: Run) -> None:
-    commands = leaves(typer.main.get_command(build_app()))
+    commands = leaves(build_app())
     assert ("cache", "ls") in commands
     for words in commands:
         text = vllmc(*words, "--help").out
