@@ -176,9 +176,10 @@ class ProgramRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outline:
-    """As much of a program's record as finding the nearest one takes.
+    """As much of a program's record as listing it takes, and finding the nearest one.
 
-    `values` are those of the factors that affect the key, by (group, name).
+    `values` are those of the factors that affect the key, by (group, name); `units` are the keys
+    of its units, each with its artifact.
     """
 
     key: str
@@ -186,6 +187,7 @@ class Outline:
     model: str
     created: float
     values: dict[tuple[str, str], JsonValue]
+    units: tuple[tuple[str, str], ...]
 
 
 def encode(record: UnitRecord | ProgramRecord) -> bytes:
@@ -229,7 +231,12 @@ def outline(data: bytes, id: str) -> Outline:
             if row["affects_key"]:
                 values[row["group"], row["name"]] = row["value"]
         return Outline(
-            key=body["key"], id=id, model=body["model"], created=body["created"], values=values
+            key=body["key"],
+            id=id,
+            model=body["model"],
+            created=body["created"],
+            values=values,
+            units=tuple((unit["key"], unit["artifact"]) for unit in body["units"]),
         )
     except (AssertionError, KeyError, TypeError, AttributeError):
         raise CorruptRecord("it lacks fields that every record has") from None

@@ -160,11 +160,13 @@ class Store:
         return None
 
     def outlines(self) -> Iterator[Outline]:
-        """The outline of every program's record that can be read."""
+        """The outline of every program's record that can be read, by key."""
         for found in self.layout.walk("programs"):
             if found.section == "programs":
                 with suppress(FileNotFoundError, IrregularFile, CorruptRecord, VllmcError):
-                    yield outline(read_plain(found.path), found.id)
+                    known = outline(read_plain(found.path), found.id)
+                    if known.key == found.key:
+                        yield known
 
     def ranges_compiled_by(self, compiler: str) -> frozenset[str]:
         """The ranges of the readable units with this `compiler_key`."""

@@ -225,6 +225,7 @@ def test_an_outline_says_what_the_whole_record_says(record):
     assert {k: canonical_json(v) for k, v in found.values.items()} == {
         f.identity: canonical_json(f.value) for f in record.factors if f.affects_key
     }
+    assert found.units == tuple((unit.key, unit.artifact) for unit in record.units)
 
 
 @pytest.mark.parametrize("body", [b"[]", b"{}", b'{"factors":{}}', b'{"factors":{"default":[]}}'])
