@@ -14,12 +14,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, Au
 
 from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.errors import VllmcError
+from vllmc.core.models.config_classes import import_validators
 from vllmc.core.models.errors import unsupported_model
 from vllmc.core.models.model import ModelInfo, Weights
 from vllmc.core.spec import LayerNames
 
 if TYPE_CHECKING:
     import torch
+
+import_validators()
 
 # Options of a configuration that change no graph: names, tokens and what `generate` does.
 _NOT_IDENTITY = frozenset(
