@@ -219,7 +219,8 @@ def spawn(
         "import sys\n"
         "from vllmc.cli.app import main\n"
         "code = main()\n"
-        "heavy = {'torch', 'transformers', 'triton', 'numpy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'triton', 'numpy', 'sympy', 'pydantic', 'filelock'}\n"
+        "heavy &= set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else code)\n"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLMC_")}
@@ -248,10 +249,39 @@ def spawn(
     ],
     ids=lambda words: " ".join(words).replace(f"{TRACES}/", ""),
 )
-def test_light_commands_import_no_torch(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_light_commands_import_nothing_heavy(tmp_path: Path, words: tuple[str, ...]) -> None:
     done = spawn(*words, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "imported"),
+    [
+        ("--version", set()),
+        ("cache ls", {"cache"}),
+        ("models", {"models"}),
+        (f"inspect-key {TRACES}/cold", {"inspect_key"}),
+        (f"diff-config {TRACES}/cold {TRACES}/option", {"diff_config"}),
+        ("warm --help", {"warm"}),
+        ("--help", {"diff_config", "inspect_key", "models", "run", "warm"}),
+    ],
+    ids=lambda value: value.replace(f"{TRACES}/", "") if isinstance(value, str) else "",
+)
+def test_only_the_command_asked_for_is_imported(
+    workplace: Path, words: str, imported: set[str]
+) -> None:
+    program = (
+        "import json, sys\n"
+        "from vllmc.cli.app import main\n"
+        "assert main() == 0\n"
+        "print(json.dumps([m for m in sys.modules if m.startswith('vllmc.cli.')]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words.split()], capture_output=True, text=True, check=True
+    )
+    found = {name.removeprefix("vllmc.cli.") for name in json.loads(done.stdout.splitlines()[-1])}
+    assert found & {"cache", "diff_config", "inspect_key", "models", "run", "warm"} == imported
 
 
 @pytest.mark.parametrize("words", [("models",), ("models", "--json"), ("--help",)], ids=" ".join)
