@@ -16,6 +16,7 @@ import typer
 from vllmc.cli import job as jobs
 from vllmc.cli import report
 from vllmc.cli.options import CommonFlags, CompileFlags, command, compile_request
+from vllmc.cli.prove import print_proof
 from vllmc.cli.settings import Settings
 from vllmc.cli.snapshots import (
     WORDS,
@@ -37,12 +38,15 @@ _CONFIGURING = ("TORCH", "TRITON", "INDUCTOR", "AOT_INDUCTOR", "AOTINDUCTOR", "V
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Given:
-    """What `current` and `defaults` are worked out from; `model` is None where none was named."""
+    """What `current` and `defaults` are worked out from; `model` and `proved`, that of
+    `--prove`, are None where none was named.
+    """
 
     settings: Settings
     compilation: CompileFlags
     variables: Mapping[str, str]
     model: str | None
+    proved: str | None
 
 
 @command
@@ -68,8 +72,15 @@ def diff_config(
         str | None,
         typer.Option(
             metavar="MODEL",
-            show_default="the other side's, else tiny-llama",
+            show_default="the other side's, else that of --prove, else tiny-llama",
             help="Whose factors current and defaults are.",
+        ),
+    ] = None,
+    prove: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Compile the pieces of MODEL under both sides, and say what each change changes.",
         ),
     ] = None,
     exit_code: Annotated[
@@ -90,21 +101,42 @@ def diff_config(
     A TORCH_TRACE directory, or one log of it, is compared with another: compilations are matched,
     and the components named in which their keys in torch's caches differ.
 
+    --prove sets up each change that affects the key, alone and all together, compiles the pieces
+    of MODEL, and compares the generated code, and the results on random inputs where it differs,
+    for token counts that both sides serve. --layers applies to MODEL; all else is as the sides
+    have it. What cannot be set here (another torch, another CPU) is listed as such.
+
     With --json: a and b (kind, name), equal (no difference affects the key), changes (group,
-    name, before, after, kind: changed, added or removed; class: codegen, surroundings, identity,
-    secret or unknown; affects_key, origin_before, origin_after, note), same, the number of
-    factors that are, and notes, remarks on what was compared.
+    name: that of a factor, or of the part of its value that differs, as in name.key and name[2];
+    before, after, kind: changed, added or removed; class: codegen, surroundings, identity, secret
+    or unknown; affects_key, origin_before, origin_after, note, restore), same, the number of
+    factors that are, and notes, remarks on what was compared. With --prove also proof: model,
+    pieces (how many unique ones side a has, or null), changes (group, name, before, after, code:
+    same, differs, unproved, or together for what comes with other changes; units whose code
+    differs, of how many, differing: their names; bitwise and max_abs_diff of the results, null
+    where unknown; reason), together (the same for all changes that can be made here, and their
+    number as changes) and elsewhere (factors that both sides have in common, and not with this
+    process).
     """
+    settings = common.settings()
     given = _Given(
-        settings=common.settings(),
+        settings=settings,
         compilation=compilation,
         variables=_variables(env or []),
         model=model,
+        proved=prove,
     )
-    comparison = _compare_foreign(a, b) or _compare_own(a, b, given)
+    foreign = _compare_foreign(a, b)
+    if foreign and prove is not None:
+        raise UsageError(
+            "bad-value",
+            "--prove compiles what vllmc would; a cache, log or trace of others does not say it",
+            hint="compare snapshots that vllmc inspect-key --json wrote, or stored keys",
+        )
+    comparison = foreign or _compare_own(a, b, given)
     left, right = comparison.left, comparison.right
     equal = not any(change.affects_key for change in comparison.changes)
-    row = {
+    row: dict[str, Any] = {
         "a": {"kind": left.kind, "name": left.name},
         "b": {"kind": right.kind, "name": right.name},
         "equal": equal,
@@ -112,7 +144,12 @@ def diff_config(
         "same": comparison.same,
         "notes": [*left.notes, *right.notes, *comparison.notes],
     }
-    common.output("diff-config").data(row, lambda: report.diff(row))
+    output = common.output("diff-config")
+    if prove is None:
+        output.data(row, lambda: report.diff(row))
+    else:
+        request = compile_request(settings, compilation, prove)
+        print_proof(row, (left, right), request, settings, output)
     return CheckFailed.exit_code if exit_code and not equal else 0
 
 
@@ -128,7 +165,7 @@ def _compare_foreign(a: str, b: str) -> Comparison | None:
 def _compare_own(a: str, b: str, given: _Given) -> Comparison:
     store = Store(given.settings.cache_dir)
     known = {text: _known_side(store, text) for text in (a, b)}
-    models = (given.model, *(side.model for side in known.values() if side))
+    models = (given.model, *(side.model for side in known.values() if side), given.proved)
     whose = next((model for model in models if model), DEFAULT_PRESET)
     try:
         left, right = (known[text] or _live_side(text, given, whose) for text in (a, b))

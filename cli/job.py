@@ -13,6 +13,7 @@ from vllmc.cli.settings import Settings
 
 if TYPE_CHECKING:
     from vllmc.core.job import Job
+    from vllmc.core.models.model import Model
 
 _FIELDS = {
     "device": "device",
@@ -26,11 +27,10 @@ _FIELDS = {
 }
 
 
-def make(settings: Settings, request: CompileRequest) -> Job:
-    """Resolves the model and the options. Raises `VllmcError` for what is not there."""
+def find_model(request: CompileRequest) -> Model:
+    """The model that is asked for. Raises what `resolve` raises."""
     from vllmc.core.models.resolve import resolve
 
-    since = time.time()
     # `module:attribute` is looked for in the working directory too, which a console script does
     # not have on its path.
     if ":" in request.model and str(Path.cwd()) not in sys.path:
@@ -41,6 +41,13 @@ def make(settings: Settings, request: CompileRequest) -> Job:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    return model
+
+
+def make(settings: Settings, request: CompileRequest) -> Job:
+    """Resolves the model and the options. Raises `VllmcError` for what is not there."""
+    since = time.time()
+    model = find_model(request)
 
     from vllmc.core.job import make_job, resolve_spec
     from vllmc.core.spec import CompileSpec

@@ -132,7 +132,9 @@ def _miss(miss: Row) -> list[RenderableType]:
 def restores(rows: Sequence[Row]) -> list[RenderableType]:
     """What to type or set to be rid of the first differences, one line each."""
     known = [row for row in rows[:_SHOWN_CHANGES] if row["restore"]]
-    lines = [(f"{row['group']}.{row['name']}", row["restore"]) for row in known]
+    # The parts of a nested value are restored as one.
+    first = {row["restore"]: f"{row['group']}.{row['name']}" for row in reversed(known)}
+    lines = [(name, how) for how, name in reversed(first.items())]
     return ["", Text("to have it as it was:"), facts(*lines)] if lines else []
 
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllmc.core.cache.explain import Change, diff, diff_sources
+from vllmc.core.cache.explain import Change, diff, diff_sources, differing
 from vllmc.core.cache.key import Factor
 from vllmc.core.cache.record import SourceFile, UnitRecord
 from vllmc.core.cache.store import Store
@@ -51,7 +51,7 @@ def compare_sides(left: Side, right: Side) -> Comparison:
     """Compares the factors of two sides, and their traced sources where both know them."""
     changes = diff(left.factors, right.factors, include_provenance=True)
     identities = {f.identity for f in left.factors} | {f.identity for f in right.factors}
-    same = len(identities) - len(changes)
+    same = len(identities) - len(differing(left.factors, right.factors, include_provenance=True))
     if left.sources and right.sources:
         changes += diff_sources(left.sources, right.sources)
     return Comparison(left=left, right=right, changes=changes, same=same)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -27,6 +27,10 @@ from vllmc.core.prediction import ANY_RANGE, Found, Miss, explain_miss
 from vllmc.core.runtime.loader import load_artifact
 from vllmc.core.runtime.program import Program, Variant, link
 from vllmc.core.spec import CompileRange
+
+if TYPE_CHECKING:
+    from vllmc.core.graph.capture import Capture
+    from vllmc.core.graph.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,36 +119,54 @@ def open_program(ready: Ready, entry: torch.nn.Module) -> Program:
     return link(layout, entry, variants)
 
 
+def capture_model(job: Job, weights: Weights = "fake") -> Capture:
+    """Builds and captures the job's model, under the configuration in force.
+
+    Raises what `Model.build` and `capture` raise.
+    """
+    # What only a miss needs is imported on a miss: Dynamo, Inductor and sympy take a second.
+    from vllmc.core.graph.capture import capture
+
+    spec = job.spec
+    entry = job.model.build(
+        weights, device=spec.device, dtype=spec.dtype, layer_names=spec.layer_names, seed=0
+    )
+    return capture(job.model, entry, spec)
+
+
+def obtain_units(
+    plan: Plan, job: Job, reader: Reader, observer: Observer, policy: Policy
+) -> tuple[UnitResult, ...]:
+    """Obtains each unit of `plan`, under the configuration in force. Raises what `obtain` does."""
+    from vllmc.core.compiler.registry import find_compiler
+    from vllmc.core.graph.plan import plan_units
+
+    compiler = find_compiler(job.spec.backend)
+    units = plan_units(plan, job.spec)
+    results = []
+    for index, (names, unit) in enumerate(units):
+        label = f"{names[0]} for {range_name(unit)} tokens"
+        observer.unit_started(label, index, len(units))
+        result = obtain(unit, names, job, reader, compiler, policy)
+        observer.unit_finished(label, result.outcome, result.seconds)
+        results.append(result)
+    return tuple(results)
+
+
 def _build(
     job: Job, reader: Reader, observer: Observer, policy: Policy, weights: Weights, started: float
 ) -> Ready:
-    # What only a miss needs is imported on a miss: Dynamo, Inductor and sympy take a second.
-    from vllmc.core.compiler.registry import find_compiler
-    from vllmc.core.graph.capture import capture
-    from vllmc.core.graph.plan import make_plan, plan_units
+    from vllmc.core.graph.plan import make_plan
     from vllmc.core.torch_compat.config import applied, vllmc_overrides
 
-    spec = job.spec
-    check_in_force(job.factors, spec)
+    check_in_force(job.factors, job.spec)
     miss = None if policy.force else explain_miss(job, reader.store)
-    compiler = find_compiler(spec.backend)
-    with applied(vllmc_overrides(spec)):
+    with applied(vllmc_overrides(job.spec)):
         observer.stage("capture")
-        entry = job.model.build(
-            weights, device=spec.device, dtype=spec.dtype, layer_names=spec.layer_names, seed=0
-        )
-        captured = capture(job.model, entry, spec)
-        del entry
-        plan = make_plan(captured, spec)
+        captured = capture_model(job, weights)
+        plan = make_plan(captured, job.spec)
         captured_at = time.perf_counter()
-        units = plan_units(plan, spec)
-        results = []
-        for index, (names, unit) in enumerate(units):
-            label = f"{names[0]} for {range_name(unit)} tokens"
-            observer.unit_started(label, index, len(units))
-            result = obtain(unit, names, job, reader, compiler, policy)
-            observer.unit_finished(label, result.outcome, result.seconds)
-            results.append(result)
+        results = obtain_units(plan, job, reader, observer, policy)
     record = ProgramRecord(
         key=job.key,
         model=job.label,
@@ -167,7 +189,7 @@ def _build(
     return Ready(
         program="miss",
         record=record,
-        units=tuple(results),
+        units=results,
         miss=miss,
         seconds=Seconds(
             total=finished - started,

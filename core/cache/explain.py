@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 from vllmc.core.cache.key import Factor, JsonValue, canonical_json
+from vllmc.core.cache.leaves import ChangeKind, Leaf, leaves
 from vllmc.core.cache.record import Outline, SourceFile
 from vllmc.core.cache.restore import restoring
 
-ChangeKind: TypeAlias = Literal["changed", "added", "removed"]
 ChangeClass: TypeAlias = Literal["codegen", "surroundings", "identity", "secret", "unknown"]
+Pair: TypeAlias = "tuple[Factor | None, Factor | None]"
 
 REDACTED: Final = "<redacted>"
 _IDENTITY: Final = 4
@@ -35,6 +36,16 @@ _GROUPS: Final[Mapping[str, ChangeClass]] = {
     "graph": "identity",
 }
 _RANKS: Final[Mapping[str, int]] = {group: rank for rank, group in enumerate(_GROUPS)}
+
+# Lists of which neither the order nor a repetition means anything.
+_SETS: Final = frozenset(
+    {
+        ("spec", "ranges"),
+        ("spec", "sizes"),
+        ("spec", "splitting_ops"),
+        ("system", "cpu_features"),
+    }
+)
 
 _SECRET_PARTS: Final = re.compile(
     r"password|passwd|passphrase|secret|credential|api_?key|access_?key|private_?key|signing_?key"
@@ -71,9 +82,11 @@ _SECRET_SHAPES: Final = re.compile(
 class Change:
     """A difference between two sets of factors: `before` and `after` are None where it is absent.
 
+    `name` is that of a factor, or of the part of its value that differs (`name.key`, `name[2]`).
     `klass` says what the difference means: another thing is compiled (`identity`), other code may
     be generated for it (`codegen`), it is only recorded (`surroundings`), its values are hidden
-    (`secret`), or vllmc does not know the group (`unknown`).
+    (`secret`), or vllmc does not know the group (`unknown`). `restore` is what to type or set to
+    have the factor as it was, empty where only warming again helps.
     """
 
     group: str
@@ -86,17 +99,7 @@ class Change:
     origin_before: str | None
     origin_after: str | None
     note: str
-
-    @property
-    def restore(self) -> str:
-        """What to type or set to have `before` again; empty where only warming again helps."""
-        return restoring(
-            self.group,
-            self.name,
-            self.before,
-            origin_before=self.origin_before,
-            origin_after=self.origin_after,
-        )
+    restore: str = ""
 
     def to_json(self) -> dict[str, JsonValue]:
         """The change as the CHANGE row of `--json` output."""
@@ -118,21 +121,28 @@ class Change:
 def diff(
     before: Sequence[Factor], after: Sequence[Factor], *, include_provenance: bool = False
 ) -> tuple[Change, ...]:
-    """The factors that differ, the ones that matter first.
+    """How the factors differ, leaf by leaf where both values are nested; what matters first.
+
+    In the order of `differing`; the leaves of a value stay together.
+    """
+    pairs = differing(before, after, include_provenance=include_provenance)
+    return tuple(change for pair in pairs for change in _changes(*pair))
+
+
+def differing(
+    before: Sequence[Factor], after: Sequence[Factor], *, include_provenance: bool = False
+) -> tuple[Pair, ...]:
+    """The factors that differ, as they are on both sides (None where absent).
 
     First what affects the key; then by group, causes before consequences; within a group what
     somebody set before what is a default. Provenance only with `include_provenance`.
     """
     left = {factor.identity: factor for factor in before}
     right = {factor.identity: factor for factor in after}
-    changes = (
-        _change(left.get(identity), right.get(identity))
-        for identity in left.keys() | right.keys()
-        if not _same(left.get(identity), right.get(identity))
-    )
-    return tuple(
-        sorted((c for c in changes if c.affects_key or include_provenance), key=_importance)
-    )
+    pairs = [(left.get(i), right.get(i)) for i in left.keys() | right.keys()]
+    different = [pair for pair in pairs if not _same(*pair)]
+    wanted = [pair for pair in different if _affects_key(pair) or include_provenance]
+    return tuple(sorted(wanted, key=_importance))
 
 
 def diff_sources(before: Sequence[SourceFile], after: Sequence[SourceFile]) -> tuple[Change, ...]:
@@ -260,21 +270,48 @@ def _same(before: Factor | None, after: Factor | None) -> bool:
     return before.affects_key == after.affects_key and alike(before.value, after.value)
 
 
-def _change(before: Factor | None, after: Factor | None) -> Change:
+def _changes(before: Factor | None, after: Factor | None) -> Iterator[Change]:
+    """The differences of one factor."""
     sides = [side for side in (before, after) if side is not None]
-    affects_key = any(side.affects_key for side in sides)
-    return Change(
-        group=sides[0].group,
-        name=sides[0].name,
+    whole = Leaf(
+        path="",
         before=before.value if before else None,
         after=after.value if after else None,
         kind=_kind(before, after),
-        klass=_klass(sides, affects_key),
-        affects_key=affects_key,
+    )
+    found: tuple[Leaf, ...] = ()
+    if before is not None and after is not None:
+        found = leaves(before.value, after.value, unordered=before.identity in _SETS)
+    for leaf in found or (whole,):
+        yield Change(
+            group=sides[0].group,
+            name=sides[0].name + leaf.path,
+            before=leaf.before,
+            after=leaf.after,
+            kind=leaf.kind,
+            klass=_klass(leaf, sides[0].group, _affects_key((before, after))),
+            affects_key=_affects_key((before, after)),
+            origin_before=before.origin if before else None,
+            origin_after=after.origin if after else None,
+            note="; ".join(filter(None, (_note(before, after), leaf.note))),
+            restore=_restore(before, after),
+        )
+
+
+def _restore(before: Factor | None, after: Factor | None) -> str:
+    side = before or after
+    assert side is not None, "a change has at least one side"
+    return restoring(
+        side.group,
+        side.name,
+        before.value if before else None,
         origin_before=before.origin if before else None,
         origin_after=after.origin if after else None,
-        note=_note(before, after),
     )
+
+
+def _affects_key(pair: Pair) -> bool:
+    return any(side is not None and side.affects_key for side in pair)
 
 
 def _kind(before: object | None, after: object | None) -> ChangeKind:
@@ -283,18 +320,17 @@ def _kind(before: object | None, after: object | None) -> ChangeKind:
     return "removed" if after is None else "changed"
 
 
-def _klass(sides: Sequence[Factor], affects_key: bool) -> ChangeClass:
-    if any(side.value == REDACTED for side in sides):
+def _klass(leaf: Leaf, group: str, affects_key: bool) -> ChangeClass:
+    if REDACTED in (leaf.before, leaf.after):
         return "secret"
-    if not affects_key:
-        return "surroundings"
-    return _GROUPS.get(sides[0].group, "unknown")
+    return _GROUPS.get(group, "unknown") if affects_key else "surroundings"
 
 
-def _importance(change: Change) -> tuple[bool, int, bool, str, str]:
-    origins = {change.origin_before, change.origin_after} - {None, "default", "probe", "vllmc"}
-    rank = _RANKS.get(change.group, len(_RANKS))
-    return (not change.affects_key, rank, not origins, change.group, change.name)
+def _importance(pair: Pair) -> tuple[bool, int, bool, str, str]:
+    sides = [side for side in pair if side is not None]
+    group, name = sides[0].identity
+    origins = {side.origin for side in sides} - {"default", "probe", "vllmc"}
+    return (not _affects_key(pair), _RANKS.get(group, len(_RANKS)), not origins, group, name)
 
 
 def _note(before: Factor | None, after: Factor | None) -> str:

@@ -37,7 +37,7 @@ class InductorCompiler:
                     compiled = Compiled(
                         format=BUNDLE,
                         artifact=pack(BUNDLE, {}, {"bundle": data}),
-                        code=sha256_hex(data),
+                        code=sha256_hex(inductor.bundle_code(data)),
                     )
             except inductor.NoCompilerError as error:
                 raise VllmcError(

@@ -6,8 +6,9 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
-from vllmc.core.cache.explain import REDACTED, Change, ChangeKind
+from vllmc.core.cache.explain import REDACTED, Change
 from vllmc.core.cache.key import canonical_json
+from vllmc.core.cache.leaves import ChangeKind
 from vllmc.core.diagnose.torch_caches import (
     AOT_DETAILS,
     UNSAVED,

@@ -8,7 +8,9 @@ wrapper is read here instead: a Python function over torch ops and compiled kern
 
 from __future__ import annotations
 
+import ast
 import copy
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,6 +193,24 @@ def _with_example_values(
 def load_bundle(data: bytes) -> Callable[..., Sequence[object]]:
     """Loads what `generate_bundle` wrote. Unpickles: the caller has verified `data`."""
     return AOTCompiledArtifact.deserialize(data)
+
+
+def bundle_code(data: bytes) -> bytes:
+    """What was generated into a bundle, without what varies from one compilation to the next.
+
+    That is the wrapper, with the source of each Triton kernel, less its comments, which number the
+    process's compilations, and the constants that were lifted out of the graph. A bundle without
+    a wrapper stands for itself. Unpickles: `data` comes from `generate_bundle`.
+    """
+    entry, *_ = pickle.loads(data)
+    graph = getattr(getattr(entry, "compiled_fw", None), "result", None)
+    if not isinstance(graph, CompiledFxGraph) or not graph.source_code:
+        return data
+    parts = [ast.unparse(ast.parse(graph.source_code)).encode()]
+    for name, tensor in sorted((graph.constants or {}).items()):
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), bytes(values.numpy())]
+    return b"\0".join(parts)
 
 
 def _call_inductor(call: Callable[[], Any], scope: ShapeScope) -> Any:

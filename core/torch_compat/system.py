@@ -27,6 +27,7 @@ from vllmc.core.errors import VllmcError
 if TYPE_CHECKING:
     from vllmc.core.cache.key import JsonValue
 
+_X86_LEVELS: Final = ("x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v4")
 # The levels of the x86-64 ABI, as far as torch reports what they ask for.
 _X86_LEVEL_3: Final = ("avx2", "bmi", "bmi2", "f16c", "fma3", "lzcnt")
 _X86_LEVEL_4: Final = (
@@ -109,6 +110,14 @@ def portable_march() -> str | None:
     if capability in ("AVX2", "AVX512") and all(has[feature] for feature in _X86_LEVEL_3):
         return "x86-64-v3"
     return "x86-64"
+
+
+def runs_code_for(march: object) -> bool:
+    """Whether this CPU surely runs what a compiler makes under `-march=march`."""
+    if march in (None, "native"):
+        return True
+    here = portable_march()
+    return here in _X86_LEVELS and march in _X86_LEVELS[: _X86_LEVELS.index(here) + 1]
 
 
 def cpu_features(*, march: str | None) -> list[str]:

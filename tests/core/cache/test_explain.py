@@ -13,6 +13,7 @@ from vllmc.core.cache.explain import (
     diff,
     diff_guarded,
     diff_sources,
+    differing,
     redact,
 )
 from vllmc.core.cache.key import Factor, key_of
@@ -150,6 +151,58 @@ def test_causes_come_before_what_follows_from_them_and_deliberate_settings_befor
     after[1] = dataclasses.replace(after[1], origin="flag")
     names = [change.name for change in diff(before, after)]
     assert names == ["config", "torch", "z_flag", "a_default", "digest", "x"]
+
+
+def test_nested_values_differ_leaf_by_leaf_where_the_factor_stands():
+    before = [
+        factor("layers", 2, "model"),
+        factor("rope", {"type": "yarn", "factor": 4.0, "base": 1}, "model"),
+        factor("sizes", [*range(12)]),
+        factor("token", {"name": "a", "value": REDACTED}),
+    ]
+    after = [
+        factor("layers", 3, "model"),
+        factor("rope", {"type": "yarn", "factor": 8.0, "beta": 2}, "model", origin="flag"),
+        factor("sizes", [*range(10), 0, 11], origin="flag"),
+        factor("token", {"name": "b", "value": "x"}),
+    ]
+    rows = [(c.name, c.before, c.after, c.kind, c.klass) for c in diff(before, after)]
+    assert rows == [
+        ("rope.base", 1, None, "removed", "identity"),
+        ("rope.beta", None, 2, "added", "identity"),
+        ("rope.factor", 4.0, 8.0, "changed", "identity"),
+        ("layers", 2, 3, "changed", "identity"),
+        ("sizes[10]", 10, 0, "changed", "codegen"),
+        ("token.name", "a", "b", "changed", "codegen"),
+        ("token.value", REDACTED, "x", "changed", "secret"),
+    ]
+    [base, *_] = diff(before, after)
+    assert (base.origin_before, base.origin_after) == ("default", "flag")
+    assert base.note == "set on the command line; it was the default"
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [("system", "cpu_features"), ("spec", "ranges"), ("spec", "sizes"), ("spec", "splitting_ops")],
+)
+def test_a_list_that_is_a_set_says_what_was_removed_and_added(group, name):
+    before = [factor(name, ["amx_bf16", "avx2", "avx512_f"], group)]
+    after = [factor(name, ["avx2", "avx512_f", "avx512_vl"], group)]
+    rows = [(c.name, c.before, c.after, c.kind, c.note) for c in diff(before, after)]
+    assert rows == [
+        (name, ["amx_bf16"], None, "removed", "2 in common"),
+        (name, None, ["avx512_vl"], "added", "2 in common"),
+    ]
+
+
+@given(factor_sets, factor_sets)
+def test_factors_that_differ_are_told_whole_and_in_the_order_of_their_changes(before, after):
+    pairs = differing(before, after, include_provenance=True)
+    left, right = ({f.identity: f for f in side} for side in (before, after))
+    identities = [(a or b).identity for a, b in pairs]
+    assert pairs == tuple((left.get(i), right.get(i)) for i in identities)
+    changes = diff(before, after, include_provenance=True)
+    assert list(dict.fromkeys((c.group, c.name[0]) for c in changes)) == identities
 
 
 @pytest.mark.parametrize(

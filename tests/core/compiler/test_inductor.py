@@ -245,6 +245,30 @@ def test_inductors_own_bundle_comes_back_as_a_function(trace_toy: Any, ops: Any)
         torch.testing.assert_close(result, x.sin() * 2)
 
 
+def test_the_code_of_a_bundle_is_what_was_generated_and_nothing_else(
+    trace_toy: Any, ops: Any
+) -> None:
+    from vllmc.core.compiler.protocol import example_inputs, example_scope
+    from vllmc.core.graph.plan import make_plan, plan_units
+    from vllmc.core.torch_compat.config import applied
+    from vllmc.core.torch_compat.inductor import bundle_code, generate_bundle
+
+    def bundle(factor: float, *options: tuple[str, Any]) -> bytes:
+        captured, spec = trace_toy(
+            lambda e, x, p, r: ops.cut(ops.cut(x).sin() * factor)[0], inductor=options
+        )
+        unit = plan_units(make_plan(captured, spec), spec)[1][1]
+        with applied(vllmc_overrides(spec)):
+            scope = example_scope(unit, spec)
+            return generate_bundle(unit.piece.module, example_inputs(unit, scope), scope)
+
+    plain, tuned = bundle(2), bundle(2, ("max_autotune_pointwise", True))
+    assert plain != tuned, "else the test shows nothing"
+    assert bundle_code(plain) == bundle_code(tuned)
+    assert bundle_code(plain) != bundle_code(bundle(3))
+    assert bundle_code(plain) != bundle_code(bundle(2, ("size_asserts", False)))
+
+
 def test_what_inductor_would_need_a_runtime_wrapper_for_is_refused() -> None:
     from vllmc.core.torch_compat.inductor import CompileError, generate
     from vllmc.core.torch_compat.shapes import ShapeScope

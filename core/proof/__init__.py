@@ -1,0 +1,1 @@
+"""Proving by compilation whether two configurations differ in what matters: code, and numbers."""
