@@ -208,16 +208,17 @@ def summarize(samples: Mapping[str, list[dict[str, float]]]) -> list[dict[str, A
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| | of `python -c pass` | wall | processor | beyond `import torch` (processor) |",
+        "| | of `python -c pass`, its processor time | wall | processor "
+        "| beyond `import torch`, its processor time |",
         "|---|---:|---:|---:|---:|",
     ]
     for row in rows:
         low, high = row["wall_spread"]
-        beyond = row["wall_beyond_torch"], row["cpu_beyond_torch"]
+        beyond = f"{row['wall_beyond_torch']:.2f} s, {row['cpu_beyond_torch']:.2f} s"
         lines.append(
-            f"| {row['command']} | {row['wall_ratio']:.1f} "
+            f"| {row['command']} | {row['wall_ratio']:.1f}, {row['cpu_ratio']:.1f} "
             f"| {row['wall']:.3f} s ({low:.3f} to {high:.3f}) | {row['cpu']:.3f} s "
-            + (f"| {beyond[0]:.2f} s ({beyond[1]:.2f}) |" if " MODEL" in row["command"] else "| |")
+            f"| {beyond if ' MODEL' in row['command'] else ''} |"
         )
     return "\n".join(lines)
 
