@@ -91,7 +91,7 @@ def stats(store: Store) -> Stats:
     artifacts: defaultdict[str, set[str]] = defaultdict(set)
     for program in store.outlines():
         keys[program.model].add(program.key)
-        artifacts[program.model].update(artifact for _, artifact in program.units)
+        artifacts[program.model].update(unit.artifact for unit in program.units)
     units = tuple(unit.artifact for unit in store.readable_units())
     named = set(units).union(*artifacts.values())
     return Stats(
@@ -113,15 +113,14 @@ def stats(store: Store) -> Stats:
 
 def _entry(store: Store, key: str, outlines: Sequence[Outline]) -> Entry:
     newest = max(outlines, key=lambda outline: (outline.created, outline.id))
-    units = {unit for outline in outlines for unit in outline.units}
-    artifacts = {artifact for _, artifact in units}
+    artifacts = {unit.artifact for outline in outlines for unit in outline.units}
     return Entry(
         key=key,
         model=newest.model,
         created=newest.created,
         last_used=max(newest.created, _used(store, key)),
         bytes=sum(plain_size(store.layout.blob(digest)) or 0 for digest in artifacts),
-        units=len({unit for unit, _ in units}),
+        units=len({unit.key for outline in outlines for unit in outline.units}),
     )
 
 

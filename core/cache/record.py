@@ -178,8 +178,7 @@ class ProgramRecord:
 class Outline:
     """As much of a program's record as listing it takes, and finding the nearest one.
 
-    `values` are those of the factors that affect the key, by (group, name); `units` are the keys
-    of its units, each with its artifact.
+    `values` are those of the factors that affect the key, by (group, name).
     """
 
     key: str
@@ -187,7 +186,7 @@ class Outline:
     model: str
     created: float
     values: dict[tuple[str, str], JsonValue]
-    units: tuple[tuple[str, str], ...]
+    units: tuple[ProgramUnit, ...]
 
 
 def encode(record: UnitRecord | ProgramRecord) -> bytes:
@@ -231,12 +230,12 @@ def outline(data: bytes, id: str) -> Outline:
             if row["affects_key"]:
                 values[row["group"], row["name"]] = row["value"]
         return Outline(
-            key=body["key"],
+            key=_hex(body, "key"),
             id=id,
-            model=body["model"],
-            created=body["created"],
+            model=_text(body, "model"),
+            created=_seconds(body, "created"),
             values=values,
-            units=tuple((unit["key"], unit["artifact"]) for unit in body["units"]),
+            units=tuple(_program_unit(item) for item in _list(body, "units")),
         )
     except (AssertionError, KeyError, TypeError, AttributeError):
         raise CorruptRecord("it lacks fields that every record has") from None
