@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -22,6 +21,8 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+from measuring import summary, write_report
 
 ALTERNATIVES = ("eager", "stock", "vllmc")
 PROMPT_TOKENS = 16
@@ -43,8 +44,7 @@ def main() -> None:
     rows = summarize(samples)
     print(table(rows))
     if options.json:
-        report = {"machine": machine(), "runs": options.runs, "rows": rows}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(options.json, options.runs, rows)
 
 
 def compare(layers: list[int], runs: int) -> dict[tuple[int, str, str], list[dict[str, float]]]:
@@ -214,11 +214,7 @@ def summarize(
     """Medians with their spread, and ratios to stock in the same state."""
     rows: list[dict[str, Any]] = []
     for (depth, alternative, state), group in samples.items():
-        row: dict[str, Any] = {"layers": depth, "alternative": alternative, "state": state}
-        for name in group[0]:
-            values = [sample[name] for sample in group]
-            row[name] = statistics.median(values)
-            row[f"{name}_spread"] = [min(values), max(values)]
+        row = {"layers": depth, "alternative": alternative, "state": state, **summary(group)}
         stock = samples[depth, "stock", state]
         for name in ("first", "step_1", "step_16"):
             row[f"{name}_ratio"] = row[name] / statistics.median(s[name] for s in stock)
@@ -243,20 +239,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {row['memory_mb']:.0f} MB |"
         )
     return "\n".join(lines)
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    import torch
-    import transformers
-
-    return {
-        "cpus": os.cpu_count(),
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 if __name__ == "__main__":

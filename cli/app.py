@@ -18,9 +18,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from vllmc.cli import cache, diff_config, inspect_key, models, warm
-from vllmc.cli import run as run_command
-from vllmc.cli.output import Output
+from vllmc.cli.commands import Markup, make_group
 from vllmc.core.errors import UsageError, VllmcError
 
 INTERRUPTED = 130
@@ -66,34 +64,25 @@ def _help_without_command(context: typer.Context) -> None:
         raise typer.Exit(UsageError.exit_code)
 
 
-def build_app(*, rich_help: bool = False) -> typer.Typer:
+def build_app(*, rich_help: bool = False) -> TyperGroup:
     """All commands; `rich_help` draws the help pages with boxes and colours."""
-    app = typer.Typer(
-        name="vllmc",
-        callback=_root,
-        invoke_without_command=True,
-        add_completion=False,
-        rich_markup_mode="rich" if rich_help else None,
-    )
-    for name, function in {
-        "warm": warm.warm,
-        "inspect-key": inspect_key.inspect_key,
-        "diff-config": diff_config.diff_config,
-        "run": run_command.run,
-        "models": models.models,
-    }.items():
-        app.command(name)(function)
-    group = typer.Typer(name="cache", callback=_cache, invoke_without_command=True)
-    for name, function in {
-        "ls": cache.ls,
-        "show": cache.show,
-        "stats": cache.stats,
-        "verify": cache.verify,
-        "path": cache.path,
-    }.items():
-        group.command(name)(function)
-    app.add_typer(group)
-    return app
+    markup: Markup = "rich" if rich_help else None
+    cache = {
+        "ls": "vllmc.cli.cache:ls",
+        "show": "vllmc.cli.cache:show",
+        "stats": "vllmc.cli.cache:stats",
+        "verify": "vllmc.cli.cache:verify",
+        "path": "vllmc.cli.cache:path",
+    }
+    commands: dict[str, str | TyperGroup] = {
+        "warm": "vllmc.cli.warm:warm",
+        "inspect-key": "vllmc.cli.inspect_key:inspect_key",
+        "diff-config": "vllmc.cli.diff_config:diff_config",
+        "run": "vllmc.cli.run:run",
+        "models": "vllmc.cli.models:models",
+        "cache": make_group("cache", _cache, cache, markup=markup),
+    }
+    return make_group("vllmc", _root, commands, markup=markup)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,10 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(build_app(rich_help=sys.stdout.isatty()), words)
 
 
-def run(app: typer.Typer, words: Sequence[str]) -> int:
-    """Runs a command of `app` inside the error boundary and returns the exit code."""
-    root = typer.main.get_command(app)
-    output = _early_output(root, words)
+def run(root: TyperGroup, words: Sequence[str]) -> int:
+    """Runs a command of `root` inside the error boundary and returns the exit code."""
     try:
         with root.make_context("vllmc", list(words)) as context:
             code = root.invoke(context)
@@ -117,7 +104,7 @@ def run(app: typer.Typer, words: Sequence[str]) -> int:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             _abandon_stdout()
             return PIPE_CLOSED
-        return _report(error, output)
+        return _report(error, root, words)
 
 
 def entry_point() -> None:
@@ -125,32 +112,37 @@ def entry_point() -> None:
     sys.exit(main())
 
 
-def _early_output(root: object, words: Sequence[str]) -> Output:
-    """The sink for errors, which may come before the words are parsed."""
-    names = []
-    for word in words:
-        if not isinstance(root, TyperGroup) or word not in root.commands:
-            break
-        names.append(word)
-        root = root.commands[word]
+def _report(error: BaseException, root: TyperGroup, words: Sequence[str]) -> int:
+    from vllmc.cli.output import Output
+
+    command = _command_name(root, words)
+    known = _as_vllmc_error(error, command)
+    if known is not error:
+        known.__cause__ = error
+    # The error may have come before the words were parsed.
     flags = words[: words.index("--")] if "--" in words else words
-    return Output(
-        command=" ".join(names) or "vllmc",
+    output = Output(
+        command=command,
         json="--json" in flags,
         verbosity=sum(len(word) - 1 for word in flags if word in ("-v", "-vv")),
     )
-
-
-def _report(error: BaseException, output: Output) -> int:
-    known = _as_vllmc_error(error, output.command)
-    if known is not error:
-        known.__cause__ = error
     try:
         output.error(known)
         sys.stdout.flush()
     except OSError:
         _abandon_stdout()
     return known.exit_code
+
+
+def _command_name(root: TyperGroup, words: Sequence[str]) -> str:
+    names: list[str] = []
+    group: object = root
+    for word in words:
+        if not isinstance(group, TyperGroup) or word not in group.commands:
+            break
+        names.append(word)
+        group = group.commands[word]
+    return " ".join(names) or "vllmc"
 
 
 def _as_vllmc_error(error: BaseException, command: str) -> VllmcError:

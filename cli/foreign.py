@@ -1,29 +1,27 @@
-"""What other systems recorded, as sides of a comparison. Imports no torch."""
+"""What other systems recorded, as sides of a comparison. Imports no torch.
+
+Whether a file is such a record is asked for each snapshot of vllmc's own too, so the readers are
+imported by the functions that read.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from vllmc.cli.snapshots import WORDS, Comparison, Side, snapshot_side
 from vllmc.core.diagnose.foreign_files import clean
-from vllmc.core.diagnose.torch_caches import TorchTrace, read_trace
-from vllmc.core.diagnose.torch_diff import diff_traces
 from vllmc.core.diagnose.torch_trace import is_trace
-from vllmc.core.diagnose.vllm_cache import CacheKind, read_caches
-from vllmc.core.diagnose.vllm_compare import (
-    KEY,
-    Subject,
-    cache_subjects,
-    compare_keys,
-    like_with_like,
-    log_subjects,
-)
-from vllmc.core.diagnose.vllm_factors import KeyFacts
+from vllmc.core.diagnose.vllm_factors import ENVIRONMENT, HASHES, KeyFacts
 from vllmc.core.diagnose.vllm_layout import is_vllm_cache
 from vllmc.core.diagnose.vllm_log import is_vllm_log, read_log
 from vllmc.core.errors import UsageError, VllmcError
+
+if TYPE_CHECKING:
+    from vllmc.core.diagnose.torch_caches import TorchTrace
+    from vllmc.core.diagnose.vllm_cache import CacheKind
+    from vllmc.core.diagnose.vllm_compare import Subject
 
 ForeignKind: TypeAlias = Literal["vllm-cache", "vllm-log", "torch-trace"]
 
@@ -72,7 +70,7 @@ def compare_recorded(a: str, b: str) -> Comparison | None:
     """
     traces = [text not in WORDS and kind_of(Path(text)) == "torch-trace" for text in (a, b)]
     if all(traces):
-        return _compare_traces(read_trace(Path(a)), read_trace(Path(b)))
+        return _compare_traces(Path(a), Path(b))
     left, right = _recorded(a), _recorded(b)
     if left is None and right is None and not any(traces):
         return None
@@ -86,7 +84,11 @@ def compare_recorded(a: str, b: str) -> Comparison | None:
     return _compare(left, right)
 
 
-def _compare_traces(left: TorchTrace, right: TorchTrace) -> Comparison:
+def _compare_traces(a: Path, b: Path) -> Comparison:
+    from vllmc.core.diagnose.torch_caches import read_trace
+    from vllmc.core.diagnose.torch_diff import diff_traces
+
+    left, right = read_trace(a), read_trace(b)
     found = diff_traces(left, right)
     if not found.changes and not found.keys:
         # Nothing differs because nothing is there: to call that equal would mislead.
@@ -111,6 +113,8 @@ def _trace_side(trace: TorchTrace) -> Side:
 
 
 def _compare(left: Recorded, right: Recorded) -> Comparison:
+    from vllmc.core.diagnose.vllm_compare import compare_keys, like_with_like
+
     a, b, taken = like_with_like(left.subjects, right.subjects)
     found = compare_keys(a, b)
     return Comparison(
@@ -133,6 +137,9 @@ def _side(recorded: Recorded, subject: Subject) -> Side:
 
 
 def _cache(path: Path) -> Recorded:
+    from vllmc.core.diagnose.vllm_cache import read_caches
+    from vllmc.core.diagnose.vllm_compare import cache_subjects
+
     caches = read_caches(path)
     if len(caches) > 1:
         names = [clean(str(cache.path.relative_to(path.resolve()))) for cache in caches]
@@ -154,6 +161,8 @@ def _cache(path: Path) -> Recorded:
 
 
 def _log(path: Path) -> Recorded:
+    from vllmc.core.diagnose.vllm_compare import log_subjects
+
     log = read_log(path)
     notes = [*log.notes]
     if log.loaded:
@@ -185,7 +194,9 @@ def _snapshot(path: Path) -> Recorded | None:
     except VllmcError:
         # It is for the caller to say that a file is nothing at all.
         return None
-    if not side.factors or not all(f.group.startswith(f"{KEY}.") for f in side.factors):
+    if not side.factors or not {f.group for f in side.factors} <= {ENVIRONMENT, *HASHES.values()}:
         return None
+    from vllmc.core.diagnose.vllm_compare import Subject
+
     subject = Subject(label="", key="", facts=KeyFacts(factors=side.factors, complete=True))
     return Recorded(kind=side.kind, name=side.name, subjects=(subject,))

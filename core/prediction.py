@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
-from vllmc.core.cache.explain import Change, by_distance, diff, diff_guarded, diff_sources
+from vllmc.core.cache.explain import Change, alike, by_distance, diff, diff_guarded, diff_sources
 from vllmc.core.cache.files import MissingArtifact
 from vllmc.core.cache.key import REDACTED, Factor, JsonValue, canonical_json, key_of
 from vllmc.core.cache.record import UNREADABLE, ProgramRecord
@@ -160,8 +160,8 @@ def explain_miss(job: Job, store: Store) -> Miss:
 
 
 def _nearest(job: Job, store: Store) -> ProgramRecord | None:
-    outlines = by_distance(job.factors, store.outlines(), job.label)
-    return next(filter(None, (store.readable_program(o.key, o.id) for o in outlines)), None)
+    ranked = by_distance(job.factors, store.outlines(), job.label)
+    return next(filter(None, (store.readable_program(key, id) for key, id in ranked)), None)
 
 
 def _hit(found: Found) -> Prediction:
@@ -233,15 +233,16 @@ def _captured_alike(job: Job, store: Store) -> ProgramRecord | None:
     """A program that capture made of the same model in the same way, whatever compiled it."""
     wanted = _to_capture({f.identity: f.compared for f in job.factors if f.affects_key})
     for outline in store.outlines():
-        if _to_capture(outline.values) == wanted:
+        known = _to_capture(outline.values)
+        if known.keys() == wanted.keys() and all(alike(known[k], wanted[k]) for k in wanted):
             record = store.readable_program(outline.key, outline.id)
             if record is not None and is_current(record, job):
                 return record
     return None
 
 
-def _to_capture(values: Mapping[tuple[str, str], JsonValue]) -> dict[tuple[str, str], str]:
-    return {k: canonical_json(v) for k, v in values.items() if k[0] not in _COMPILER_GROUPS}
+def _to_capture(values: Mapping[tuple[str, str], JsonValue]) -> dict[tuple[str, str], JsonValue]:
+    return {k: v for k, v in values.items() if k[0] not in _COMPILER_GROUPS}
 
 
 def _foresee(job: Job, store: Store, twin: ProgramRecord) -> tuple[ForeseenUnit, ...] | None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
 from typer.core import TyperGroup
 
 from vllmc.cli.app import INTERRUPTED, PIPE_CLOSED, build_app
@@ -64,8 +63,7 @@ def page() -> str:
         f"| `{option.name}` | `{option.variable}` | {_value(option.kind, option.repeatable)} |\n"
         for option in OPTIONS
     )
-    root: Any = typer.main.get_command(build_app())
-    commands = tuple(_commands(root, "vllmc"))
+    commands = tuple(_commands(build_app(), "vllmc"))
     shared = "".join(_shared(panel, commands) for panel in (COMMON_PANEL, SHAPING_PANEL))
     return HEAD + settings + shared + "".join(_section(*item) for item in commands)
 

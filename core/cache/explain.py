@@ -166,42 +166,46 @@ def diff_guarded(
 
 def by_distance(
     factors: Sequence[Factor], outlines: Iterable[Outline], model: str
-) -> list[Outline]:
-    """The programs to explain a miss of `model` by, the nearest first.
+) -> list[tuple[str, str]]:
+    """The (key, id) of the programs to explain a miss of `model` by, the nearest first.
 
     One of the same model if there is any, as that is what the user expected to hit; among those
     the one with the fewest differences that affect the key, of which one of identity weighs as
     much as several others; then the newest.
     """
     wanted = {f.identity: f.compared for f in factors if f.affects_key}
+    absent = object()
 
     def distance(outline: Outline) -> tuple[bool, int, float, str, str]:
-        # Most values are one and the same object to Python, or compare as numbers and texts do.
-        different = outline.values.keys() ^ wanted.keys()
-        different |= {
+        values = outline.values
+        different = [
             identity
-            for identity, value in outline.values.items()
-            if identity in wanted and not _alike(value, wanted[identity])
-        }
+            for identity, value in values.items()
+            # Most values are one and the same object to Python.
+            if (other := wanted.get(identity, absent)) is not value and not alike(value, other)
+        ]
+        different += wanted.keys() - values.keys()
         weight = sum(_IDENTITY if _GROUPS.get(g) == "identity" else 1 for g, _ in different)
         return (outline.model != model, weight, -outline.created, outline.key, outline.id)
 
-    return sorted(outlines, key=distance)
+    # One outline at a time: to hold the values of a thousand takes longer than to compare them.
+    return [(key, id) for *_, key, id in sorted(map(distance, outlines))]
 
 
-def _alike(left: JsonValue, right: JsonValue) -> bool:
-    # Python takes 1, 1.0 and True for equal; the key does not.
+def alike(left: object, right: object) -> bool:
+    """Whether two JSON values are the same to a key; Python takes 1, 1.0 and True for equal."""
     if type(left) is not type(right):
         return False
     if isinstance(left, (list, dict)):
-        return canonical_json(left) == canonical_json(right)
+        # The text of Python is quicker made, and can differ in the order of names alone.
+        return repr(left) == repr(right) or canonical_json(left) == canonical_json(right)
     return left == right
 
 
 def _same(before: Factor | None, after: Factor | None) -> bool:
     if before is None or after is None:
         return False
-    return before.affects_key == after.affects_key and _alike(before.compared, after.compared)
+    return before.affects_key == after.affects_key and alike(before.compared, after.compared)
 
 
 def _changes(before: Factor | None, after: Factor | None) -> Iterator[Change]:

@@ -5,13 +5,15 @@ Both leave out records that cannot be read; `verify` names those.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllmc.core.cache.files import plain_size, reading
 from vllmc.core.cache.key import JsonValue
-from vllmc.core.cache.record import ProgramRecord
+from vllmc.core.cache.record import Outline
 
 if TYPE_CHECKING:
     from vllmc.core.cache.store import Store
@@ -72,10 +74,9 @@ class Stats:
 
 def entries(store: Store) -> tuple[Entry, ...]:
     """One entry per program key, the last used first."""
-    by_key: defaultdict[str, list[ProgramRecord]] = defaultdict(list)
-    for record in store.readable_programs():
-        by_key[record.key].append(record)
-    rows = (_entry(store, key, records) for key, records in by_key.items())
+    # The outlines come by key.
+    by_key = itertools.groupby(store.outlines(), key=lambda outline: outline.key)
+    rows = [_entry(store, key, tuple(outlines)) for key, outlines in by_key]
     return tuple(sorted(rows, key=lambda entry: (-entry.last_used, entry.key)))
 
 
@@ -88,7 +89,7 @@ def stats(store: Store) -> Stats:
     }
     keys: defaultdict[str, set[str]] = defaultdict(set)
     artifacts: defaultdict[str, set[str]] = defaultdict(set)
-    for program in store.readable_programs():
+    for program in store.outlines():
         keys[program.model].add(program.key)
         artifacts[program.model].update(unit.artifact for unit in program.units)
     units = tuple(unit.artifact for unit in store.readable_units())
@@ -110,16 +111,16 @@ def stats(store: Store) -> Stats:
     )
 
 
-def _entry(store: Store, key: str, records: list[ProgramRecord]) -> Entry:
-    newest = max(records, key=lambda record: (record.created, record.id))
-    artifacts = {unit.artifact for record in records for unit in record.units}
+def _entry(store: Store, key: str, outlines: Sequence[Outline]) -> Entry:
+    newest = max(outlines, key=lambda outline: (outline.created, outline.id))
+    artifacts = {unit.artifact for outline in outlines for unit in outline.units}
     return Entry(
         key=key,
         model=newest.model,
         created=newest.created,
         last_used=max(newest.created, _used(store, key)),
         bytes=sum(plain_size(store.layout.blob(digest)) or 0 for digest in artifacts),
-        units=len({unit.key for record in records for unit in record.units}),
+        units=len({unit.key for outline in outlines for unit in outline.units}),
     )
 
 

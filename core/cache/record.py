@@ -176,7 +176,7 @@ class ProgramRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outline:
-    """As much of a program's record as finding the nearest one takes.
+    """As much of a program's record as listing it takes, and finding the nearest one.
 
     `values` are those of the factors that affect the key, by (group, name): what is `compared`.
     """
@@ -186,6 +186,7 @@ class Outline:
     model: str
     created: float
     values: dict[tuple[str, str], JsonValue]
+    units: tuple[ProgramUnit, ...]
 
 
 def encode(record: UnitRecord | ProgramRecord) -> bytes:
@@ -229,7 +230,12 @@ def outline(data: bytes, id: str) -> Outline:
             if row["affects_key"]:
                 values[row["group"], row["name"]] = row.get("digest", row["value"])
         return Outline(
-            key=body["key"], id=id, model=body["model"], created=body["created"], values=values
+            key=_hex(body, "key"),
+            id=id,
+            model=_text(body, "model"),
+            created=_seconds(body, "created"),
+            values=values,
+            units=tuple(_program_unit(item) for item in _list(body, "units")),
         )
     except (AssertionError, KeyError, TypeError, AttributeError):
         raise CorruptRecord("it lacks fields that every record has") from None

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING
 
 from vllmc.core.cache import inventory, verify
 from vllmc.core.cache.files import (
@@ -44,6 +43,9 @@ from vllmc.core.cache.record import (
 )
 from vllmc.core.cache.verify import Problem, RepairPlan
 from vllmc.core.errors import UsageError, VllmcError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 __all__ = [
     "CorruptArtifact",
@@ -158,11 +160,13 @@ class Store:
         return None
 
     def outlines(self) -> Iterator[Outline]:
-        """The outline of every program's record that can be read."""
+        """The outline of every program's record that can be read, by key."""
         for found in self.layout.walk("programs"):
             if found.section == "programs":
                 with suppress(FileNotFoundError, IrregularFile, CorruptRecord, VllmcError):
-                    yield outline(read_plain(found.path), found.id)
+                    known = outline(read_plain(found.path), found.id)
+                    if known.key == found.key:
+                        yield known
 
     def ranges_compiled_by(self, compiler: str) -> frozenset[str]:
         """The ranges of the readable units with this `compiler_key`."""
@@ -226,6 +230,9 @@ class Store:
         The kernel drops the lock of a process that dies. Raises `not-writable` where no lock can
         be made, and `lock-timeout` after `timeout` seconds (None: waits for ever).
         """
+        # Only who writes needs its import, which takes as long as reading a record.
+        from filelock import FileLock
+
         path = self.layout.lock(name)
         guard = FileLock(path)
         with writing(path):
@@ -318,6 +325,8 @@ class Store:
 
 
 def _acquire(guard: FileLock, timeout: float) -> bool:
+    from filelock import Timeout
+
     try:
         guard.acquire(timeout=timeout)
     except Timeout:

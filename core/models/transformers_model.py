@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, Au
 from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.cache.redaction import redact, scrub
 from vllmc.core.errors import VllmcError
+from vllmc.core.models.config_classes import import_validators
 from vllmc.core.models.errors import unsupported_model
 from vllmc.core.models.model import ModelInfo, Weights
 from vllmc.core.spec import LayerNames
@@ -22,6 +23,8 @@ from vllmc.core.torch_compat.config_values import stable
 
 if TYPE_CHECKING:
     import torch
+
+import_validators()
 
 NOT_IDENTITY = frozenset(
     {

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import typer
+from typer.core import TyperGroup
 
 from vllmc.cli.app import build_app, entry_point, run
 from vllmc.cli.options import CommonFlags, command
@@ -26,7 +27,7 @@ FAILURE = VllmcError(
 )
 
 
-def failing_app(error: BaseException) -> typer.Typer:
+def failing_app(error: BaseException) -> TyperGroup:
     @command
     def fail(common: CommonFlags) -> None:
         raise error
@@ -34,7 +35,9 @@ def failing_app(error: BaseException) -> typer.Typer:
     app = typer.Typer()
     app.callback()(lambda: None)
     app.command("fail")(fail)
-    return app
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    return group
 
 
 def test_an_error_is_named_on_stderr_with_its_context_and_hint(
@@ -192,7 +195,7 @@ def leaves(group: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 
 def test_every_command_takes_the_common_options(vllmc: Run) -> None:
-    commands = leaves(typer.main.get_command(build_app()))
+    commands = leaves(build_app())
     assert ("cache", "ls") in commands
     for words in commands:
         text = vllmc(*words, "--help").out
@@ -216,7 +219,8 @@ def spawn(
         "import sys\n"
         "from vllmc.cli.app import main\n"
         "code = main()\n"
-        "heavy = {'torch', 'transformers', 'triton', 'numpy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'triton', 'numpy', 'sympy', 'pydantic', 'filelock'}\n"
+        "heavy &= set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else code)\n"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VLLMC_")}
@@ -245,10 +249,39 @@ def spawn(
     ],
     ids=lambda words: " ".join(words).replace(f"{TRACES}/", ""),
 )
-def test_light_commands_import_no_torch(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_light_commands_import_nothing_heavy(tmp_path: Path, words: tuple[str, ...]) -> None:
     done = spawn(*words, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "imported"),
+    [
+        ("--version", set()),
+        ("cache ls", {"cache"}),
+        ("models", {"models"}),
+        (f"inspect-key {TRACES}/cold", {"inspect_key"}),
+        (f"diff-config {TRACES}/cold {TRACES}/option", {"diff_config"}),
+        ("warm --help", {"warm"}),
+        ("--help", {"diff_config", "inspect_key", "models", "run", "warm"}),
+    ],
+    ids=lambda value: value.replace(f"{TRACES}/", "") if isinstance(value, str) else "",
+)
+def test_only_the_command_asked_for_is_imported(
+    workplace: Path, words: str, imported: set[str]
+) -> None:
+    program = (
+        "import json, sys\n"
+        "from vllmc.cli.app import main\n"
+        "assert main() == 0\n"
+        "print(json.dumps([m for m in sys.modules if m.startswith('vllmc.cli.')]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words.split()], capture_output=True, text=True, check=True
+    )
+    found = {name.removeprefix("vllmc.cli.") for name in json.loads(done.stdout.splitlines()[-1])}
+    assert found & {"cache", "diff_config", "inspect_key", "models", "run", "warm"} == imported
 
 
 @pytest.mark.parametrize("words", [("models",), ("models", "--json"), ("--help",)], ids=" ".join)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import pytest
 import typer
+from typer.core import TyperGroup
 
 from vllmc.cli.app import run
 from vllmc.cli.options import CommonFlags, CompileFlags, CompileRequest, command, compile_request
@@ -166,8 +167,10 @@ def test_a_command_line_reaches_the_groups_and_the_other_parameters(workplace: P
     app = typer.Typer()
     app.callback()(lambda: None)
     app.command("show")(show)
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
     words = "show gpt2 -v -v -q --force --compile-range 1:4 --compile-range 5:8 -O a=1 -O b=2"
-    assert run(app, words.split()) == 3
+    assert run(group, words.split()) == 3
     assert (seen["model"], seen["force"]) == ("gpt2", True)
     assert seen["common"] == CommonFlags(verbose=2, quiet=True)
     assert seen["flags"] == CompileFlags(compile_range=["1:4", "5:8"], option=["a=1", "b=2"])

@@ -92,14 +92,15 @@ def test_the_error_for_no_side_names_the_kinds_there_are() -> None:
     assert all(kind in error.hint for kind in ("current", "defaults", "key", "snapshot"))
 
 
-def test_commands_on_stored_things_import_no_torch(
+def test_commands_on_stored_things_import_nothing_heavy(
     stored: Any, workplace: Path, vllm_start: Any
 ) -> None:
     program = (
         "import json, sys\n"
         "from vllmc.cli.app import main\n"
         "codes = [main(words) for words in json.loads(sys.argv[1])]\n"
-        "print(codes, {'torch', 'transformers', 'triton', 'numpy'} & set(sys.modules))\n"
+        "heavy = {'torch', 'transformers', 'triton', 'numpy', 'sympy', 'pydantic', 'filelock'}\n"
+        "print(codes, heavy & set(sys.modules))\n"
     )
     key = stored.program.key[:12]
     row = {"model": "m", "factors": [factor.to_json() for factor in stored.program.factors]}
@@ -113,6 +114,8 @@ def test_commands_on_stored_things_import_no_torch(
         ["inspect-key", key],
         ["diff-config", key, snapshot, "--exit-code"],
         ["diff-config", key, stored.unit.key[:12]],
+        ["diff-config", snapshot, snapshot],
+        ["cache", "ls"],
     ]
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(commands)],
@@ -121,4 +124,4 @@ def test_commands_on_stored_things_import_no_torch(
         capture_output=True,
         check=True,
     )
-    assert done.stdout.splitlines()[-1] == "[0, 0, 0, 0, 0] set()"
+    assert done.stdout.splitlines()[-1] == "[0, 0, 0, 0, 0, 0, 0] set()"

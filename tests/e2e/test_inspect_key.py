@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,3 +181,21 @@ def test_a_person_sees_what_was_set_and_with_v_everything(warmed: Any, eager: Ru
     assert "epilogue_fusion" in whole
     assert "system.cxx_compiler" in whole
     assert len(whole.splitlines()) > 500
+
+
+def test_a_prediction_imports_no_compiler_and_no_modeling_code(
+    warmed: Any, workplace: Path
+) -> None:
+    program = (
+        "import sys\n"
+        "from vllmc.cli.app import main\n"
+        "code = main(sys.argv[1:])\n"
+        "heavy = {'sympy', 'triton', 'torch._dynamo', 'torch._inductor.codecache',\n"
+        "  'torch.distributed.tensor', 'transformers.activations', 'transformers.modeling_utils'}\n"
+        "print(code, 'torch' in sys.modules, heavy & set(sys.modules), file=sys.stderr)\n"
+    )
+    for words in ("inspect-key tiny-llama", "warm --check tiny-llama"):
+        command = [sys.executable, "-c", program, *words.split(), "--backend", "eager"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "hit" in done.stdout
+        assert done.stderr.splitlines()[-1] == "0 True set()"

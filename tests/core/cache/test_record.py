@@ -226,6 +226,7 @@ def test_an_outline_says_what_the_whole_record_says(record):
     assert {k: canonical_json(v) for k, v in found.values.items()} == {
         f.identity: canonical_json(f.compared) for f in record.factors if f.affects_key
     }
+    assert found.units == record.units
 
 
 @pytest.mark.parametrize("body", [b"[]", b"{}", b'{"factors":{}}', b'{"factors":{"default":[]}}'])
@@ -234,6 +235,18 @@ def test_the_outline_of_something_else_is_refused(body):
         outline(sealed(body, name="vllmc.program"), "a" * 64)
     with pytest.raises(CorruptRecord):
         outline(sealed(body), "a" * 64)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"units": [{"key": "a"}]}, {"model": 3}, {"created": "now"}, {"key": "../x"}],
+    ids=str,
+)
+def test_an_outline_holds_nothing_that_a_record_cannot(make_program, fields):
+    data = encode(make_program())
+    outline(data, "a" * 64)
+    with pytest.raises(CorruptRecord):
+        outline(rewritten(data, **fields), "a" * 64)
 
 
 def test_a_unit_knows_the_key_of_its_compiler_alone(make_unit):

@@ -249,6 +249,7 @@ def test_a_cache_directory_that_is_a_file_gets_a_clear_error(tmp_path, root):
 
 UNPRIVILEGED = """
 import os, sys
+import filelock  # while Python's own files can still be read
 from pathlib import Path
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import VllmcError

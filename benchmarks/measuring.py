@@ -1,0 +1,42 @@
+"""What the benchmarks have in common: medians with their spread, the machine, the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def summary(samples: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """The median of each value, and the smallest and largest as `<name>_spread`."""
+    row: dict[str, Any] = {}
+    for name in samples[0]:
+        values = [sample[name] for sample in samples]
+        row[name] = statistics.median(values)
+        row[f"{name}_spread"] = [min(values), max(values)]
+    return row
+
+
+def write_report(path: Path, runs: int, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes the rows, and what they depend on, as JSON."""
+    report = {"machine": machine(), "runs": runs, "rows": rows}
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on; the load is that of the minutes before."""
+    import torch
+    import transformers
+
+    return {
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg(),
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
