@@ -310,6 +310,9 @@ def _index(path: Path, label: str, notes: list[str]) -> Index:
 
 
 def _facts(path: Path, label: str, notes: list[str]) -> KeyFacts:
+    if not os.path.lexists(path):
+        notes.append(f"{label}: there is no {path.name}: vLLM before 0.12 writes none")
+        return KeyFacts()
     try:
         value = parse_json(read_text(path))
         if not isinstance(value, dict):
