@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -324,3 +327,49 @@ def test_it_fits_80_columns(
     lines = file.getvalue().splitlines()
     assert len(lines) > 10
     assert max(map(len, lines)) <= 80
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+WATCHED = """
+import sys
+from vllmc.cli.app import main
+for words in (["inspect-key", "vllm"], ["inspect-key", "aot"], ["inspect-key", TRACE],
+              ["diff-config", "vllm", "log"], ["diff-config", "aot", "aot"],
+              ["diff-config", TRACE, TRACE]):
+    assert main([*words, "-q"]) == 0, words
+    assert main([*words, "--json", "-v"]) == 0, words
+print(*sys.modules)
+"""
+
+
+def test_nothing_is_unpickled_and_torch_is_not_imported(workplace: Path, vllm_start: Any) -> None:
+    sprung = workplace / "sprung"
+    trap = pickle.dumps(Trap(sprung))
+    vllm_start.change(artifacts=(trap, trap)).store(workplace / "vllm")
+    (workplace / "log").write_text(vllm_start.log())
+    model = workplace / "aot/torch_aot_compile" / ("ab" * 32) / "rank_0_0/model"
+    model.parent.mkdir(parents=True)
+    model.write_bytes(trap)
+    trace = Path(__file__).parents[1] / "core/diagnose/traces/cold"
+    done = subprocess.run(
+        [sys.executable, "-c", f"TRACE = {str(trace)!r}\n{WATCHED}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "vllmc.core.diagnose.torch_caches" in loaded
+    assert not {"torch", "transformers"} & loaded
+    assert not sprung.exists()
+    pickle.loads(trap)
+    assert sprung.exists(), "the trap works"
