@@ -329,6 +329,21 @@ def test_it_fits_80_columns(
     assert max(map(len, lines)) <= 80
 
 
+def test_of_a_start_that_stored_a_whole_model_its_factors_are_compared(vllmc: Any) -> None:
+    # A root of vLLM 0.33 has one key of each kind.
+    root = Path(__file__).parents[1] / "core/diagnose/vllm/0.33"
+    done = vllmc("diff-config", str(root), str(root / "start.log"))
+    assert first(done) == "equal: no difference affects the key"
+    assert "its torch_aot_compile tree is not compared: it records no factors" in done.out
+
+
+def test_the_log_of_a_start_says_why_a_stored_model_was_not_used(vllmc: Any) -> None:
+    logs = Path(__file__).parents[1] / "core/diagnose/vllm/0.33"
+    done = vllmc("diff-config", str(logs / "start.log"), str(logs / "changed.log"))
+    assert first(done) == "1 difference affects the key: vllm.code.hash"
+    assert "could not be used: Source code has changed since the last compilation." in done.out
+
+
 class Trap:
     """Writes a file when it is unpickled."""
 
