@@ -141,6 +141,12 @@ def _cache(path: Path) -> Recorded:
     from vllmc.core.diagnose.vllm_compare import cache_subjects
 
     caches = read_caches(path)
+    notes = []
+    keyed = tuple(cache for cache in caches if cache.kind == "compile")
+    if len(keyed) == 1 < len(caches):
+        # A start that stores a whole model leaves one key of each kind.
+        caches = keyed
+        notes.append(f"{path}: its torch_aot_compile tree is not compared: it records no factors")
     if len(caches) > 1:
         names = [clean(str(cache.path.relative_to(path.resolve()))) for cache in caches]
         raise UsageError(
@@ -150,13 +156,13 @@ def _cache(path: Path) -> Recorded:
             hint="name the directory of one; vllmc inspect-key says how they differ",
         )
     [cache] = caches
-    notes = tuple(f"{path}: {note}" for note in cache.notes)
+    notes += [f"{path}: {note}" for note in cache.notes]
     return Recorded(
         kind="vllm-cache",
         name=str(path),
         subjects=cache_subjects(cache),
         tree=cache.kind,
-        notes=notes,
+        notes=tuple(notes),
     )
 
 

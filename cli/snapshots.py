@@ -92,7 +92,7 @@ def snapshot_side(path: Path) -> Side:
                 "it is of a torch trace, which has a key per graph; compare the traces"
             )
         return Side(kind="snapshot", name=str(path), model=str(data["model"]), factors=factors)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise VllmcError(
             "bad-snapshot",
             f"{path} is no snapshot of a key",

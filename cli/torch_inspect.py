@@ -122,7 +122,9 @@ def _verdict(rows: Sequence[Row], reasons: Mapping[tuple[str, str], Sequence[str
     counts = Counter(row["outcome"] for row in rows)
     said = ", ".join(f"{counts[o]} {what}" for o, what in _OUTCOMES.items() if counts[o])
     total = "1 compilation" if len(rows) == 1 else f"{len(rows)} compilations"
-    why = "".join(f": {reason}" for _, reason in reasons) if len(reasons) == 1 else ""
+    why = next((f": {reason}" for _, reason in reasons), "")
+    if len(reasons) > 1:
+        why += f" (and {len(reasons) - 1} more, below)"
     style = "green" if set(counts) == {"hit"} else "yellow"
     return Text(f"{total}: {said}{why}", style=f"bold {style}")
 

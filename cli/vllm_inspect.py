@@ -14,14 +14,20 @@ from vllmc.cli.report import notes
 from vllmc.core.diagnose.foreign_files import clean
 from vllmc.core.diagnose.vllm_cache import Compilation, VllmCache, duplicates, read_caches
 from vllmc.core.diagnose.vllm_compare import cache_subjects, compare_keys
-from vllmc.core.diagnose.vllm_factors import ENVIRONMENT, KeyFacts, moving, spurious
+from vllmc.core.diagnose.vllm_factors import (
+    ENVIRONMENT,
+    KeyFacts,
+    follows_handles,
+    moving,
+    spurious,
+)
 from vllmc.core.diagnose.vllm_graph import source_roots
 
 Row = dict[str, Any]
 
 _ROLES = {
-    "handle": "vLLM before 0.33 looks for artifacts there, also when they were moved",
-    "moved": "not where the artifacts are now; vLLM before 0.33 looks for them there",
+    "handle": "vLLM before 0.32 looks for artifacts there, also when they were moved",
+    "moved": "not where the artifacts are now; vLLM before 0.32 looks for them there",
     "factor": "hashed: another path is another key",
     "source": "hashed with the sources: another path is another key",
     "artifact": "mentioned in artifacts; whether it is used is not known",
@@ -102,8 +108,12 @@ def _spurious_row(name: str, value: object) -> Row:
 
 def _paths(compilation: Compilation) -> list[Row]:
     places = compilation.places
-    found = [("moved" if places.moved else "handle", "vllm_compile_cache.py", places.handles)]
-    for name, value in compilation.facts.environment.items():
+    environment = compilation.facts.environment
+    found = []
+    if follows_handles(environment):
+        role = "moved" if places.moved else "handle"
+        found.append((role, "vllm_compile_cache.py", places.handles))
+    for name, value in environment.items():
         if isinstance(value, str) and value.startswith("/"):
             found.append(("factor", name, (value,)))
     found.append(("source", "computation_graph.py", source_roots(places.sources)))
@@ -141,6 +151,9 @@ def vllm_report(row: Mapping[str, Any], *, whole: bool) -> RenderableType:
 
 
 def _verdict(row: Mapping[str, Any], cache: Row) -> RenderableType:
+    if moved := [place["path"] for place in cache["paths"] if place["role"] == "moved"]:
+        said = f"it was moved, and vLLM before 0.32 looks for its artifacts in {names(moved, 1)}"
+        return Text(said, style="bold yellow")
     if not row["factors"]:
         return Text("what it is keyed by is not recorded", style="bold yellow")
     found = [item["name"] for item in cache["spurious"]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
@@ -218,15 +218,21 @@ def _why(job: Job, miss: Miss) -> str:
     if miss.nearest_model is not None:
         return f"the cache holds no program of {job.label}"
     groups = {change.group for change in miss.changes}
-    if groups == {"sources"}:
-        return "source files changed since the program was stored"
-    if groups == {"guarded"}:
-        return "Python values that the model reads changed since the program was stored"
     if not groups:
         return "a Python value that the model reads is secret, or only capturing it can look it up"
-    names = [f"{change.group}.{change.name}" for change in miss.changes]
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"the nearest stored program differs in {', '.join(names[:_NAMED])}{more}"
+    if groups == {"sources"}:
+        return f"source files changed since it was stored: {_named(c.name for c in miss.changes)}"
+    if groups == {"guarded"}:
+        names = _named(c.name for c in miss.changes)
+        return f"Python values that the model reads changed since it was stored: {names}"
+    names = _named(f"{c.group}.{c.name}" for c in miss.changes)
+    return f"the nearest stored program differs in {names}"
+
+
+def _named(names: Iterable[str]) -> str:
+    every = list(dict.fromkeys(names))
+    more = f" and {len(every) - _NAMED} more" if len(every) > _NAMED else ""
+    return f"{', '.join(every[:_NAMED])}{more}"
 
 
 def _captured_alike(job: Job, store: Store) -> ProgramRecord | None:

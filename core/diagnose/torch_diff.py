@@ -197,7 +197,9 @@ def _keys(before: Lookup, after: Lookup, *parts: tuple[Component, ...]) -> list[
 def _answers(before: Lookup, after: Lookup) -> list[Difference | str]:
     """What became of the same key."""
     if before.answer == after.answer:
-        return []
+        reasons = (("a", before.reason), ("b", after.reason))
+        told = "; ".join(f"in {side} {reason}" for side, reason in reasons if reason)
+        return [f"the same key was a {after.answer} in both: {told}"] if told else []
     why = f" ({reason})" if (reason := before.reason or after.reason) else ""
     return [f"the same key was a {before.answer} in a and a {after.answer} in b{why}"]
 

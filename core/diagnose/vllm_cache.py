@@ -315,7 +315,10 @@ def _facts(path: Path, label: str, notes: list[str]) -> KeyFacts:
         if not isinstance(value, dict):
             raise Unreadable(f"a {type(value).__name__} where an object belongs")
     except Unreadable as error:
-        notes.append(f"{label}/{path.name}: {error}")
+        if isinstance(error.__cause__, FileNotFoundError):
+            notes.append(f"{label}: there is no {path.name}: vLLM before 0.12 writes none")
+        else:
+            notes.append(f"{label}/{path.name}: {error}")
         return KeyFacts()
     environment = value.get("env")
     if not isinstance(environment, dict):

@@ -155,8 +155,10 @@ def _compare_bare(left: Subject, right: Subject) -> KeyComparison:
         changes.append(
             _change(KEY, "key", left.key, right.key, note="which factor differs is not recorded")
         )
-    notes = (note, *_graph_notes(left.graph, right.graph)) if changes else (note,)
-    return KeyComparison(changes=tuple(changes), same=1 - len(changes), notes=notes)
+    said = [note]
+    if changes:
+        said += [*_code_notes(left, right), *_graph_notes(left.graph, right.graph)]
+    return KeyComparison(changes=tuple(changes), same=1 - len(changes), notes=tuple(said))
 
 
 def _is_unrecorded(change: Change, left: KeyFacts, right: KeyFacts) -> bool:

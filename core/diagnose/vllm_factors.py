@@ -3,7 +3,8 @@
 The key is ten hex digits of the SHA-256 over four hashes: of the environment's factors, of the
 config, of the traced source files, of the compiler. vLLM records the first in full and of the
 others the hash alone. Facts: vllm/envs.py (`compile_factors`) and vllm/compilation/backends.py of
-vLLM 0.11, 0.12, 0.15, 0.20, 0.24, 0.28 and 0.33. Imports no torch.
+vLLM 0.11, 0.12, 0.15, 0.20, 0.24 and 0.28 to 0.33. vLLM before 0.12 records nothing.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ SPURIOUS: Final[Mapping[str, Spurious]] = {
     "VLLM_CUDART_SO_PATH": Spurious(reason="where the CUDA runtime library is"),
     "VLLM_NCCL_SO_PATH": Spurious(reason="where the NCCL library is"),
     "VLLM_API_KEY": Spurious(
-        reason="the server's password", remedy="give it as --api-key", left_out_since="0.33"
+        reason="the server's password", remedy="give it as --api-key", left_out_since="0.29"
     ),
     "VLLM_SYSTEM_START_DATE": Spurious(reason="a date that goes into prompts"),
     "VLLM_USAGE_SOURCE": Spurious(reason="a label of usage statistics", default="production"),
@@ -107,6 +108,8 @@ _ADDRESS: Final = re.compile(r"_(?:HOST|HOSTNAME|IPS?|PORT)$")
 
 # Variables that one of the releases looked at has in its key and the one before, or after, has not.
 _NEWER_THAN: Final = (
+    ("VLLM_COHERE2_ATTN_MOE_DUAL_STREAM_TOKEN_THRESHOLD", "0.32"),
+    ("VLLM_P2P_MAX_PEERS", "0.31"),
     ("VLLM_ENABLE_HPC_OPS", "0.28"),
     ("VLLM_P2P_SIDE_CHANNEL_HOST", "0.24"),
     ("VLLM_RAY_DP_PLACEMENT_NODE_IPS", "0.20"),
@@ -118,7 +121,8 @@ _OLDER_THAN: Final = (
     ("VLLM_TORCH_PROFILER_DIR", "0.20"),
     ("VLLM_NIXL_SIDE_CHANNEL_HOST", "0.24"),
     ("VLLM_XLA_CACHE_PATH", "0.28"),
-    ("VLLM_API_KEY", "0.33"),
+    ("VLLM_API_KEY", "0.29"),
+    ("VLLM_RAY_BUNDLE_INDICES", "0.33"),
 )
 _COMPLETE: Final = 100
 
@@ -213,6 +217,13 @@ def release(names: Collection[str]) -> str:
     newer = next((f"after {r}" for name, r in _NEWER_THAN if name in names), "0.12 or later")
     older = next((f"before {r}" for name, r in _OLDER_THAN if name in names), "")
     return f"{newer}, {older}" if older else newer
+
+
+def follows_handles(names: Collection[str]) -> bool:
+    """Whether the release with these variables may look for artifacts where its index says, as
+    those before 0.32 do; later ones look beside the index.
+    """
+    return "VLLM_P2P_MAX_PEERS" not in names
 
 
 def _environment_hash(environment: Mapping[str, object]) -> str:

@@ -40,8 +40,10 @@ _END: Final = "Vllm config hash:"
 _TRACED: Final = "Traced files (to be considered for compilation cache):"
 _USING: Final = "Using cache directory: "
 _LOADED: Final = "Directly load AOT compilation from path "
-_MARKERS: Final = (_FACTORS, _RAW, _END, _TRACED, _USING, _LOADED)
-_TELLING: Final = tuple(marker.encode() for marker in (_FACTORS, _USING, _LOADED))
+_AGAIN: Final = "Compiling model again due to a load failure from "
+_OFF: Final = "vLLM's torch.compile cache is disabled"
+_MARKERS: Final = (_FACTORS, _RAW, _END, _TRACED, _USING, _LOADED, _AGAIN, _OFF)
+_TELLING: Final = tuple(m.encode() for m in (_FACTORS, _USING, _LOADED, _AGAIN, _OFF))
 
 _FIELD: Final = re.compile(r"\b(env|cfg|comp|code)=([0-9A-Za-z]+)")
 _DIRECTORY: Final = re.compile(r"\bdir=(.+)$")
@@ -81,7 +83,10 @@ class LogDump:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmLog:
-    """The dumps of a log, in their order; `loaded` are the whole models that were loaded."""
+    """The dumps of a log, in their order; `loaded` are the whole models that were loaded.
+
+    `notes` are what vLLM itself says of its cache, and what was not understood.
+    """
 
     dumps: tuple[LogDump, ...]
     loaded: tuple[str, ...]
@@ -173,6 +178,7 @@ class _Reader:
         self._processes: dict[str, _Process] = {}
         self._dumps: list[_Open] = []
         self._loaded: list[str] = []
+        self._said: list[str] = []
 
     def read(self, process: str, text: str, number: int) -> None:
         """Takes the next line of a process."""
@@ -187,6 +193,11 @@ class _Reader:
             state.sources = []
         elif marker == _LOADED:
             self._loaded.append(clean(text.partition(_LOADED)[2]))
+        elif marker == _AGAIN:
+            why = clean(text.partition(", reason: ")[2]) or "no reason is given"
+            self._said.append(f"line {number}: a stored model could not be used: {why}")
+        elif marker == _OFF:
+            self._said.append(f"line {number}: vLLM's cache is off, so nothing is stored or loaded")
         elif marker == _USING and (used := _USED.search(text)) is not None:
             self._dump(state, number, clean(used[1]))
         elif marker == _FACTORS:
@@ -198,7 +209,7 @@ class _Reader:
 
     def finish(self) -> VllmLog:
         """All that was read."""
-        notes: list[str] = []
+        notes = self._said
         dumps = tuple(_closed(dump, notes) for dump in self._dumps)
         return VllmLog(dumps=dumps, loaded=tuple(dict.fromkeys(self._loaded)), notes=tuple(notes))
 

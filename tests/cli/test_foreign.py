@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +91,10 @@ def test_another_home_and_virtual_environment_are_named(
     )
     assert f"the sources lie in {vllm_start.root} and in {root}" in done.out
     inspected = vllmc("inspect-key", "there")
-    assert "VLLM_CONFIG_ROOT" in first(inspected)
+    assert first(inspected) == (
+        "it was moved, and vLLM before 0.32 looks for its artifacts in "
+        f"/root/.cache/vllm/torch_compile_cache/{there.key}/rank_0_0/backbone"
+    )
     assert "not where the artifacts are now" in inspected.out
     roles = {
         (row["role"], row["path"])
@@ -321,3 +327,64 @@ def test_it_fits_80_columns(
     lines = file.getvalue().splitlines()
     assert len(lines) > 10
     assert max(map(len, lines)) <= 80
+
+
+def test_of_a_start_that_stored_a_whole_model_its_factors_are_compared(vllmc: Any) -> None:
+    # A root of vLLM 0.33 has one key of each kind.
+    root = Path(__file__).parents[1] / "core/diagnose/vllm/0.33"
+    done = vllmc("diff-config", str(root), str(root / "start.log"))
+    assert first(done) == "equal: no difference affects the key"
+    assert "its torch_aot_compile tree is not compared: it records no factors" in done.out
+
+
+def test_the_log_of_a_start_says_why_a_stored_model_was_not_used(vllmc: Any) -> None:
+    logs = Path(__file__).parents[1] / "core/diagnose/vllm/0.33"
+    done = vllmc("diff-config", str(logs / "start.log"), str(logs / "changed.log"))
+    assert first(done) == "1 difference affects the key: vllm.code.hash"
+    assert "could not be used: Source code has changed since the last compilation." in done.out
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+WATCHED = """
+import sys
+from vllmc.cli.app import main
+for words in (["inspect-key", "vllm"], ["inspect-key", "aot"], ["inspect-key", TRACE],
+              ["diff-config", "vllm", "log"], ["diff-config", "aot", "aot"],
+              ["diff-config", TRACE, TRACE]):
+    assert main([*words, "-q"]) == 0, words
+    assert main([*words, "--json", "-v"]) == 0, words
+print(*sys.modules)
+"""
+
+
+def test_nothing_is_unpickled_and_torch_is_not_imported(workplace: Path, vllm_start: Any) -> None:
+    sprung = workplace / "sprung"
+    trap = pickle.dumps(Trap(sprung))
+    vllm_start.change(artifacts=(trap, trap)).store(workplace / "vllm")
+    (workplace / "log").write_text(vllm_start.log())
+    model = workplace / "aot/torch_aot_compile" / ("ab" * 32) / "rank_0_0/model"
+    model.parent.mkdir(parents=True)
+    model.write_bytes(trap)
+    trace = Path(__file__).parents[1] / "core/diagnose/traces/cold"
+    done = subprocess.run(
+        [sys.executable, "-c", f"TRACE = {str(trace)!r}\n{WATCHED}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "vllmc.core.diagnose.torch_caches" in loaded
+    assert not {"torch", "transformers"} & loaded
+    assert not sprung.exists()
+    pickle.loads(trap)
+    assert sprung.exists(), "the trap works"

@@ -277,3 +277,15 @@ def test_what_a_could_not_store_is_said() -> None:
     assert found.notes == (
         "FX graph cache: in a what was compiled could not be stored: x: [0/0] m.py:1 in f",
     )
+
+
+def test_the_same_key_that_missed_over_other_sizes_is_told() -> None:
+    same = component("gm", "code")
+    reason = "the key is stored, but not for these sizes: L['t0'] <= 9"
+    found = diff_traces(
+        trace(compiled(looked_up(same))), trace(compiled(looked_up(same, reason=reason)))
+    )
+    assert found.changes == ()
+    assert found.notes == (
+        f"FX graph cache: the same key was a miss in both: in b {reason}: [0/0] m.py:1 in f",
+    )

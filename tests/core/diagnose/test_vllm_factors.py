@@ -105,5 +105,7 @@ def test_the_release_is_told_by_the_variables(vllm_start: Any) -> None:
     names = set(vllm_start.env)
     assert release(names) == "after 0.15, before 0.24"
     later = names - {"VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_XLA_CACHE_PATH", "VLLM_API_KEY"}
-    assert release(later | {"VLLM_ENABLE_HPC_OPS"}) == "after 0.28"
+    assert release(later | {"VLLM_ENABLE_HPC_OPS"}) == "after 0.28, before 0.33"
+    later -= {"VLLM_RAY_BUNDLE_INDICES"}
+    assert release(later | {"VLLM_ENABLE_HPC_OPS", "VLLM_P2P_MAX_PEERS"}) == "after 0.31"
     assert release({"VLLM_API_KEY"}) == "", "a few variables tell nothing"

@@ -188,3 +188,10 @@ def test_no_damage_to_a_log_makes_reading_fail(
     for dump in log.dumps:
         json.dumps([factor.to_json() for factor in dump.facts.factors])
         assert isinstance(dump.key, str)
+
+
+def test_a_cache_that_is_off_is_told(tmp_path: Path, vllm_start: Any) -> None:
+    off = "INFO 06-20 14:45:37 [compilation/backends.py:1118] [backbone] "
+    log = read(tmp_path, f"{off}vLLM's torch.compile cache is disabled.\n{vllm_start.log()}")
+    assert log.notes == ("line 1: vLLM's cache is off, so nothing is stored or loaded",)
+    assert len(log.dumps) == 1
