@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
+from vllmc.core.cache.expressions import most_telling, spoken
 from vllmc.core.cache.key import REDACTED, Factor, JsonValue, canonical_json
 from vllmc.core.cache.leaves import ChangeKind, Leaf, leaves
 from vllmc.core.cache.record import Outline, SourceFile
@@ -142,14 +143,19 @@ def diff_sources(before: Sequence[SourceFile], after: Sequence[SourceFile]) -> t
 def diff_guarded(
     before: Mapping[str, JsonValue], after: Mapping[str, JsonValue]
 ) -> tuple[Change, ...]:
-    """The Python values that capture depended on and that differ, named by their expressions.
+    """The Python values that capture depended on and that differ, named as `spoken` names them.
 
     `after` is what the expressions of `before` say now.
     """
+    different = [
+        expression
+        for expression in sorted(before.keys() & after.keys())
+        if canonical_json(before[expression]) != canonical_json(after[expression])
+    ]
     return tuple(
         Change(
             group="guarded",
-            name=expression,
+            name=spoken(expression),
             before=before[expression],
             after=after[expression],
             kind="changed",
@@ -159,8 +165,7 @@ def diff_guarded(
             origin_after="probe",
             note="a Python value that capture depended on",
         )
-        for expression in sorted(before.keys() & after.keys())
-        if canonical_json(before[expression]) != canonical_json(after[expression])
+        for expression in most_telling(different)
     )
 
 

@@ -365,7 +365,7 @@ def test_a_changed_value_that_no_file_holds_is_no_hit(
     row = eager("warm", "scaled:make", "--check", "--json").json
     assert (row["key"], row["outcome"]) == (first["key"], "unknown")
     [change] = row["miss"]["changes"]
-    assert (change["name"], change["before"], change["after"]) == ("M['scaled'].SCALE", 2.0, 3.0)
+    assert (change["name"], change["before"], change["after"]) == ("scaled.SCALE", 2.0, 3.0)
     again = eager("warm", "scaled:make", "--json").json
     assert (again["program"], again["outcome"]) == ("miss", "partial")
     monkeypatch.setattr(sys.modules["scaled"], "SCALE", 2.0)

@@ -281,8 +281,8 @@ def test_guarded_values_that_differ_are_named_by_their_expressions():
     after = {"M['m'].SCALE": 3.0, "M['m'].FLAG": 1, "M['m'].SAME": 1}
     changes = diff_guarded(before, after)
     assert [(c.name, c.before, c.after) for c in changes] == [
-        ("M['m'].FLAG", True, 1),
-        ("M['m'].SCALE", 2.0, 3.0),
+        ("m.FLAG", True, 1),
+        ("m.SCALE", 2.0, 3.0),
     ]
     assert all((c.group, c.klass, c.affects_key) == ("guarded", "identity", True) for c in changes)
 
