@@ -21,7 +21,7 @@ from rich.text import Text
 Row: TypeAlias = Mapping[str, Any]
 
 _KEY_DIGITS = 12
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+_DIGEST = re.compile(r"(?P<how>sha256:)?(?P<hex>[0-9a-f]{64}|[0-9a-f]{32}|[0-9a-f]{16})")
 _VALUE_LENGTH = 160
 _NOTE_LENGTH = 60
 _LEGIBLE = 16
@@ -74,8 +74,8 @@ def moment(timestamp: float) -> str:
 def plain_value(value: object) -> str:
     """A JSON value in one line, a long one or a digest cut short."""
     text = value if isinstance(value, str) and value else json.dumps(value, sort_keys=True)
-    if _DIGEST.fullmatch(text):
-        return short_key(text)
+    if found := _DIGEST.fullmatch(text):
+        return (found["how"] or "") + short_key(found["hex"])
     return text if len(text) <= _VALUE_LENGTH else f"{text[: _VALUE_LENGTH - 4]} ..."
 
 

@@ -113,10 +113,10 @@ def _miss(miss: Row) -> list[RenderableType]:
     rows = miss["changes"]
     if miss["nearest_model"]:
         others = sum(change["class"] != "identity" for change in rows)
+        compiled = f"with {count(others, 'other difference')}" if others else "compiled alike"
         return [
             Text(
-                f"the nearest program is one of {miss['nearest_model']}, {nearest}; beside the "
-                f"model, {count(others, 'other factor')} changed; --json lists all",
+                f"the nearest program, {nearest}, is one of {miss['nearest_model']}, {compiled}",
                 style="dim",
             )
         ]

@@ -82,10 +82,10 @@ def _root(tree: ast.expr) -> str:
 
 
 def _of_the_tree(tree: ast.expr) -> bool:
-    """Whether an expression reads a module's tensors, or anything of its hooks."""
+    """Whether an expression reads a module's tables or tensors, or anything of its hooks."""
     match tree:
         case ast.Attribute(attr=name) | ast.Subscript(value=ast.Attribute(attr=name)):
-            if name in ("_parameters", "_buffers"):
+            if name in ("_modules", "_parameters", "_buffers"):
                 return True
     return any(isinstance(node, ast.Attribute) and node.attr in HOOKS for node in ast.walk(tree))
 

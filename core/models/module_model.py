@@ -20,6 +20,8 @@ from vllmc.core.models.model import ModelInfo, Weights
 from vllmc.core.spec import LayerNames
 from vllmc.core.torch_compat.config_values import stable
 
+_OF_OTHERS = ("class torch.", "class transformers.")
+
 
 class ModuleModel:
     """A model that Python code makes. Its identity is the tree of modules that comes out."""
@@ -68,14 +70,14 @@ class ModuleModel:
         sources: dict[str, JsonValue] = {
             f"class {name}": class_digest(cls) for name, cls in classes.items()
         }
-        # What a person wants to see first: the outermost module, and which code makes it all.
+        # What a person wants to see first: which code of their own makes it.
         return tuple(
             Factor(
                 group="model",
                 name=name,
                 value=value,
                 origin="probe",
-                is_default=name in rows and name != ".",
+                is_default=not name.startswith("class ") or name.startswith(_OF_OTHERS),
             )
             for name, value in [*rows.items(), *sources.items()]
         )
@@ -184,6 +186,7 @@ def _describe(module: torch.nn.Module) -> JsonValue:
     }
     return {
         "class": f"{cls.__module__}.{cls.__qualname__}",
+        "modules": [*module._modules],
         "tensors": tensors,
         # What the graph depends on of a secret, capture guards on.
         "attributes": {name: redact(name, value) for name, value in _plain(plain)},

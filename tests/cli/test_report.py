@@ -140,10 +140,11 @@ def test_the_nearest_program_of_another_model_is_named_and_not_compared() -> Non
     changes = [change("option"), change("hidden_size", group="model", **{"class": "identity"})]
     miss = {"nearest_key": NEAREST, "nearest_model": "gpt2", "changes": changes}
     text = lines(report.warm([warmed("compiled", unit("compiled", "piece_0"), miss=miss)]))
-    assert text[-1] == (
-        "the nearest program is one of gpt2, fedcba987654; beside the model, 1 other factor "
-        "changed; --json lists all"
-    )
+    nearest = "the nearest program, fedcba987654, is one of gpt2"
+    assert text[-1] == f"{nearest}, with 1 other difference"
+    alike = {**miss, "changes": changes[1:]}
+    text = lines(report.warm([warmed("compiled", unit("compiled", "piece_0"), miss=alike)]))
+    assert text[-1] == f"{nearest}, compiled alike"
 
 
 def test_a_record_without_its_artifacts_is_said_to_be_that() -> None:
