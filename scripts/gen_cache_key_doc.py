@@ -54,10 +54,11 @@ versions of the sources lie side by side under one key.
   own files and vllmc's are covered by `versions.torch_key` and the group `code`. A change is
   reported as `sources.PACKAGE/PATH`, with the functions.
 - **Guarded values.** For a model given as `module:attribute`: the attributes, globals, closures
-  and defaults that Dynamo guarded on, by the expressions that read them (`M['pkg.mod'].SCALE`). A
-  linked program has no guards, so they are read again instead. A long value is kept as a digest. A
-  value that cannot be read without running code makes the prediction `unknown`, and the program is
-  captured again; its units may still hit by their keys.
+  and defaults that Dynamo guarded on, by what reads them (`pkg.mod.SCALE`, `self.mlp.act`). A
+  linked program has no guards, so they are read again instead. Two values that a program can tell
+  apart are told apart: a function by its bytecode, defaults and closure, a table by its order too.
+  A long value is kept as a digest. A value that cannot be read without running code makes the
+  prediction `unknown`, and the program is captured again; its units may still hit by their keys.
 
 ## Where a value came from
 
@@ -125,9 +126,10 @@ MODEL = """
   but for names, token ids and what only `generate` reads. Neither the directory, the id nor the
   revision counts: equal configurations are one model.
 - **`module:attribute`**: the module is made with fake weights. Each module in it is a factor under
-  its path (`.` is the outermost): its class, the dtypes and shapes of its tensors, its plain
-  attributes (a path by its digest). `class NAME` is the digest of the source of a class that is
-  neither torch's nor Transformers'.
+  its path (`.` is the outermost): its class, its modules, the dtypes and shapes of its tensors,
+  its plain attributes (a path by its digest), its hooks. `class NAME` is a digest of the bytecode of
+  the class and its bases, so that a method which a package of kernels replaces counts; of torch's
+  own classes that is `forward` and `__call__`.
 """
 
 SECRETS = """
