@@ -147,10 +147,12 @@ def explain_miss(job: Job, store: Store) -> Miss:
     record = _nearest(job, store)
     if record is None:
         return Miss(nearest_key=None, changes=())
+    files = diff_sources(record.sources, current(record.sources))
+    guarded = job.read_guarded(tuple(record.guarded))
     changes = (
         *diff(record.factors, job.factors),
-        *diff_sources(record.sources, current(record.sources)),
-        *diff_guarded(record.guarded, job.read_guarded(tuple(record.guarded))),
+        *files,
+        *diff_guarded(record.guarded, guarded, files_changed=bool(files)),
     )
     return Miss(
         nearest_key=record.key,

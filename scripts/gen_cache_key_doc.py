@@ -127,9 +127,9 @@ MODEL = """
   revision counts: equal configurations are one model.
 - **`module:attribute`**: the module is made with fake weights. Each module in it is a factor under
   its path (`.` is the outermost): its class, its modules, the dtypes and shapes of its tensors,
-  its plain attributes (a path by its digest), its hooks. `class NAME` is a digest of the bytecode of
-  the class and its bases, so that a method which a package of kernels replaces counts; of torch's
-  own classes that is `forward` and `__call__`.
+  its plain attributes (a path by its digest), its hooks. `class NAME` is a digest of the bytecode
+  of the class and its bases, so that a method which a package of kernels replaces counts; of
+  torch's own classes that is `forward` and `__call__`.
 """
 
 SECRETS = """

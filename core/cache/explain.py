@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
@@ -35,6 +36,9 @@ _GROUPS: Final[Mapping[str, ChangeClass]] = {
     "graph": "identity",
 }
 _RANKS: Final[Mapping[str, int]] = {group: rank for rank, group in enumerate(_GROUPS)}
+
+# The digest of code that `describe` puts behind a name.
+_CODE: Final = re.compile(r"#[0-9a-f]{16}(?=>)")
 
 # Lists of which neither the order nor a repetition means anything.
 _SETS: Final = frozenset(
@@ -141,16 +145,22 @@ def diff_sources(before: Sequence[SourceFile], after: Sequence[SourceFile]) -> t
 
 
 def diff_guarded(
-    before: Mapping[str, JsonValue], after: Mapping[str, JsonValue]
+    before: Mapping[str, JsonValue], after: Mapping[str, JsonValue], *, files_changed: bool = False
 ) -> tuple[Change, ...]:
     """The Python values that capture depended on and that differ, named as `spoken` names them.
 
-    `after` is what the expressions of `before` say now.
+    `after` is what the expressions of `before` say now. Where source files changed too, functions
+    and classes of which only the code differs follow from that, and are left out.
     """
+
+    def told(value: JsonValue) -> str:
+        text = canonical_json(value)
+        return _CODE.sub("", text) if files_changed else text
+
     different = [
         expression
         for expression in sorted(before.keys() & after.keys())
-        if canonical_json(before[expression]) != canonical_json(after[expression])
+        if told(before[expression]) != told(after[expression])
     ]
     return tuple(
         Change(

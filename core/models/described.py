@@ -155,13 +155,18 @@ def _container(
 ) -> JsonValue:
     name = f"<{_qualified(type(value))}>"
     if isinstance(value, dict):
-        pairs = [[describe(k, depth), describe(v, depth)] for k, v in value.items()]
-        keys = [key for key, _ in pairs]
-        plain = all(type(k) is str and not k.startswith("<") for k in value)
+        told = {key: describe(item, depth) for key, item in value.items()}
+        plain = all(type(key) is str and not key.startswith("<") for key in told)
         # A dictionary in JSON has no order, and a program may go by it.
-        if type(value) is dict and plain and keys == sorted(keys):  # type: ignore[type-var]
-            return {str(key): told for key, told in pairs}
-        return {name: pairs}  # type: ignore[dict-item]
+        if type(value) is dict and plain and [*told] == sorted(told):
+            return told
+        # Each item on its own, by its name where it has one: some names are those of secrets.
+        return {
+            name: [
+                {key: item} if type(key) is str else [describe(key, depth), item]
+                for key, item in told.items()
+            ]
+        }
     items = [describe(item, depth) for item in value]
     if isinstance(value, (set, frozenset)):
         items.sort(key=json.dumps)

@@ -276,6 +276,13 @@ def test_numbers_that_python_takes_for_equal_are_differences(make_program):
     assert nearest([factor("a", 1), factor("b", "x")], [far, near], "tiny-llama") == near
 
 
+def test_code_that_differs_with_its_file_is_not_told_twice():
+    before = {"M['m'].f": "<function m.f#0123456789abcdef>", "M['m'].N": 1}
+    after = {"M['m'].f": "<function m.f#fedcba9876543210>", "M['m'].N": 2}
+    assert [c.name for c in diff_guarded(before, after)] == ["m.N", "m.f"]
+    assert [c.name for c in diff_guarded(before, after, files_changed=True)] == ["m.N"]
+
+
 def test_guarded_values_that_differ_are_named_by_their_expressions():
     before = {"M['m'].SCALE": 2.0, "M['m'].FLAG": True, "M['m'].SAME": 1}
     after = {"M['m'].SCALE": 3.0, "M['m'].FLAG": 1, "M['m'].SAME": 1}

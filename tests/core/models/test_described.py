@@ -71,7 +71,8 @@ def test_a_value_is_told_in_json_in_the_same_words_each_time(value: Any) -> None
     [
         ([1, 2.5, "a", None, True], [1, 2.5, "a", None, True]),
         ({"a": 1, "b": 2}, {"a": 1, "b": 2}),
-        ({"b": 1, "a": 2}, {"<dict>": [["b", 1], ["a", 2]]}),
+        ({"b": 1, "a": 2}, {"<dict>": [{"b": 1}, {"a": 2}]}),
+        ({1: 2}, {"<dict>": [[1, 2]]}),
         ((1,), {"<tuple>": [1]}),
         ({"b", "a"}, {"<set>": ["a", "b"]}),
         (torch.float16, "<torch.float16>"),
