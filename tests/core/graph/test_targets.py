@@ -38,7 +38,7 @@ def call(target: Any) -> fx.Node:
         torch.ops.aten.add.Tensor,
         torch.ops.aten.add,
     ],
-    ids=str,
+    ids=lambda target: getattr(target, "__name__", str(target)),
 )
 def test_a_function_is_found_again_by_its_name(function: Any) -> None:
     assert find_target(target_name(call(function))) is function
