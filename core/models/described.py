@@ -13,7 +13,15 @@ import json
 import math
 from collections.abc import Iterable
 from enum import Enum
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FunctionType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any, Final
 
 import torch
@@ -41,7 +49,7 @@ def describe(value: object, depth: int = _DEEP) -> JsonValue:
         return _container(value, depth - 1) if depth else f"<{_qualified(kind)}>"
     match value:
         case torch.Tensor():
-            return f"<{value.dtype} {list(value.shape)}>"
+            return f"<{value.dtype} {list(value.shape)}{_layout(value)}>"
         case torch.dtype() | torch.device() | torch.layout() | bytes() | complex() | range():
             return f"<{value!r}>"
         case Enum():
@@ -49,7 +57,7 @@ def describe(value: object, depth: int = _DEEP) -> JsonValue:
         case int() | float() | str():
             return f"<{_qualified(kind)} {value!r}>"
         case ModuleType():
-            return f"<module {value.__name__}>"
+            return f"<module {value.__name__}{_names(value)}>"
         case type():
             return f"<class {_qualified(value)}#{class_digest(value)}>"
         case FunctionType():
@@ -65,9 +73,34 @@ def describe(value: object, depth: int = _DEEP) -> JsonValue:
             plain = owner is None or isinstance(owner, ModuleType) or not depth
             return name if plain else {"<method>": [name, describe(owner, depth - 1)]}
     # The object's class, and the name of what has one: an op, a function of an extension.
-    own = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
-    named = f" {own}" if isinstance(own, str) else ""
+    own = _own_name(value, "__qualname__") or _own_name(value, "__name__")
+    named = f" {own}" if own else ""
     return f"<{_qualified(kind)}{named}#{class_digest(kind)}>"
+
+
+def _names(module: ModuleType) -> str:
+    """A digest of the names that a module defines: code may ask whether there is one.
+
+    Of a package nothing, which is given a name for each of its modules that anybody imports.
+    """
+    if hasattr(module, "__path__"):
+        return ""
+    names = sorted(name for name in vars(module) if not name.startswith("__"))
+    return f"#{sha256_hex(canonical_json(names))[:_DIGITS]}"
+
+
+def _layout(tensor: torch.Tensor) -> str:
+    """What distinguishes a tensor from others of its dtype and shape, other than its values."""
+    strides = "" if tensor.is_contiguous() else f", strides {list(tensor.stride())}"
+    return strides + (", requires grad" if tensor.requires_grad else "")
+
+
+def _own_name(value: object, attribute: str) -> str | None:
+    """A name that an object was given; a class's own way to look up attributes is not asked."""
+    name = inspect.getattr_static(value, attribute, None)
+    if isinstance(name, (GetSetDescriptorType, MemberDescriptorType)):
+        name = getattr(value, attribute, None)
+    return name if isinstance(name, str) else None
 
 
 def class_digest(cls: type) -> str:
