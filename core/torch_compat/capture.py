@@ -5,12 +5,13 @@ Checked with torch 2.11 to 2.13: `torch._dynamo.convert_frame.fullgraph_capture`
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import re
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any
 
 import sympy
@@ -132,16 +133,23 @@ def _guards(shape_env: ShapeEnv | None) -> tuple[sympy.Basic, ...]:
 
 
 def _guarded(output: convert_frame.GraphCaptureOutput) -> Iterator[str]:
-    """Dynamo names a global by an alias of its module, or as one of the function called first."""
-    modules = {alias: f"M[{module!r}]" for alias, module in output.import_sources.items()}
-    own = f"vars(M[{output.f_globals['__name__']!r}])"
     for guard in output.output_graph.guards:
         expression = _guarded_expression(guard)
         # What the graph is given is not what it depends on.
         if expression and not _ARGUMENT.search(expression):
-            yield _GLOBAL.sub(
-                lambda found: modules.get(found[1], f"{own}[{found[1]!r}]"), expression
-            )
+            yield _GLOBAL.sub(lambda found: _global(found[1], output), expression)
+
+
+def _global(name: str, output: convert_frame.GraphCaptureOutput) -> str:
+    """What Dynamo calls a global of the function called first: it puts modules there itself."""
+    if (module := output.import_sources.get(name)) is not None:
+        return f"M[{module!r}]"
+    value = output.f_globals.get(name)
+    if value is vars(builtins):
+        return "vars(M['builtins'])"
+    if isinstance(value, ModuleType):
+        return f"M[{value.__name__!r}]"
+    return f"vars(M[{output.f_globals['__name__']!r}])[{name!r}]"
 
 
 def _guarded_expression(guard: Guard) -> str:
