@@ -53,6 +53,7 @@ import collections
 import dataclasses
 import enum
 import json
+import types
 from functools import partial
 from pathlib import Path
 
@@ -188,7 +189,7 @@ def picked(kind, amount):
         infinite=lambda: "inf" if one else float("inf"),
         replaced=lambda: None,
         hook=lambda: (lambda m, args, out: out * 2) if one else (lambda m, args, out: out * 3),
-        absent=lambda: Scaler(3.0) if one else Options(),
+        absent=lambda: types.SimpleNamespace() if one else types.SimpleNamespace(amount=3.0),
         own_lookup=lambda: Found(amount),
         own_forward=lambda: forwarding(amount),
     ).get(kind, lambda: None)()

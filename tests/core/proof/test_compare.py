@@ -113,6 +113,15 @@ def test_ranges_that_share_no_token_count_cannot_be_compared(build: Any) -> None
     assert verdict.reason == "no number of tokens is compiled for on both sides"
 
 
+def test_token_counts_that_only_one_side_serves_are_told(build: Any) -> None:
+    whole, part = build(), build(ranges=(CompileRange(9, 32),))
+    for verdict in (compare(whole, part), compare(part, whole)):
+        assert (verdict.code, verdict.bitwise) == ("same", True)
+        assert verdict.reason == (
+            "only one side serves 1:8 tokens; only one side serves 33:64 tokens"
+        )
+
+
 def test_pieces_that_are_cut_elsewhere_are_compared_by_their_code_alone(build: Any) -> None:
     ops = build().spec.splitting_ops
     finer = build(splitting_ops=(*ops, "torch.Tensor.relu"))
