@@ -57,11 +57,15 @@ def describe(value: object, depth: int = _DEEP) -> JsonValue:
         case int() | float() | str():
             return f"<{_qualified(kind)} {value!r}>"
         case ModuleType():
-            return f"<module {value.__name__}{_names(value)}>"
+            # A package is given a name for each of its modules that anybody imports.
+            defined = "" if hasattr(value, "__path__") else _names(vars(value))
+            return f"<module {value.__name__}{defined}>"
         case type():
-            return f"<class {_qualified(value)}#{class_digest(value)}>"
+            names = "" if _is_torchs(value) else _names(vars(value))
+            return f"<class {_qualified(value)}#{class_digest(value)}{names}>"
         case FunctionType():
-            return f"<function {_qualified(value)}#{_function_digest(value, depth)}>"
+            digest = _function_digest(value, depth)
+            return f"<function {_qualified(value)}#{digest}{_names(vars(value))}>"
         case MethodType():
             return {"<method>": [describe(value.__func__, depth), describe(value.__self__, depth)]}
         case functools.partial():
@@ -75,24 +79,30 @@ def describe(value: object, depth: int = _DEEP) -> JsonValue:
     # The object's class, and the name of what has one: an op, a function of an extension.
     own = _own_name(value, "__qualname__") or _own_name(value, "__name__")
     named = f" {own}" if own else ""
-    return f"<{_qualified(kind)}{named}#{class_digest(kind)}>"
+    return f"<{_qualified(kind)}{named}#{class_digest(kind)}{_names(_attributes(value))}>"
 
 
-def _names(module: ModuleType) -> str:
-    """A digest of the names that a module defines: code may ask whether there is one.
-
-    Of a package nothing, which is given a name for each of its modules that anybody imports.
-    """
-    if hasattr(module, "__path__"):
-        return ""
-    names = sorted(name for name in vars(module) if not name.startswith("__"))
-    return f"#{sha256_hex(canonical_json(names))[:_DIGITS]}"
+def _names(attributes: Iterable[str]) -> str:
+    """A digest of the names that there are: code may ask whether there is one."""
+    names = sorted(name for name in attributes if not name.startswith("__"))
+    return f"#{sha256_hex(canonical_json(names))[:_DIGITS]}" if names else ""
 
 
 def _layout(tensor: torch.Tensor) -> str:
     """What distinguishes a tensor from others of its dtype and shape, other than its values."""
     strides = "" if tensor.is_contiguous() else f", strides {list(tensor.stride())}"
     return strides + (", requires grad" if tensor.requires_grad else "")
+
+
+def _attributes(value: object) -> Iterable[str]:
+    # Torch's own objects come by some as they are used: an op by its overloads.
+    if _is_torchs(type(value)) or inspect.getattr_static(value, "__dict__", None) is None:
+        return ()
+    return vars(value)
+
+
+def _is_torchs(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] in ("torch", "builtins")
 
 
 def _own_name(value: object, attribute: str) -> str | None:

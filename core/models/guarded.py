@@ -10,6 +10,8 @@ from __future__ import annotations
 import ast
 import importlib
 from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any, Final
 
 import torch
@@ -39,6 +41,12 @@ HOOKS: Final = (
 """The attributes of a module that hold functions to be called with it."""
 
 _TABLES: Final = ("_modules", "_parameters", "_buffers")
+# Whether two of these are one object plays no part.
+_BY_VALUE: Final = (
+    *(NoneType, bool, int, float, complex, str, bytes, tuple, frozenset, range, type, Enum),
+    *(FunctionType, BuiltinFunctionType, MethodType, ModuleType),
+    *(torch.dtype, torch.device, torch.layout),
+)
 _LONG: Final = 200
 
 
@@ -49,11 +57,13 @@ def read_guarded(expressions: Iterable[str], entry: torch.nn.Module) -> dict[str
     even a digest, from which a short one could be guessed: it is `REDACTED`, and a program that
     depends on it is not found again. Imports the modules that are named. Left out is what factors
     cover: of the model the tree of modules with its tensors and hooks (see `ModuleModel.factors`).
-    Torch's own modules are not: others replace functions in them. A tensor that was told already is
-    told by where.
+    Torch's own modules are not: others replace functions in them. What was told already is told
+    by where: code may ask whether two are one.
     """
     found: dict[str, JsonValue] = {}
-    tensors = {id(t): f"self.{name}" for name, t in _tensors(entry)}
+    known: dict[int, tuple[str, Any]] = {
+        id(tensor): (f"self.{name}", tensor) for name, tensor in _tensors(entry)
+    }
     for expression in sorted(set(map(scrub, expressions))):
         if REDACTED in expression:
             found[expression] = REDACTED
@@ -67,11 +77,14 @@ def read_guarded(expressions: Iterable[str], entry: torch.nn.Module) -> dict[str
         except (LookupError, AttributeError, TypeError, ValueError, ImportError):
             found[expression] = UNREADABLE
             continue
-        if isinstance(value, torch.Tensor):
-            same = tensors.setdefault(id(value), expression)
-            found[expression] = describe(value) if same == expression else f"<{same}>"
-        elif root or not isinstance(value, torch.nn.Module):
-            found[expression] = _shown(_name_of(tree), value)
+        if not root and isinstance(value, torch.nn.Module):
+            continue
+        shown = _shown(_name_of(tree), value)
+        if shown != REDACTED and not isinstance(value, _BY_VALUE):
+            # Kept with its name, so that no other takes its address.
+            same, _ = known.setdefault(id(value), (expression, value))
+            shown = shown if same == expression else f"<{same}>"
+        found[expression] = shown
     return found
 
 

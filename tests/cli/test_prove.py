@@ -64,7 +64,7 @@ def test_several_changes_are_judged_together_and_shown_alone() -> None:
     text = lines(proof(change(), change("size_asserts", "differs", units=3), unsafe))
     assert text == [
         "tiny-llama: all 3 changes together: the code of 2 of 3 units differs, and the",
-        "results differ by at most 9.5e-07",
+        "results on random inputs differ by at most 9.5e-07",
         "",
         "OPTION                 BEFORE  AFTER  CODE           RESULTS",
         "inductor.max_autotune  false   true   same           equal",

@@ -131,6 +131,13 @@ def forwarding(amount):
         module.forward = square
     return module
 
+def labelled(amount):
+    def function(x):
+        return x
+    if amount == 2:
+        function.amount = 3.0
+    return function
+
 def subclass(amount):
     class Made(Scaler):
         extra = amount
@@ -190,6 +197,9 @@ def picked(kind, amount):
         replaced=lambda: None,
         hook=lambda: (lambda m, args, out: out * 2) if one else (lambda m, args, out: out * 3),
         absent=lambda: types.SimpleNamespace() if one else types.SimpleNamespace(amount=3.0),
+        absent_in_class=lambda: type("Made", (), {} if one else dict(amount=3.0)),
+        absent_in_function=lambda: labelled(amount),
+        one_object=lambda: [options, Options() if one else options],
         own_lookup=lambda: Found(amount),
         own_forward=lambda: forwarding(amount),
     ).get(kind, lambda: None)()
@@ -352,6 +362,10 @@ PICKED = {
     "hook": "x = self.norm(x)",
     "string_getattr": "x = getattr(torch, settings.PICKED)(x)",
     "absent": "x = x * getattr(settings.PICKED, 'amount', 2.0)",
+    "absent_in_class": "try:\n            x = x * settings.PICKED.amount\n"
+    "        except AttributeError:\n            x = x * 2",
+    "absent_in_function": "x = x * getattr(settings.PICKED, 'amount', 2.0)",
+    "one_object": "x = x * (2 if settings.PICKED[0] is settings.PICKED[1] else 3)",
     "absent_global": "x = x * getattr(settings, 'GAIN', 3.0)",
     "own_absent": "x = x * 2 if hasattr(self, '_gain') else x * 3",
     "own_lookup": "x = x * settings.PICKED.amount",

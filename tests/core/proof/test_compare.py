@@ -99,7 +99,7 @@ def test_units_are_compared_where_they_serve_the_same_token_counts(build: Any) -
     parts = build(ranges=(CompileRange(1, 16), CompileRange(17, 32)), sizes=(4,))
     for a, b in ((whole, parts), (parts, whole)):
         verdict = compare(a, b)
-        assert told(verdict) == SAME
+        assert told(verdict) == SAME | {"reason": "only one side serves 33:64 tokens"}
         assert verdict.of == 6, "each piece for 1:16, 17:32 and 4"
     verdict = compare(whole, recoded(parts, ("piece_0", "4"), ("piece_2", "17:32")))
     assert verdict.differing == ("piece_0 for 4", "piece_2 for 17:32")
