@@ -197,7 +197,7 @@ def picked(kind, amount):
         replaced=lambda: None,
         hook=lambda: (lambda m, args, out: out * 2) if one else (lambda m, args, out: out * 3),
         absent=lambda: types.SimpleNamespace() if one else types.SimpleNamespace(amount=3.0),
-        absent_in_class=lambda: type("Made", (), {} if one else dict(amount=3.0)),
+        absent_in_class=lambda: type("Made", (), dict() if one else dict(amount=3.0)),
         absent_in_function=lambda: labelled(amount),
         one_object=lambda: [options, Options() if one else options],
         own_lookup=lambda: Found(amount),
