@@ -170,7 +170,7 @@ def _compare_own(a: str, b: str, given: _Given) -> Comparison:
     try:
         left, right = (known[text] or _live_side(text, given, whose) for text in (a, b))
     except VllmcError as error:
-        if error.code == "unknown-model" and given.model is None:
+        if error.code == "unknown-model" and given.model is None and whose != given.proved:
             error.hint = "--model MODEL says whose factors current and defaults are"
         raise
     return compare_sides(left, right)
@@ -208,6 +208,9 @@ def _live_side(text: str, given: _Given, model: str) -> Side:
             if not _configures(name)
         }
         words = ["--config", os.devnull]
+        if given.proved is not None and given.compilation.layers is not None:
+            # They say which model the proof is about, not how it is compiled.
+            words += ["--layers", str(given.compilation.layers)]
         return Side(
             kind="defaults",
             name="",

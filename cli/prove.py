@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+_RESULTS = "the results on random inputs"
 _FOLLOWS = "it follows from the other changes, and is proved with them"
 
 
@@ -143,11 +144,14 @@ def _finding(row: Row) -> str:
         else f"the code of {row['units']} of {row['of']} units differs"
     )
     if row["bitwise"]:
-        return code if row["code"] == "same" else f"{code}, the results are equal bit for bit"
-    if row["max_abs_diff"] is not None:
-        return f"{code}, and the results differ by at most {row['max_abs_diff']:.2g}"
-    known = "the results differ" if row["bitwise"] is False else "the results were not compared"
-    return f"{code}, {known}" + (f" ({row['reason']})" if row["reason"] else "")
+        known = "" if row["code"] == "same" else f", {_RESULTS} are equal bit for bit"
+    elif row["max_abs_diff"] is not None:
+        known = f", and {_RESULTS} differ by at most {row['max_abs_diff']:.2g}"
+    else:
+        known = (
+            f", {_RESULTS} differ" if row["bitwise"] is False else ", the results were not compared"
+        )
+    return code + known + (f" ({row['reason']})" if row["reason"] else "")
 
 
 def report(proof: Row) -> RenderableType:
@@ -179,7 +183,8 @@ def _headline(proof: Row, shown: Sequence[Row], unproved: Sequence[Row]) -> Text
         finding = f"{number} changes together: {_finding(together)}"
     else:
         finding = f"{_name(shown[0])} changed: {_finding(together)}"
-    harmless = together["code"] == "same" and together["bitwise"] and not unproved
+    unknown = unproved or proof["elsewhere"] or together["reason"]
+    harmless = together["code"] == "same" and together["bitwise"] and not unknown
     style = "bold green" if harmless else "bold yellow"
     return Text(f"{proof['model']}: {finding}{rest}", style=style)
 

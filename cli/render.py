@@ -238,7 +238,7 @@ def changes(rows: Iterable[Row]) -> RenderableType:
 
 def _change(row: Row) -> tuple[str, ...]:
     before, after = plain_value(row["before"]), plain_value(row["after"])
-    change = {"added": f"+ {after}", "removed": f"- {before}"}
+    change = {"added": f"+ {_outline(row['after'])}", "removed": f"- {_outline(row['before'])}"}
     note = f" ({row['note']})" if row["note"] and not _is_long(row["note"]) else ""
     return (
         f"{row['group']}.{row['name']}",
@@ -246,6 +246,14 @@ def _change(row: Row) -> tuple[str, ...]:
         _origin(row, "origin_before" if row["kind"] == "removed" else "origin_after"),
         row["class"] + ("" if row["affects_key"] else ", not in the key") + note,
     )
+
+
+def _outline(value: object) -> str:
+    """What was added or removed: of a module its class, which says more than a part of it all."""
+    match value:
+        case {"class": str(name)}:
+            return plain_value(name)
+    return plain_value(value)
 
 
 def count(number: int, noun: str) -> str:

@@ -126,10 +126,10 @@ MODEL = """
   but for names, token ids and what only `generate` reads. Neither the directory, the id nor the
   revision counts: equal configurations are one model.
 - **`module:attribute`**: the module is made with fake weights. Each module in it is a factor under
-  its path (`.` is the outermost): its class, its modules, the dtypes and shapes of its tensors,
-  its plain attributes (a path by its digest), its hooks. `class NAME` is a digest of the bytecode
-  of the class and its bases, so that a method which a package of kernels replaces counts; of
-  torch's own classes that is `forward` and `__call__`.
+  its path (`.` is the outermost): its class, its modules, the dtypes, shapes and strides of its
+  tensors and which of them it shares, its plain attributes (a path by its digest), its hooks.
+  `class NAME` is a digest of the bytecode of the class and its bases, so that a method which a
+  package of kernels replaces counts; of torch's own classes that is `forward` and `__call__`.
 """
 
 SECRETS = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 
 import sympy
 import torch
@@ -225,3 +226,18 @@ def _refuse_uncuttable(name: str, graph: fx.Graph) -> None:
                 place=place_of_node(node),
                 hint=f"use the result of {str(node.target).removesuffix('_')} instead",
             )
+        if node.op == "call_method" and _is_replaced(getattr(torch.Tensor, node.target, None)):
+            raise unsupported_model(
+                name,
+                f"Tensor.{node.target} was replaced by a function that is not torch's, and "
+                "capture would not look into it",
+                place=place_of_node(node),
+                hint="call that function instead",
+            )
+
+
+def _is_replaced(method: object) -> bool:
+    if not isinstance(method, FunctionType):
+        return False
+    module: str = method.__globals__["__name__"]
+    return module.partition(".")[0] != "torch"

@@ -13,7 +13,15 @@ import json
 import math
 from collections.abc import Iterable
 from enum import Enum
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FunctionType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any, Final
 
 import torch
@@ -41,7 +49,7 @@ def describe(value: object, depth: int = _DEEP) -> JsonValue:
         return _container(value, depth - 1) if depth else f"<{_qualified(kind)}>"
     match value:
         case torch.Tensor():
-            return f"<{value.dtype} {list(value.shape)}>"
+            return f"<{value.dtype} {list(value.shape)}{_layout(value)}>"
         case torch.dtype() | torch.device() | torch.layout() | bytes() | complex() | range():
             return f"<{value!r}>"
         case Enum():
@@ -49,11 +57,15 @@ def describe(value: object, depth: int = _DEEP) -> JsonValue:
         case int() | float() | str():
             return f"<{_qualified(kind)} {value!r}>"
         case ModuleType():
-            return f"<module {value.__name__}>"
+            # A package is given a name for each of its modules that anybody imports.
+            defined = "" if hasattr(value, "__path__") else _names(vars(value))
+            return f"<module {value.__name__}{defined}>"
         case type():
-            return f"<class {_qualified(value)}#{class_digest(value)}>"
+            names = "" if _is_torchs(value) else _names(vars(value))
+            return f"<class {_qualified(value)}#{class_digest(value)}{names}>"
         case FunctionType():
-            return f"<function {_qualified(value)}#{_function_digest(value, depth)}>"
+            digest = _function_digest(value, depth)
+            return f"<function {_qualified(value)}#{digest}{_names(vars(value))}>"
         case MethodType():
             return {"<method>": [describe(value.__func__, depth), describe(value.__self__, depth)]}
         case functools.partial():
@@ -65,9 +77,40 @@ def describe(value: object, depth: int = _DEEP) -> JsonValue:
             plain = owner is None or isinstance(owner, ModuleType) or not depth
             return name if plain else {"<method>": [name, describe(owner, depth - 1)]}
     # The object's class, and the name of what has one: an op, a function of an extension.
-    own = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
-    named = f" {own}" if isinstance(own, str) else ""
-    return f"<{_qualified(kind)}{named}#{class_digest(kind)}>"
+    own = _own_name(value, "__qualname__") or _own_name(value, "__name__")
+    named = f" {own}" if own else ""
+    return f"<{_qualified(kind)}{named}#{class_digest(kind)}{_names(_attributes(value))}>"
+
+
+def _names(attributes: Iterable[str]) -> str:
+    """A digest of the names that there are: code may ask whether there is one."""
+    names = sorted(name for name in attributes if not name.startswith("__"))
+    return f"#{sha256_hex(canonical_json(names))[:_DIGITS]}" if names else ""
+
+
+def _layout(tensor: torch.Tensor) -> str:
+    """What distinguishes a tensor from others of its dtype and shape, other than its values."""
+    strides = "" if tensor.is_contiguous() else f", strides {list(tensor.stride())}"
+    return strides + (", requires grad" if tensor.requires_grad else "")
+
+
+def _attributes(value: object) -> Iterable[str]:
+    # Torch's own objects come by some as they are used: an op by its overloads.
+    if _is_torchs(type(value)) or inspect.getattr_static(value, "__dict__", None) is None:
+        return ()
+    return vars(value)
+
+
+def _is_torchs(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] in ("torch", "builtins")
+
+
+def _own_name(value: object, attribute: str) -> str | None:
+    """A name that an object was given; a class's own way to look up attributes is not asked."""
+    name = inspect.getattr_static(value, attribute, None)
+    if isinstance(name, (GetSetDescriptorType, MemberDescriptorType)):
+        name = getattr(value, attribute, None)
+    return name if isinstance(name, str) else None
 
 
 def class_digest(cls: type) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ast
 import importlib
 from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any, Final
 
 import torch
@@ -20,9 +22,6 @@ from vllmc.core.cache.redaction import redact, scrub
 from vllmc.core.models.described import describe
 from vllmc.core.syntax import parse_expression
 
-# Covered by the factors of versions and code. Transformers is not: a model that code makes may
-# have replaced functions in it.
-_COVERED: Final = ("torch", "vllmc")
 _CALLS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "type": type,
     "vars": vars,
@@ -41,6 +40,13 @@ HOOKS: Final = (
 )
 """The attributes of a module that hold functions to be called with it."""
 
+_TABLES: Final = ("_modules", "_parameters", "_buffers")
+# Whether two of these are one object plays no part.
+_BY_VALUE: Final = (
+    *(NoneType, bool, int, float, complex, str, bytes, tuple, frozenset, range, type, Enum),
+    *(FunctionType, BuiltinFunctionType, MethodType, ModuleType),
+    *(torch.dtype, torch.device, torch.layout),
+)
 _LONG: Final = 200
 
 
@@ -50,26 +56,41 @@ def read_guarded(expressions: Iterable[str], entry: torch.nn.Module) -> dict[str
     Each as `describe` tells it, a long one as a digest. Of what holds a secret nothing is told, not
     even a digest, from which a short one could be guessed: it is `REDACTED`, and a program that
     depends on it is not found again. Imports the modules that are named. Left out is what factors
-    cover: the modules of torch and vllmc, and of the model the tree of modules with its tensors and
-    hooks (see `ModuleModel.factors`).
+    cover: of the model the tree of modules with its tensors and hooks (see `ModuleModel.factors`).
+    Torch's own modules are not: others replace functions in them. What was told already is told
+    by where: code may ask whether two are one.
     """
     found: dict[str, JsonValue] = {}
+    known: dict[int, tuple[str, Any]] = {
+        id(tensor): (f"self.{name}", tensor) for name, tensor in _tensors(entry)
+    }
     for expression in sorted(set(map(scrub, expressions))):
         if REDACTED in expression:
             found[expression] = REDACTED
             continue
         tree = parse_expression(expression)
         root = _root(tree)
-        if root.partition(".")[0] in _COVERED or (not root and _of_the_tree(tree)):
+        if _of_the_tree(tree):
             continue
         try:
             value = _look_up(tree, entry)
         except (LookupError, AttributeError, TypeError, ValueError, ImportError):
             found[expression] = UNREADABLE
-        else:
-            if root or not isinstance(value, torch.nn.Module):
-                found[expression] = _shown(_name_of(tree), value)
+            continue
+        if not root and isinstance(value, torch.nn.Module):
+            continue
+        shown = _shown(_name_of(tree), value)
+        if shown != REDACTED and not isinstance(value, _BY_VALUE):
+            # Kept with its name, so that no other takes its address.
+            same, _ = known.setdefault(id(value), (expression, value))
+            shown = shown if same == expression else f"<{same}>"
+        found[expression] = shown
     return found
+
+
+def _tensors(entry: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    yield from entry.named_parameters()
+    yield from entry.named_buffers()
 
 
 def _root(tree: ast.expr) -> str:
@@ -82,12 +103,29 @@ def _root(tree: ast.expr) -> str:
 
 
 def _of_the_tree(tree: ast.expr) -> bool:
-    """Whether an expression reads a module's tables or tensors, or anything of its hooks."""
+    """Whether an expression reads the tables, tensors or hooks of a module of the model's tree.
+
+    Also whether such a module has a forward of its own, which is one of its attributes.
+    """
     match tree:
-        case ast.Attribute(attr=name) | ast.Subscript(value=ast.Attribute(attr=name)):
-            if name in ("_modules", "_parameters", "_buffers"):
-                return True
-    return any(isinstance(node, ast.Attribute) and node.attr in HOOKS for node in ast.walk(tree))
+        case (
+            ast.Attribute(value=owner, attr=name)
+            | ast.Subscript(value=ast.Attribute(value=owner, attr=name))
+        ) if name in (*_TABLES, *HOOKS):
+            return _is_module(owner)
+        case ast.Compare(left=ast.Constant(value="forward"), comparators=[ast.Call(args=[owner])]):
+            return _is_module(owner)
+    return False
+
+
+def _is_module(node: ast.expr) -> bool:
+    """Whether an expression goes from the model down its tree of modules."""
+    match node:
+        case ast.Subscript(value=ast.Name(id="L"), slice=ast.Constant(value="self")):
+            return True
+        case ast.Subscript(value=ast.Attribute(value=owner, attr="_modules"), slice=ast.Constant()):
+            return _is_module(owner)
+    return False
 
 
 def _look_up(node: ast.expr, entry: torch.nn.Module) -> Any:
@@ -112,6 +150,12 @@ def _look_up(node: ast.expr, entry: torch.nn.Module) -> Any:
             return dict.__getitem__(_look_up(value, entry), _look_up(key, entry))
         case ast.Call(func=ast.Attribute(value=ast.Name(id="dict"), attr="keys"), args=[value]):
             return dict.keys(_look_up(value, entry))
+        case ast.Call(func=ast.Name(id="hasattr"), args=[value, ast.Constant(value=str(name))]):
+            return hasattr(_look_up(value, entry), name)
+        case ast.Compare(left=ast.Constant(value=name), ops=[ast.In()], comparators=[value]):
+            return name in _look_up(value, entry)
+        case ast.Compare(left=value, ops=[ast.Is()], comparators=[other]):
+            return _look_up(value, entry) is _look_up(other, entry)
         case _:
             raise LookupError(ast.unparse(node))
 

@@ -63,10 +63,11 @@ class ModuleModel:
         """
         rows = {}
         classes: dict[str, type] = {}
+        tensors: dict[int, str] = {}
         for path, module in self._sample.named_modules():
             cls = type(module)
             classes[f"{cls.__module__}.{cls.__qualname__}"] = cls
-            rows[path or "."] = _describe(module)
+            rows[path or "."] = _describe(module, path, tensors)
         sources: dict[str, JsonValue] = {
             f"class {name}": class_digest(cls) for name, cls in classes.items()
         }
@@ -163,13 +164,11 @@ def _to_dtype(model: torch.nn.Module, dtype: torch.dtype | None) -> torch.nn.Mod
     return model
 
 
-def _describe(module: torch.nn.Module) -> JsonValue:
+def _describe(module: torch.nn.Module, path: str, known: dict[int, str]) -> JsonValue:
+    """What a module is. `known` has the names of the tensors of those before it, and takes its."""
     tensors: dict[str, JsonValue] = {
-        name: [str(t.dtype).removeprefix("torch."), *t.shape]
-        for name, t in [
-            *module.named_parameters(recurse=False),
-            *module.named_buffers(recurse=False),
-        ]
+        name: None if tensor is None else _describe_tensor(tensor, f"{path}.{name}", known)
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]
     }
     # Where Transformers read a model from says nothing of what it is.
     plain = {
@@ -192,6 +191,14 @@ def _describe(module: torch.nn.Module) -> JsonValue:
         "attributes": {name: redact(name, value) for name, value in _plain(plain)},
         **({"hooks": hooks} if hooks else {}),
     }
+
+
+def _describe_tensor(tensor: torch.Tensor, name: str, known: dict[int, str]) -> JsonValue:
+    """Its dtype and sizes, and strides that do not follow from them; of a shared one the name."""
+    if (same := known.setdefault(id(tensor), name)) != name:
+        return {"same": same}
+    told: list[JsonValue] = [str(tensor.dtype).removeprefix("torch."), *tensor.shape]
+    return told if tensor.is_contiguous() else [*told, {"strides": [*tensor.stride()]}]
 
 
 def _plain(attributes: dict[str, Any]) -> Iterator[tuple[str, JsonValue]]:

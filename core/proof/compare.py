@@ -42,12 +42,12 @@ class Built:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What a change was found to change.
+    """What a change was found to change, for the token counts that both sides serve.
 
     `differing` names the units whose code differs, `of` how many were compared. `bitwise` is
     whether all results are the same bit for bit, `max_abs_diff` how far apart any two values are
-    (see `Difference`); both are None where that is not known. `reason` says why, and why a change
-    is `unproved`.
+    (see `Difference`); both are None where that is not known. `reason` says why, why a change is
+    `unproved`, and for which token counts nothing was compared.
     """
 
     code: Literal["same", "differs", "unproved"]
@@ -109,7 +109,7 @@ def compare(a: Built, b: Built) -> Verdict:
         # One difference is enough to know that not all is the same.
         bitwise=None if reasons and total.bitwise else total.bitwise,
         max_abs_diff=None if reasons else total.max_abs,
-        reason="; ".join(reasons),
+        reason="; ".join([*reasons, *_served_by_one(unit_ranges(a.spec), unit_ranges(b.spec))]),
     )
 
 
@@ -147,9 +147,8 @@ def _shared_ranges(
 
     Ranges are in the order in which they are tried.
     """
-    ends = sorted({end for given in (*a, *b) for end in (given.start, given.end + 1)})
     found: dict[tuple[str, str], CompileRange] = {}
-    for low, beyond in itertools.pairwise(ends):
+    for low, beyond in itertools.pairwise(_ends(a, b)):
         first, second = (next((r for r in side if low in r), None) for side in (a, b))
         if first is None or second is None:
             continue
@@ -158,6 +157,18 @@ def _shared_ranges(
         if before is None or here.end - here.start > before.end - before.start:
             found[names] = here
     return found
+
+
+def _served_by_one(a: Sequence[CompileRange], b: Sequence[CompileRange]) -> Iterator[str]:
+    """What to say of the token counts that only one of the sides is compiled for."""
+    for low, beyond in itertools.pairwise(_ends(a, b)):
+        if any(low in r for r in a) != any(low in r for r in b):
+            yield f"only one side serves {CompileRange(low, beyond - 1)} tokens"
+
+
+def _ends(a: Sequence[CompileRange], b: Sequence[CompileRange]) -> list[int]:
+    """Where a range begins, or has just ended."""
+    return sorted({end for given in (*a, *b) for end in (given.start, given.end + 1)})
 
 
 def _difference(match: _Match) -> Difference:

@@ -5,12 +5,13 @@ Checked with torch 2.11 to 2.13: `torch._dynamo.convert_frame.fullgraph_capture`
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import re
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any
 
 import sympy
@@ -21,6 +22,7 @@ from torch._dynamo.decorators import mark_dynamic, mark_unbacked
 from torch._dynamo.exc import ObservedException, TorchDynamoException, TorchRuntimeError
 from torch._dynamo.pgo import reset_code_state
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
+from torch._guards import Guard
 from torch._inductor import config as inductor_config
 from torch.fx.experimental import _config as symbolic_config
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
@@ -28,6 +30,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from vllmc.core.spec import DynamicShapes
 
 _GLOBAL = re.compile(r"\bG\['([^']+)'\]")
+_ARGUMENT = re.compile(r"\bL\['(?!self')")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +40,8 @@ class RawCapture:
     `sources` maps each placeholder's name to the expression that Dynamo read it from
     (`L['self']._modules['model']._parameters['weight']`); `code` are the code objects traced;
     `guards` are the conditions on backed sizes under which the graph holds. `guarded` are the
-    expressions of all Python values that the graph depends on, over `L` (the arguments by name)
-    and `M` (modules by name).
+    expressions of all Python values that the graph depends on, over `L['self']` (the module) and
+    `M` (modules by name).
     """
 
     module: fx.GraphModule
@@ -117,7 +120,9 @@ def capture_full_graph(
         },
         code=tuple(captured.graph_capture_output.traced_code),
         guards=_guards(backend_input.fake_mode.shape_env),
-        guarded=tuple(sorted(_guarded(captured.graph_capture_output))),
+        guarded=tuple(
+            sorted({*_guarded(captured.graph_capture_output), *_methods(graph_module.graph)})
+        ),
     )
 
 
@@ -128,15 +133,43 @@ def _guards(shape_env: ShapeEnv | None) -> tuple[sympy.Basic, ...]:
 
 
 def _guarded(output: convert_frame.GraphCaptureOutput) -> Iterator[str]:
-    """Dynamo names a global by an alias of its module, or as one of the function called first."""
-    modules = {alias: f"M[{module!r}]" for alias, module in output.import_sources.items()}
-    own = f"vars(M[{output.f_globals['__name__']!r}])"
     for guard in output.output_graph.guards:
-        # A tensor's guard is about its shape and dtype: inputs and parameters of the graph.
-        if guard.name and guard.create_fn_name() != "TENSOR_MATCH":
-            yield _GLOBAL.sub(
-                lambda found: modules.get(found[1], f"{own}[{found[1]!r}]"), _text(guard.name)
-            )
+        expression = _guarded_expression(guard)
+        # What the graph is given is not what it depends on.
+        if expression and not _ARGUMENT.search(expression):
+            yield _GLOBAL.sub(lambda found: _global(found[1], output), expression)
+
+
+def _global(name: str, output: convert_frame.GraphCaptureOutput) -> str:
+    """What Dynamo calls a global of the function called first: it puts modules there itself."""
+    if (module := output.import_sources.get(name)) is not None:
+        return f"M[{module!r}]"
+    value = output.f_globals.get(name)
+    if value is vars(builtins):
+        return "vars(M['builtins'])"
+    if isinstance(value, ModuleType):
+        return f"M[{value.__name__!r}]"
+    return f"vars(M[{output.f_globals['__name__']!r}])[{name!r}]"
+
+
+def _guarded_expression(guard: Guard) -> str:
+    """What a guard looks at: the value of its source, unless it asks something else about it."""
+    name = _text(guard.name)
+    details = getattr(guard.create_fn, "keywords", {})
+    match guard.create_fn_name():
+        case "HASATTR":
+            return f"hasattr({name}, {details['attr']!r})"
+        case "NOT_PRESENT_IN_GENERIC_DICT":
+            return f"{details['attr']!r} in vars({name})"
+        case "DUPLICATE_INPUT":
+            return f"{name} is {_text(details['source_b'].name)}"
+    return name
+
+
+def _methods(graph: fx.Graph) -> Iterator[str]:
+    """The methods of tensors in a graph: Dynamo does not ask whether others have replaced them."""
+    for node in graph.find_nodes(op="call_method"):
+        yield f"M['torch'].Tensor.{node.target}"
 
 
 def _source_name(node: fx.Node) -> str:

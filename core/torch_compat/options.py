@@ -116,7 +116,7 @@ def _require(group: OptionGroup, name: str) -> None:
     raise UsageError(
         "unknown-option",
         f"there is no option '{full}' in {MODULES[group]}",
-        context={"option": full, "nearest": nearest},
+        context={"option": full} | ({"nearest": nearest} if nearest else {}),
         hint=f"did you mean {nearest}?"
         if nearest
         else f"the options are those of {MODULES[group]}",

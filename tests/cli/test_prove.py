@@ -64,7 +64,7 @@ def test_several_changes_are_judged_together_and_shown_alone() -> None:
     text = lines(proof(change(), change("size_asserts", "differs", units=3), unsafe))
     assert text == [
         "tiny-llama: all 3 changes together: the code of 2 of 3 units differs, and the",
-        "results differ by at most 9.5e-07",
+        "results on random inputs differ by at most 9.5e-07",
         "",
         "OPTION                 BEFORE  AFTER  CODE           RESULTS",
         "inductor.max_autotune  false   true   same           equal",
@@ -79,11 +79,15 @@ def test_several_changes_are_judged_together_and_shown_alone() -> None:
     [
         (
             verdict("differs", units=1),
-            "the code of 1 of 3 units differs, the results are equal bit for bit",
+            "the code of 1 of 3 units differs, the results on random inputs are equal bit for bit",
+        ),
+        (
+            verdict("same", reason="only one side serves 9:16 tokens"),
+            "no piece's code differs (only one side serves 9:16 tokens)",
         ),
         (
             verdict("same", bitwise=False, max_abs_diff=0.5),
-            "no piece's code differs, and the results differ by at most 0.5",
+            "no piece's code differs, and the results on random inputs differ by at most 0.5",
         ),
         (
             verdict("differs", units=1, bitwise=None, max_abs_diff=None, reason="cut elsewhere"),
@@ -91,7 +95,7 @@ def test_several_changes_are_judged_together_and_shown_alone() -> None:
         ),
         (
             verdict("differs", units=1, bitwise=False, max_abs_diff=None),
-            "the code of 1 of 3 units differs, the results differ",
+            "the code of 1 of 3 units differs, the results on random inputs differ",
         ),
     ],
 )

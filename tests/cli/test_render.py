@@ -160,3 +160,10 @@ def test_long_cells_are_folded_and_not_cut() -> None:
     assert shown[0].split() == ["FACTOR", "CHANGE", "ORIGIN", "CLASS"]
     cells = [line[len("inductor.max_autotune  ") :].split("  ")[0] for line in shown[1:]]
     assert "".join(cells).replace(" ", "") == "b" * 60 + "->" + "a" * 60
+
+
+def test_a_module_that_is_added_is_told_by_its_class() -> None:
+    module = {"class": "torch.nn.modules.linear.Linear", "modules": [], "tensors": {}}
+    [_, shown] = lines(render.changes([change(kind="added", before=None, after=module)]))
+    assert "+ torch.nn.modules.linear.Linear " in shown
+    assert "tensors" not in shown

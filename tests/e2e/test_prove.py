@@ -144,8 +144,8 @@ def test_inductor_tells_code_from_results(workplace: Path, vllmc: Run) -> None:
         *("--prove", "tiny-llama"),
     )
     assert [line.rstrip() for line in done.out.splitlines()[:6]] == [
-        "tiny-llama: both changes together: the code of 2 of 2 units differs, the results are "
-        "equal bit for bit",
+        "tiny-llama: both changes together: the code of 2 of 2 units differs, the results on "
+        "random inputs are equal bit for bit",
         "",
         "OPTION                               BEFORE  AFTER  CODE           RESULTS",
         "inductor.size_asserts                true    false  2 of 2 differ  equal",

@@ -53,6 +53,7 @@ import collections
 import dataclasses
 import enum
 import json
+import types
 from functools import partial
 from pathlib import Path
 
@@ -117,6 +118,26 @@ class Frozen:
 
 Named = collections.namedtuple("Named", ["amount"])
 
+class Found:
+    def __init__(self, amount):
+        self.amounts = dict(amount=amount)
+
+    def __getattr__(self, name):
+        return self.__dict__["amounts"][name]
+
+def forwarding(amount):
+    module = torch.nn.ReLU()
+    if amount == 2:
+        module.forward = square
+    return module
+
+def labelled(amount):
+    def function(x):
+        return x
+    if amount == 2:
+        function.amount = 3.0
+    return function
+
 def subclass(amount):
     class Made(Scaler):
         extra = amount
@@ -175,7 +196,36 @@ def picked(kind, amount):
         infinite=lambda: "inf" if one else float("inf"),
         replaced=lambda: None,
         hook=lambda: (lambda m, args, out: out * 2) if one else (lambda m, args, out: out * 3),
-    )[kind]()
+        absent=lambda: types.SimpleNamespace() if one else types.SimpleNamespace(amount=3.0),
+        absent_in_class=lambda: type("Made", (), dict() if one else dict(amount=3.0)),
+        absent_in_function=lambda: labelled(amount),
+        one_object=lambda: [options, Options() if one else options],
+        own_lookup=lambda: Found(amount),
+        own_forward=lambda: forwarding(amount),
+    ).get(kind, lambda: None)()
+
+def prepare(toy, kind, one):
+    # What a kind changes in the model itself.
+    if kind == "hook":
+        toy.norm.register_forward_hook(PICKED)
+    toy.first, toy.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    toy.table = torch.ones(8)
+    if kind == "own_absent" and not one:
+        toy._gain = Scaler(3.0)
+    if kind == "tied" and not one:
+        toy.second.weight = toy.first.weight
+    if kind == "shared":
+        toy.other = toy.table if one else torch.ones(8)
+    if kind == "no_parameter" and not one:
+        toy.register_parameter("extra", None)
+    if kind == "strides" and not one:
+        toy.first.weight.data = torch.ones(8, 8).t()
+    if kind == "table_dtype" and not one:
+        toy.table = toy.table.to(torch.int32)
+    if kind == "table_shape" and not one:
+        toy.table = toy.table[None]
+    if kind == "table_grad" and not one:
+        toy.table.requires_grad_()
 
 values = json.loads(Path(__file__).with_name("values.json").read_text())
 
@@ -193,6 +243,9 @@ else:
 
     def twice(x):
         return x * 3
+
+if (values["picked"], values["amount"]) == ("absent_global", 2):
+    GAIN = 2.0
 
 options = Options()
 options.ratio = values["ratio"]
@@ -261,8 +314,7 @@ class Toy(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.norm = modeling_llama.LlamaRMSNorm(8)
-        if settings.values["picked"] == "hook":
-            self.norm.register_forward_hook(settings.PICKED)
+        settings.prepare(self, settings.values["picked"], settings.values["amount"] == 1)
         self.embedding = torch.nn.Embedding(32, 8)
         self.blocks = torch.nn.ModuleList(Block() for _ in range(settings.LAYERS))
 
@@ -309,6 +361,24 @@ PICKED = {
     "replaced": "x = modeling_llama.rotate_half(x) + self.norm(x)",
     "hook": "x = self.norm(x)",
     "string_getattr": "x = getattr(torch, settings.PICKED)(x)",
+    "absent": "x = x * getattr(settings.PICKED, 'amount', 2.0)",
+    "absent_in_class": "try:\n            x = x * settings.PICKED.amount\n"
+    "        except AttributeError:\n            x = x * 2",
+    "absent_in_function": "x = x * getattr(settings.PICKED, 'amount', 2.0)",
+    "one_object": "x = x * (2 if settings.PICKED[0] is settings.PICKED[1] else 3)",
+    "absent_global": "x = x * getattr(settings, 'GAIN', 3.0)",
+    "own_absent": "x = x * 2 if hasattr(self, '_gain') else x * 3",
+    "own_lookup": "x = x * settings.PICKED.amount",
+    "own_forward": _CALLED,
+    "tied": "x = self.first(x) * (2 if self.first.weight is self.second.weight else 3)",
+    "shared": "x = x * self.table * (2 if self.table is self.other else 3)",
+    "no_parameter": "x = x * len(self._parameters)",
+    "strides": "x = self.first(x)",
+    "table_dtype": "x = x * (self.table * 0.5)",
+    "table_shape": "x = x * self.table * self.table.dim()",
+    "table_grad": "x = x * self.table * (2 if self.table.requires_grad else 3)",
+    "replaced_in_torch": "x = torch.nn.functional.silu(torch.relu(x))",
+    "set_in_torch": "x = x * torch.set_by_foretold",
 }
 """How `forward` uses `settings.PICKED`, by the kind of Python value that it is."""
 
@@ -550,6 +620,10 @@ def _replaced(x: torch.Tensor) -> torch.Tensor:
     return x * 5
 
 
+def _replaced_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return x * weight[0, 0] + bias
+
+
 def _replaced_method(module: Any, x: torch.Tensor) -> torch.Tensor:
     return x * 7
 
@@ -581,6 +655,10 @@ def _in_force(state: State) -> Iterator[None]:
             # As a package of faster kernels would.
             patch.setattr(modeling_llama, "rotate_half", _replaced)
             patch.setattr(modeling_llama.LlamaRMSNorm, "forward", _replaced_method)
+        if (state.picked, state.amount) == ("replaced_in_torch", 2):
+            patch.setattr(torch.nn.functional, "linear", _replaced_linear)
+        if state.picked == "set_in_torch":
+            patch.setattr(torch, "set_by_foretold", state.amount, raising=False)
         for name, value in state.variables:
             patch.setenv(name, value)
         for name, value in state.torch_state:

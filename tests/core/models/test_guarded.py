@@ -32,6 +32,8 @@ class Entry(torch.nn.Module):
         self.keys: Any = {}
         self.notes: Any = None
         self.long = "x" * 500
+        self.row = torch.ones(3)
+        self.rows = [torch.ones(2, 3).t(), self.row, torch.ones(1, requires_grad=True)]
 
 
 @pytest.fixture
@@ -55,7 +57,15 @@ def read(expression: str) -> Any:
         ("L['self'].table['b'][-2]", True),
         ("dict.__getitem__(L['self'].table, list(dict.keys(L['self'].table))[0])", 1),
         ("L['self']._modules['linear'].in_features", 2),
-        ("L['self']._modules['linear'].weight", "<torch.float32 [3, 2]>"),
+        ("L['self']._modules['linear'].weight", "<self.linear.weight>"),
+        ("L['self'].row", "<torch.float32 [3]>"),
+        ("L['self'].rows[0]", "<torch.float32 [3, 2], strides [1, 3]>"),
+        ("L['self'].rows[2]", "<torch.float32 [1], requires grad>"),
+        ("hasattr(L['self'], 'scale')", True),
+        ("hasattr(L['self'], 'scales')", False),
+        ("'scale' in vars(L['self'])", True),
+        ("L['self'].table is L['self'].table", True),
+        ("L['self'].table is L['self'].mode", False),
         ("type(L['self'])", f"<class {__name__}.Entry#{class_digest(Entry)}>"),
         ("len(L['self'].table)", 2),
     ],
@@ -123,5 +133,18 @@ def test_what_cannot_be_looked_up_is_unreadable_and_nothing_is_run(expression: s
     assert entry.table
 
 
-def test_modules_with_factors_of_their_own_are_left_out() -> None:
-    assert read_guarded(["M['torch.nn'].Linear", "vars(M['vllmc.core.spec'])['x']"], Entry()) == {}
+def test_functions_of_torch_are_told_as_others_may_have_replaced_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expression = "M['torch'].nn.functional.linear"
+    assert read(expression) == "<function torch._C._nn.linear>"
+    monkeypatch.setattr(torch.nn.functional, "linear", read)
+    assert read(expression).startswith(f"<function {__name__}.read#")
+
+
+def test_a_tensor_that_was_told_is_told_by_where() -> None:
+    expressions = ["L['self'].row", "L['self'].rows[1]"]
+    assert read_guarded(expressions, Entry()) == {
+        "L['self'].row": "<torch.float32 [3]>",
+        "L['self'].rows[1]": "<L['self'].row>",
+    }

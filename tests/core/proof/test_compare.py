@@ -99,7 +99,7 @@ def test_units_are_compared_where_they_serve_the_same_token_counts(build: Any) -
     parts = build(ranges=(CompileRange(1, 16), CompileRange(17, 32)), sizes=(4,))
     for a, b in ((whole, parts), (parts, whole)):
         verdict = compare(a, b)
-        assert told(verdict) == SAME
+        assert told(verdict) == SAME | {"reason": "only one side serves 33:64 tokens"}
         assert verdict.of == 6, "each piece for 1:16, 17:32 and 4"
     verdict = compare(whole, recoded(parts, ("piece_0", "4"), ("piece_2", "17:32")))
     assert verdict.differing == ("piece_0 for 4", "piece_2 for 17:32")
@@ -111,6 +111,15 @@ def test_ranges_that_share_no_token_count_cannot_be_compared(build: Any) -> None
     verdict = compare(low, high)
     assert verdict.code == "unproved"
     assert verdict.reason == "no number of tokens is compiled for on both sides"
+
+
+def test_token_counts_that_only_one_side_serves_are_told(build: Any) -> None:
+    whole, part = build(), build(ranges=(CompileRange(9, 32),))
+    for verdict in (compare(whole, part), compare(part, whole)):
+        assert (verdict.code, verdict.bitwise) == ("same", True)
+        assert verdict.reason == (
+            "only one side serves 1:8 tokens; only one side serves 33:64 tokens"
+        )
 
 
 def test_pieces_that_are_cut_elsewhere_are_compared_by_their_code_alone(build: Any) -> None:
