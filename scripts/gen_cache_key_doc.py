@@ -48,7 +48,8 @@ A program's record is used only if what its capture saw is still so. Neither is 
 since neither is known before a capture; both are part of the record's id, so that records of two
 versions of the sources lie side by side under one key.
 
-- **Source files.** The files whose functions Dynamo traced, each named relative to its package
+- **Source files.** The files whose functions Dynamo traced, and those that implement the custom
+  ops it met, each named relative to its package
   (`transformers/models/llama/modeling_llama.py`), with the digest of its contents and the
   functions traced in it. They are compared with the files of the packages installed now. torch's
   own files and vllmc's are covered by `versions.torch_key` and the group `code`. A change is

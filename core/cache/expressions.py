@@ -30,6 +30,8 @@ class _Spoken(ast.NodeTransformer):
         match node:
             case ast.Subscript(value=ast.Name(id="M" | "L"), slice=ast.Constant(value=str(name))):
                 return ast.Name(id=name)
+            case ast.Subscript(value=ast.Name(id="O"), slice=ast.Constant(value=str(name))):
+                return ast.Name(id=f"torch.ops.{name.replace('::', '.')}")
             case ast.Subscript(
                 value=ast.Attribute(value=owner, attr=table), slice=ast.Constant(value=str(name))
             ) if table in _OF_MODULES:

@@ -17,7 +17,7 @@ from vllmc.core.graph.layout import AttentionSite, GraphInput
 from vllmc.core.graph.normalize import normalize, value_of
 from vllmc.core.graph.piece import SymbolRole
 from vllmc.core.graph.suitability import check_graph, check_module, place_of_node
-from vllmc.core.graph.targets import op_names
+from vllmc.core.graph.targets import custom_ops, op_names
 from vllmc.core.models.errors import unsupported_model
 from vllmc.core.models.model import Model
 from vllmc.core.models.place import place_of_frames
@@ -28,6 +28,7 @@ from vllmc.core.torch_compat.capture import (
     freezes_weights,
     mark_dimension,
 )
+from vllmc.core.torch_compat.ops import registrations
 from vllmc.kernels.layer_name import LayerName
 
 # Distinct, and neither 0 nor 1, so that no two sizes are taken for one.
@@ -112,13 +113,17 @@ def trace(name: str, entry: torch.nn.Module, spec: CompileSpec) -> Capture:
     functions: dict[str, set[str]] = {}
     for code in raw.code:
         functions.setdefault(code.co_filename, set()).add(code.co_qualname)
+    ops = {name: places for name in custom_ops(graph) if (places := registrations(name))}
+    for name_of_op, places in ops.items():
+        for file, _ in places:
+            functions.setdefault(file, set()).add(name_of_op)
     return Capture(
         graph=graph,
         inputs=inputs,
         roles=roles,
         attention=_attention_sites(graph, inputs),
         functions={file: tuple(sorted(names)) for file, names in sorted(functions.items())},
-        guarded=raw.guarded,
+        guarded=(*raw.guarded, *(f"O[{name_of_op!r}]" for name_of_op in ops)),
     )
 
 

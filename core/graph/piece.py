@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import sympy
@@ -13,8 +14,9 @@ import torch.fx as fx
 from vllmc.core.cache.key import canonical_json, sha256_hex
 from vllmc.core.graph.normalize import value_of
 from vllmc.core.graph.split import Cut
-from vllmc.core.graph.targets import target_name
+from vllmc.core.graph.targets import custom_ops, target_name
 from vllmc.core.torch_compat.opaque import is_opaque_value, opaque_type_name, real_value
+from vllmc.core.torch_compat.ops import registrations
 
 SymbolRole: TypeAlias = Literal["tokens", "rows", "data"]
 
@@ -152,9 +154,26 @@ def _digest(graph: fx.Graph, inputs: list[PieceInput], roles: list[SymbolRole]) 
         for node in graph.nodes
         if node.op != "placeholder"
     ]
-    return sha256_hex(
-        canonical_json({"inputs": [_row(i) for i in inputs], "roles": roles, "nodes": nodes})
-    )
+    told: dict[str, object] = {
+        "inputs": [_row(i) for i in inputs],
+        "roles": roles,
+        "nodes": nodes,
+    }
+    if ops := _implementations(graph):
+        told["ops"] = ops
+    return sha256_hex(canonical_json(told))
+
+
+def _implementations(graph: fx.Graph) -> dict[str, object]:
+    """Of each custom op, the digests of the files that implement it in Python, and the lines.
+
+    A compiler may put an implementation into its code, and relies on what the fake one says.
+    """
+    found: dict[str, object] = {}
+    for name in custom_ops(graph):
+        if places := registrations(name):
+            found[name] = [[sha256_hex(Path(f).read_bytes()), line] for f, line in places]
+    return found
 
 
 def _row(given: PieceInput) -> list[object]:

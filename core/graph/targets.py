@@ -26,6 +26,12 @@ def op_names(target: object) -> frozenset[str]:
     return frozenset()
 
 
+def custom_ops(graph: fx.Graph) -> tuple[str, ...]:
+    """The `namespace::name` of each registered op that `graph` calls, sorted."""
+    found = {name.partition(".")[0] for node in graph.nodes for name in op_names(node.target)}
+    return tuple(sorted(found))
+
+
 def target_name(node: fx.Node) -> str:
     """The name of what `node` calls: a method's own, else one that `find_target` takes.
 

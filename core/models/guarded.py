@@ -11,6 +11,7 @@ import ast
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
+from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from vllmc.core.cache.record import UNREADABLE
 from vllmc.core.cache.redaction import redact, scrub
 from vllmc.core.models.described import describe
 from vllmc.core.syntax import parse_expression
+from vllmc.core.torch_compat.ops import registrations
 
 _CALLS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "type": type,
@@ -52,6 +54,8 @@ _LONG: Final = 200
 
 def read_guarded(expressions: Iterable[str], entry: torch.nn.Module) -> dict[str, JsonValue]:
     """What each expression over `L['self']`, which is `entry`, and `M[module]` stands for now.
+
+    `O[op]` stands for the places where a custom op is implemented.
 
     Each as `describe` tells it, a long one as a digest. Of what holds a secret nothing is told, not
     even a digest, from which a short one could be guessed: it is `REDACTED`, and a program that
@@ -136,6 +140,8 @@ def _look_up(node: ast.expr, entry: torch.nn.Module) -> Any:
             return -value
         case ast.Subscript(value=ast.Name(id="L"), slice=ast.Constant(value="self")):
             return entry
+        case ast.Subscript(value=ast.Name(id="O"), slice=ast.Constant(value=str(name))):
+            return [f"{Path(file).name}:{line}" for file, line in registrations(name)]
         case ast.Subscript(value=ast.Name(id="M"), slice=ast.Constant(value=str(name))):
             return importlib.import_module(name)
         case ast.Subscript(value=value, slice=key):

@@ -195,6 +195,9 @@ def picked(kind, amount):
         key_or_text=lambda: {{1: 2.0}} if one else {{"1": 2.0}},
         infinite=lambda: "inf" if one else float("inf"),
         replaced=lambda: None,
+        op_composed=lambda: None,
+        op_for_a_device=lambda: None,
+        op_of_a_function=lambda: None,
         hook=lambda: (lambda m, args, out: out * 2) if one else (lambda m, args, out: out * 3),
         absent=lambda: types.SimpleNamespace() if one else types.SimpleNamespace(amount=3.0),
         absent_in_class=lambda: type("Made", (), dict() if one else dict(amount=3.0)),
@@ -246,6 +249,19 @@ else:
 
 if (values["picked"], values["amount"]) == ("absent_global", 2):
     GAIN = 2.0
+
+if values["picked"] == "op_of_a_function":
+    if values["amount"] == 1:
+        @torch.library.custom_op("foretold::op_of_a_function", mutates_args=())
+        def custom(x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+    else:
+        @torch.library.custom_op("foretold::op_of_a_function", mutates_args=())
+        def custom(x: torch.Tensor) -> torch.Tensor:
+            return x * 3
+    custom.register_fake(lambda x: torch.empty_like(x))
+elif values["picked"] in ("op_composed", "op_for_a_device"):
+    from foretold_toy import ops
 
 options = Options()
 options.ratio = values["ratio"]
@@ -360,6 +376,9 @@ PICKED = {
     "infinite": "x = x * 2 if settings.PICKED == 'inf' else x * 3",
     "replaced": "x = modeling_llama.rotate_half(x) + self.norm(x)",
     "hook": "x = self.norm(x)",
+    "op_composed": "x = torch.ops.foretold.op_composed(x)",
+    "op_for_a_device": "x = torch.ops.foretold.op_for_a_device(x)",
+    "op_of_a_function": "x = torch.ops.foretold.op_of_a_function(x)",
     "string_getattr": "x = getattr(torch, settings.PICKED)(x)",
     "absent": "x = x * getattr(settings.PICKED, 'amount', 2.0)",
     "absent_in_class": "try:\n            x = x * settings.PICKED.amount\n"
@@ -381,6 +400,18 @@ PICKED = {
     "set_in_torch": "x = x * torch.set_by_foretold",
 }
 """How `forward` uses `settings.PICKED`, by the kind of Python value that it is."""
+
+_OPS = """
+import torch
+
+library = torch.library.Library("foretold", "FRAGMENT")
+tags = torch.Tag.pt2_compliant_tag
+library.define("op_composed(Tensor x) -> Tensor", tags=tags)
+library.define("op_for_a_device(Tensor x) -> Tensor", tags=tags)
+library.impl("op_composed", lambda x: x * 2 + {amount}, "CompositeImplicitAutograd")
+library.impl("op_for_a_device", lambda x: x * 2 + {amount}, "CPU")
+library.impl("op_for_a_device", lambda x: torch.empty_like(x), "Meta")
+"""
 
 _PARTS = """
 def mix(x, amount={default}):
@@ -586,7 +617,12 @@ def _imported(state: State, directory: Path) -> Iterator[None]:
     package = directory / "foretold_toy"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
-    for name, text in (("settings", _SETTINGS), ("model", _MODEL), ("parts", _PARTS)):
+    for name, text in (
+        ("settings", _SETTINGS),
+        ("model", _MODEL),
+        ("parts", _PARTS),
+        ("ops", _OPS),
+    ):
         text = text.format(**values, attention=ATTENTION_NAME, use=PICKED[state.picked])
         (package / f"{name}.py").write_text(text)
     read = (
@@ -612,6 +648,8 @@ def _imported(state: State, directory: Path) -> Iterator[None]:
         yield
     finally:
         sys.path.remove(str(directory))
+        if (ops := sys.modules.get("foretold_toy.ops")) is not None:
+            ops.library._destroy()  # as a process would that ends
         for name in [name for name in sys.modules if name.partition(".")[0] == "foretold_toy"]:
             del sys.modules[name]
 

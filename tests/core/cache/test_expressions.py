@@ -13,6 +13,7 @@ from vllmc.core.cache.expressions import most_telling, spoken
         ("L['self']._modules['model']._modules['0'].training", "self.model[0].training"),
         ("L['self']._modules['a']._buffers['scale']", "self.a.scale"),
         ("dict(type(M['m'].options).__dict__)['ratio']", "type(m.options).ratio"),
+        ("O['mine::scale']", "torch.ops.mine.scale"),
         ("vars(M['m'])['ratio']", "m.ratio"),
         ("M['m'].os.environ._data[b'HOME']", "m.os.environ['HOME']"),
         ("type(L['self'])", "type(self)"),
