@@ -23,8 +23,8 @@ GROUPS: Final[Mapping[str, str]] = MappingProxyType(
         "dynamo": "of the settings of capture, those that can change a graph",
         "spec": "what you asked for",
         "model": "the model's identity: its configuration, or the modules that its code makes",
-        "graph": "the digest of the piece: ops, wiring, shapes and dtypes, without any name; of custom "
-        "ops also the Python files that implement them",
+        "graph": "the digest of the piece: ops, wiring, shapes and dtypes, without any name; "
+        "of custom ops also the Python files that implement them",
         "range": "the token counts that the unit is compiled for; `any` where they play no part",
     }
 )
