@@ -3,6 +3,17 @@
 The ops are plain functions. Called as they are they run eager; `compiled` gives one that compiles
 at its first call and then takes any batch size without compiling again, 1 included. After
 vllm/v1/sample/ops/logprobs.py and `Sampler.gather_logprobs` in vLLM.
+
+Our sampler calls them eager. Compiled by Inductor for a CPU (torch 2.13, one core, k of 5), the
+first call of `gather_logprobs` took 20 s, 4 s with Inductor's own cache filled, against 1 ms:
+
+    batch, vocabulary   eager      compiled
+    1, 32000            0.11 ms    0.13 ms
+    8, 32000            0.62 ms    0.55 ms
+    64, 128256          24.6 ms    20.0 ms
+
+At best it is repaid after a thousand steps of 64 sequences, and with a single sequence never. The
+count alone gains more (8.0 to 1.7 ms for 64 rows of 128256), for those who need only ranks.
 """
 
 from __future__ import annotations
