@@ -52,7 +52,7 @@ def expect_same(got: GatheredLogprobs, expected: GatheredLogprobs) -> None:
     assert torch.equal(got.token_ranks, expected.token_ranks)
     assert torch.equal(got.top_ids, expected.top_ids)
     for name in ("token_logprobs", "top_logprobs"):
-        torch.testing.assert_close(getattr(got, name), getattr(expected, name))
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), equal_nan=True)
 
 
 @pytest.mark.slow
@@ -86,6 +86,20 @@ def test_no_layout_of_a_batch_compiles_again(first: int) -> None:
             tokens = torch.stack([ids(batch)] * batch, dim=1)[:, 0]
             expect_same(gather(logits, tokens, 2), gather_logprobs(logits, tokens, 2))
     assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_compiled_ranks_of_nan_and_infinity_are_those_of_eager() -> None:
+    gather = compiled(gather_logprobs)
+    for batch in (1, 5):
+        for place, value in enumerate((NAN, INF, -INF)):
+            for token in (place, 50):
+                logits = rows(batch)
+                logits[0, place] = value
+                tokens = torch.full((batch,), token)
+                got = gather(logits, tokens, 1)
+                expect_same(got, gather_logprobs(logits, tokens, 1))
+                assert int(got.token_ranks[0]) == rank(logits[0].tolist(), token)
 
 
 @pytest.mark.slow
@@ -162,6 +176,10 @@ def test_rows_without_probabilities_have_nan_for_logarithms(row: list[float]) ->
     gathered = gather_logprobs(torch.tensor([row]), torch.tensor([1]), 2)
     assert gathered.token_logprobs.isnan().all()
     assert gathered.top_logprobs.isnan().all()
+
+
+def test_a_nan_comes_first_among_the_best() -> None:
+    assert gather_logprobs(torch.tensor([[1.0, NAN]]), torch.tensor([0]), 1).top_ids == 1
 
 
 def test_a_token_that_cannot_come_has_minus_infinity() -> None:
