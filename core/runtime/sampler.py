@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vllmc.core.errors import UsageError
+from vllmc.kernels.logprobs import gather_logprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +48,13 @@ def _bad(what: str, hint: str) -> UsageError:
 class TokenLogprobs:
     """Natural logarithms of probabilities under the model, before temperature and top-p.
 
-    `logprob` is that of the token chosen; `top` the most probable tokens with theirs, best first.
+    `logprob` is that of the token chosen and `rank` its place among all, 1 the most probable; `top`
+    the most probable tokens with their log-probabilities, best first.
     """
 
     token_id: int
     logprob: float
+    rank: int
     top: tuple[tuple[int, float], ...]
 
 
@@ -82,7 +85,7 @@ class Sampler:
         if self._params.logprobs is None:
             return Sampled(token_ids=token_ids, logprobs=None)
         return Sampled(
-            token_ids=token_ids, logprobs=_gather_logprobs(logits, chosen, self._params.logprobs)
+            token_ids=token_ids, logprobs=_token_logprobs(logits, chosen, self._params.logprobs)
         )
 
     def _draw(self, logits: torch.Tensor) -> torch.Tensor:
@@ -99,14 +102,21 @@ class Sampler:
         return order.gather(1, drawn)[:, 0]
 
 
-def _gather_logprobs(
+def _token_logprobs(
     logits: torch.Tensor, chosen: torch.Tensor, count: int
 ) -> tuple[TokenLogprobs, ...]:
-    logprobs = logits.log_softmax(dim=-1)
-    own = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
-    best, ids = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
-    rows = zip(chosen.tolist(), own, ids.tolist(), best.tolist(), strict=True)
+    gathered = gather_logprobs(logits, chosen, count)
+    rows = zip(
+        chosen.tolist(),
+        gathered.token_logprobs.tolist(),
+        gathered.token_ranks.tolist(),
+        gathered.top_ids.tolist(),
+        gathered.top_logprobs.tolist(),
+        strict=True,
+    )
     return tuple(
-        TokenLogprobs(token_id=token, logprob=logprob, top=tuple(zip(top, values, strict=True)))
-        for token, logprob, top, values in rows
+        TokenLogprobs(
+            token_id=token, logprob=logprob, rank=rank, top=tuple(zip(ids, values, strict=True))
+        )
+        for token, logprob, rank, ids, values in rows
     )

@@ -70,6 +70,7 @@ def test_logprobs_are_those_of_the_model(temperature: float) -> None:
         assert logprobs.token_id == token
         assert logprobs.logprob == pytest.approx(float(row[token]) - denominator, abs=1e-5)
         best = sorted(range(6), key=lambda i: -float(row[i]))[:2]
+        assert logprobs.rank == sum(x >= float(row[token]) for x in row.tolist())
         assert [i for i, _ in logprobs.top] == best
         assert [p for _, p in logprobs.top] == pytest.approx(
             [float(row[i]) - denominator for i in best], abs=1e-5
