@@ -55,6 +55,8 @@ _NUMBERS = re.compile(r"(?<![\w.\[])\d+(?![\w.\]])")
 _LOWER = re.compile(r"^(?P<bound>\d+) <= (?P<subject>\S+)")
 _STRING = re.compile(r"(?s)'.*'|\".*\"|\w*Name\(.*\)")
 _NAMES = re.compile(r"\w+")
+# Where an object lay says nothing, and differs from run to run.
+_ADDRESS = re.compile(r"(?<=, )\d{9,}(?=\))|\b0x[0-9a-f]{6,}")
 
 _MISMATCHES: Final[dict[str, RecompileClass]] = {
     "size": "shape",
@@ -64,19 +66,20 @@ _MISMATCHES: Final[dict[str, RecompileClass]] = {
     "strides": "layout",
     "storage offset": "layout",
 }
-# Dynamo checks the global state first, then the values and each tensor's properties, and relations
-# between sizes last: an entry that failed late was nearest to being used.
+# Dynamo checks the global state first, then values and each tensor's properties, its sizes before
+# its strides, and relations between sizes last: an entry that failed late was nearest to being
+# used. A guard on a value checks the type too, so neither of the two is nearer.
 _NEARNESS: Final[dict[RecompileClass, int]] = {
     "global-state": 0,
-    "type": 1,
-    "other": 2,
+    "other": 1,
+    "type": 2,
     "object-id": 2,
-    "string": 3,
-    "int": 3,
+    "string": 2,
+    "int": 2,
     "dtype": 3,
-    "layout": 5,
     "shape": 4,
     "shape-0-1": 4,
+    "layout": 5,
     "index-width": 6,
 }
 _SYMBOLIC: Final = 6
@@ -122,7 +125,7 @@ def read_guard(reason: str) -> Guard:
     return replace(
         guard,
         entry=entry,
-        text=_short(plain),
+        text=_short(_ADDRESS.sub("ID", plain)),
         expected=_short(guard.expected),
         nearness=guard.nearness or _NEARNESS[guard.klass],
     )
@@ -255,8 +258,9 @@ def _value(text: str) -> Guard | None:
     elif _STRING.fullmatch(expected):
         klass = "string"
     return Guard(
-        entry="", text=text, klass=klass, subject=match["subject"].strip(), expected=expected
-    )
+        entry="", text=text, klass=klass, subject=match["subject"].strip(), expected=expected,
+        nearness=_NEARNESS["int"],
+    )  # fmt: skip
 
 
 def _number(entry: str) -> tuple[int, ...]:

@@ -32,13 +32,13 @@ _HEADER = re.compile(r"Recompiling function (?P<function>.+) in (?P<file>.+):(?P
 _LIMIT = re.compile(r"torch\._dynamo hit config\.\w+ \(\d+\)")
 _FUNCTION = re.compile(r"^\s*function: '(?P<function>.+)' \((?P<file>.+):(?P<line>\d+)\)\s*$")
 _LAST_REASON = re.compile(r"^\s*(?:last reason|reasons): (?P<reason>.*)$")
-_REASON = re.compile(r"^\s{4,}- (?P<reason>\S.*)$")
+_REASON = re.compile(r"^ {4}- (?P<reason>\S.*)$")
 _GRAPH_BREAK = re.compile(r"^\s*Graph break (?:\(.*\) )?in user code at |^\s*Graph break: ")
 _MARKERS: Final = (
     b"    - ", b"Recompiling function ", b"hit config.", b"function: '", b"reason", b"Graph break",
 )  # fmt: skip
 
-Sender: TypeAlias = tuple[str, str, str]
+Sender: TypeAlias = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,13 @@ class GraphBreak:
 
 @dataclass(slots=True)
 class _Block:
-    """What is known so far of one recompile, or of one warning of the limit."""
+    """What is known so far of one recompile, or of one warning of the limit.
+
+    `about` are the marks that its lines have in common: the compilation, the kind of log.
+    """
 
     frame: str
+    about: str
     warning: bool
     reasons: list[str] = field(default_factory=list)
 
@@ -75,11 +79,11 @@ def read_log_events(path: Path) -> Iterator[Event | GraphBreak]:
     try:
         for line in _lines(path):
             prefix = _PREFIX.match(line)
-            sender = _sender(prefix)
+            sender, about = _sender(prefix)
             message = line[prefix.end() :] if prefix else line
             if _GRAPH_BREAK.match(message):
                 yield GraphBreak()
-            elif (block := _opened(message)) is not None:
+            elif (block := _opened(message, about)) is not None:
                 if (ended := blocks.pop(sender, None)) and (event := ended.event()):
                     yield event
                 blocks[sender] = block
@@ -87,8 +91,8 @@ def read_log_events(path: Path) -> Iterator[Event | GraphBreak]:
                     oldest = blocks.pop(next(iter(blocks)))
                     if event := oldest.event():
                         yield event
-            elif (known := blocks.get(sender)) is not None:
-                _carry_on(known, message, certain=prefix is not None)
+            elif (known := blocks.get(sender)) is not None and known.about == about:
+                _carry_on(known, message)
     except OSError as error:
         raise VllmcError(
             "unreadable-log",
@@ -109,21 +113,21 @@ def _lines(path: Path) -> Iterator[str]:
                 yield line.decode("utf-8", "replace").rstrip("\r\n")
 
 
-def _sender(prefix: re.Match[str] | None) -> Sender:
-    """Who wrote a line: what stands before its prefix, its process, and what it is about."""
+def _sender(prefix: re.Match[str] | None) -> tuple[Sender, str]:
+    """Who wrote a line (what stands before its prefix, its process), and what it is about."""
     if prefix is None:
-        return ("", "", "")
-    return (prefix["lead"], prefix["pid"] or "", prefix["tags"] or prefix["marks"] or "")
+        return ("", ""), ""
+    return (prefix["lead"], prefix["pid"] or ""), prefix["tags"] or prefix["marks"] or ""
 
 
-def _opened(message: str) -> _Block | None:
+def _opened(message: str, about: str) -> _Block | None:
     if header := _HEADER.search(message):
-        return _Block(_frame(header), warning=False)
-    return _Block("", warning=True) if _LIMIT.search(message) else None
+        return _Block(_frame(header), about, warning=False)
+    return _Block("", about, warning=True) if _LIMIT.search(message) else None
 
 
-def _carry_on(block: _Block, message: str, *, certain: bool) -> None:
-    """Takes in a further line; without a prefix (not `certain`) it may be anybody's."""
+def _carry_on(block: _Block, message: str) -> None:
+    """Takes in a further line, which without a prefix may be anybody's."""
     if block.warning:
         if not block.frame and (function := _FUNCTION.match(message)):
             block.frame = _frame(function)
@@ -133,10 +137,12 @@ def _carry_on(block: _Block, message: str, *, certain: bool) -> None:
     if (match := _REASON.match(message)) is None or len(block.reasons) == _MAX_REASONS:
         return
     reason = match["reason"][:_MAX_REASON]
-    # Before torch 2.5 no entry had a number; since then, lines without one belong to another.
-    numbered = begins_entry(reason)
-    first_without = not block.reasons or not begins_entry(block.reasons[0])
-    if numbered or (first_without and (certain or message.startswith("    - "))):
+    numbered = bool(block.reasons) and begins_entry(block.reasons[0])
+    # Entries had no number before torch 2.5; beside those that have, a line without one is not
+    # Dynamo's, or belongs to the entry above it.
+    if begins_entry(reason) and not numbered:
+        block.reasons = [reason]
+    elif begins_entry(reason) or not numbered:
         block.reasons.append(reason)
 
 
