@@ -129,7 +129,10 @@ def _type(guard: Guard, where: str) -> str:
     if guard.expected in _NUMBER_TYPES:
         return f"{subject} = torch.tensor(float({subject}))  {where}"
     if "None" in (guard.expected.removesuffix("Type"), guard.observed.removesuffix("Type")):
-        return f"pass a tensor as {subject} at every call, an empty one in the place of None"
+        return (
+            f"pass a tensor as {subject} at every call, an empty one in the place of None, with "
+            "its dimensions marked: torch._dynamo.decorators.mark_unbacked"
+        )
     found = f", not {guard.observed}" if guard.observed else ""
     return f"pass {subject} as one type at every call: {guard.expected or 'the first'}{found}"
 
@@ -146,6 +149,12 @@ def _other(guard: Guard, frame: str, where: str) -> str:
         return f"give {called} no tensor twice: pass a clone() of the second"
     if guard.expected in ("True", "False"):
         return f"hold {subject} constant, or compile one function for each of its two values"
+    if ".__closure__" in subject:
+        function = subject.partition(".__closure__")[0]
+        return (
+            f"torch.tensor({guard.expected})  # what {function} closes over, where {function} is "
+            "made: as a tensor it is an input"
+        )
     if guard.expected:
         return f"{subject} = torch.tensor({subject})  {where}"
     return f"hold what this guard of {called} asks for the same at every call"

@@ -52,7 +52,6 @@ _DIMENSION = re.compile(r"[\w.\[\]'\"()]*?\.(?P<what>size|stride)\(\)\[\d+\]")
 _EQUALS = re.compile(r"^(?P<subject>[^=]+?) == (?P<expected>.+)$", re.DOTALL)
 _IS = re.compile(r"^(?P<subject>\S+) is (?:not )?(?P<expected>\S+)$")
 _NUMBERS = re.compile(r"(?<![\w.\[])\d+(?![\w.\]])")
-_LOWER = re.compile(r"^(?P<bound>\d+) <= (?P<subject>\S+)")
 _STRING = re.compile(r"(?s)'.*'|\".*\"|\w*Name\(.*\)")
 _NAMES = re.compile(r"\w+")
 # Where an object lay says nothing, and differs from run to run.
@@ -233,15 +232,13 @@ def _sizes(text: str) -> Guard | None:
     if (match := _DIMENSION.search(text)) is None:
         return None
     subject, numbers = match[0].lstrip("("), {int(n) for n in _NUMBERS.findall(text)}
-    lower = _LOWER.match(text)
     expected = text
     klass: RecompileClass = "layout" if match["what"] == "stride" else "shape"
     if any(number >= _INT32_MAX for number in numbers):
         klass = "index-width"
-    elif klass == "shape" and numbers and numbers <= {0, 1, 2} and (lower or "!= " in text):
-        klass = "shape-0-1"
-        expected = _NOT_0_1 if text == f"2 <= {subject}" else text
-    elif klass == "shape" and (equal := _EQUALS.match(text)) and equal["expected"] in ("0", "1"):
+    elif text == f"2 <= {subject}":
+        klass, expected = "shape-0-1", _NOT_0_1
+    elif text in (f"{subject} {relation} {size}" for relation in ("==", "!=") for size in (0, 1)):
         klass = "shape-0-1"
     return Guard(
         entry="", text=text, klass=klass, subject=subject, expected=expected, nearness=_SYMBOLIC

@@ -20,7 +20,6 @@ from vllmc.core.diagnose.torch_trace import Entry, find_logs, iter_log, json_of
 from vllmc.core.errors import VllmcError
 
 _NOTHING = "no line of TORCH_LOGS=recompiles, and no warning of the recompile limit, is in this log"
-_NO_FIRST = "a log does not tell first compilations; a TORCH_TRACE does"
 _REASONS = "recompile_reasons"
 _BREAK = "dynamo_graph_break_reason"
 
@@ -82,8 +81,8 @@ def _report(found: Iterable[Event | GraphBreak | _First], *, trace: bool) -> Rec
 
     rows = summarize(events())
     notes = [f"the reasons of {cut} of the recompiles are cut off"] if cut else []
-    if not trace:
-        notes.append(_NO_FIRST if rows or breaks else _NOTHING)
+    if not (trace or rows or breaks):
+        notes.append(_NOTHING)
     return RecompileReport(
         recompiles=rows,
         graph_breaks=breaks,

@@ -250,6 +250,112 @@ def other_cured() -> None:
     step(x, x.clone())
 
 
+def clipped(x: torch.Tensor) -> torch.Tensor:
+    return x + 1 if x.shape[0] <= 16 else x - 1
+
+
+def short(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
+
+
+def long(x: torch.Tensor) -> torch.Tensor:
+    return x - 1
+
+
+def branch() -> None:
+    step = compiled(clipped, dynamic=True)
+    for length in (4, 32):
+        step(torch.ones(length))
+
+
+def branch_cured() -> None:
+    small, large = compiled(short, dynamic=True), compiled(long, dynamic=True)
+    for length in (4, 32, 5, 33):
+        step = small if length <= 16 else large
+        step(torch.ones(length))
+
+
+def closing_over(factor: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: x * factor
+
+
+def closure() -> None:
+    step = compiled(apply)
+    for factor in (2.0, 3.0, 4.0):
+        step(torch.ones(4), closing_over(factor))
+
+
+def closure_cured() -> None:
+    step = compiled(apply)
+    for factor in (2.0, 3.0, 4.0):
+        step(torch.ones(4), closing_over(torch.tensor(factor)))
+
+
+def gradient() -> None:
+    step = compiled(add_one)
+    for needed in (False, True):
+        step(torch.ones(4, requires_grad=needed))
+
+
+def gradient_cured() -> None:
+    step = compiled(add_one)
+    for needed in (False, True):
+        x = torch.ones(4, requires_grad=needed)
+        x = x.detach()
+        step(x)
+
+
+def optional(x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+    return x.sum() if y is None else x.sum() + y.sum()
+
+
+def missing() -> None:
+    step = compiled(optional)
+    for y in (torch.ones(4), None):
+        step(torch.ones(4), y)
+
+
+def missing_cured() -> None:
+    step = compiled(optional)
+    for y in (torch.ones(4), torch.empty(0)):
+        torch._dynamo.decorators.mark_unbacked(y, 0)
+        step(torch.ones(4), y)
+
+
+def total(xs: Any) -> Any:
+    return xs[0] if len(xs) == 1 else sum(xs)
+
+
+def stacked_total(xs: torch.Tensor) -> torch.Tensor:
+    return xs.sum(0)
+
+
+def length() -> None:
+    step = compiled(total)
+    for number in (2, 3, 4):
+        step([torch.ones(4) for _ in range(number)])
+
+
+def length_cured() -> None:
+    step = compiled(stacked_total)
+    for number in (2, 3, 4):
+        xs = torch.stack([torch.ones(4) for _ in range(number)])
+        torch._dynamo.mark_dynamic(xs, 0)
+        step(xs)
+
+
+def rank() -> None:
+    step = compiled(add_one)
+    for x in (torch.ones(1, 4), torch.ones(4)):
+        step(x)
+
+
+def rank_cured() -> None:
+    step = compiled(add_one)
+    for x in (torch.ones(1, 4), torch.ones(4).unsqueeze(0)):
+        step(x)
+
+
 def broken(x: torch.Tensor) -> torch.Tensor:
     x = x + 1
     torch._dynamo.graph_break()

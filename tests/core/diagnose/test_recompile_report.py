@@ -101,6 +101,24 @@ def test_the_fix_of_each_class_is_proven(name: str, klass: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "klass", "advice"),
+    [
+        ("branch", "shape", "take the branch on x.size()[0] out of clipped"),
+        ("closure", "other", "torch.tensor(2.0)  # what f closes over"),
+        ("gradient", "other", "x = x.detach()"),
+        ("missing", "type", "pass a tensor as y at every call, an empty one"),
+        ("length", "int", "torch.stack(xs), with dimension 0 marked"),
+        ("rank", "shape", "x.unsqueeze(0)"),
+    ],
+)
+def test_the_fix_of_other_subjects_is_proven(name: str, klass: str, advice: str) -> None:
+    [row, *_] = live(name)
+    assert row.klass == klass
+    assert advice in row.fix
+    assert live(f"{name}_cured") == ()
+
+
+@pytest.mark.parametrize(
     "name",
     ["shape_0_1", "shape", "dtype", "layout", "counter", "number", "global_state", "kind"],
 )

@@ -64,6 +64,15 @@ def explained(reason: str, seconds: float | None = 0.5) -> Recompile:
             "0/0: ___check_obj_id(L['f'], 140001), type=<class 'function'>  # return f(x)",
             "object-id", "f", "the same function", "",
         ),
+        (
+            "0/1: (x.size()[0] % 8) == 0  # if x.shape[0] % 8 == 0:",
+            "shape", "x.size()[0]", "(x.size()[0] % 8) == 0", "",
+        ),
+        ("0/1: x.size()[1] != 1", "shape-0-1", "x.size()[1]", "x.size()[1] != 1", ""),
+        ("0/0: BACKEND_MATCH failure: X (id=0x7f9a88cab290)", "object-id", "backend",
+            "the same object", ""),
+        ("0/0: Cache line invalidated because L['w'] got deallocated", "object-id", "w",
+            "the same object", ""),
         ("0/0: GLOBAL_STATE changed: grad_mode ", "global-state", "grad_mode", "", ""),
         (
             "0/1: ___check_type_id(k, 140302), type=<class 'float'>  # return x * k",
