@@ -77,16 +77,16 @@ def _shape(guard: Guard, tensor: str, dim: str, frame: str) -> str:
         return f"give {called} {tensor} with one number of dimensions: {tensor}.unsqueeze(0)"
     if not guard.subject:
         return f"mark the same dimensions of the same arguments at every call of {called}"
-    if guard.expected.isdecimal() or not guard.expected:
+    if guard.text.startswith("tensor "):
         return f"torch._dynamo.mark_dynamic({tensor}, {dim})  # before each call of {called}"
-    if ".size()" in guard.expected.replace(guard.subject, "", 1):
+    if guard.text.count(".size()") > 1:
         return (
-            f"keep {guard.expected} true at every call of {called}; where the sizes may differ, "
+            f"keep {guard.text} true at every call of {called}; where the sizes may differ, "
             "let both differ at the first call too"
         )
     return (
         f"take the branch on {guard.subject} out of {called}: its condition became the guard "
-        f"{guard.expected}; choose in the caller, and compile one function for each side"
+        f"{guard.text}; choose in the caller, and compile one function for each side"
     )
 
 

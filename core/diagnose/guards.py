@@ -53,6 +53,7 @@ _EQUALS = re.compile(r"^(?P<subject>[^=]+?) == (?P<expected>.+)$", re.DOTALL)
 _IS = re.compile(r"^(?P<subject>\S+) is (?:not )?(?P<expected>\S+)$")
 _NUMBERS = re.compile(r"(?<![\w.\[])\d+(?![\w.\]])")
 _STRING = re.compile(r"(?s)'.*'|\".*\"|\w*Name\(.*\)")
+_QUOTED = re.compile(r"['\"]")
 _NAMES = re.compile(r"\w+")
 # Where an object lay says nothing, and differs from run to run.
 _ADDRESS = re.compile(r"(?<=, )\d{9,}(?=\))|\b0x[0-9a-f]{6,}")
@@ -118,7 +119,8 @@ def read_guard(reason: str) -> Guard:
     line = text.lstrip().partition("\n")[0]
     plain = scrub(clean(_COMMENT.sub("", line).strip()))
     guard = _classify(_LOCAL.sub(r"\2", plain))
-    if redact(_last_name(guard.subject), guard.expected) == REDACTED:
+    # A tensor may well be called `token`; only text is ever secret.
+    if _QUOTED.search(guard.expected) and _is_secret(guard):
         plain = f"{plain.partition(' == ')[0]} == {REDACTED}"
         guard = replace(guard, expected=REDACTED)
     return replace(
@@ -238,8 +240,9 @@ def _sizes(text: str) -> Guard | None:
         klass = "index-width"
     elif text == f"2 <= {subject}":
         klass, expected = "shape-0-1", _NOT_0_1
-    elif text in (f"{subject} {relation} {size}" for relation in ("==", "!=") for size in (0, 1)):
-        klass = "shape-0-1"
+    elif equal := re.fullmatch(r"(==|!=) (\d+)", text.removeprefix(f"{subject} ")):
+        klass = "shape-0-1" if klass == "shape" and equal[2] in ("0", "1") else klass
+        expected = equal[2] if equal[1] == "==" else text
     return Guard(
         entry="", text=text, klass=klass, subject=subject, expected=expected, nearness=_SYMBOLIC
     )
@@ -264,9 +267,9 @@ def _number(entry: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", entry))
 
 
-def _last_name(subject: str) -> str:
-    names = _NAMES.findall(subject)
-    return names[-1] if names else ""
+def _is_secret(guard: Guard) -> bool:
+    names = _NAMES.findall(guard.subject)
+    return redact(names[-1] if names else "", guard.expected) == REDACTED
 
 
 def _short(text: str) -> str:

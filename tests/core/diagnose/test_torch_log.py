@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,6 +132,23 @@ def test_graph_breaks_are_no_recompiles() -> None:
     rows = summarize(item for item in found if isinstance(item, Event))
     assert [row.count for row in rows] == [1, 1]
     assert "behind its graph break in line" in rows[1].fix
+
+
+def test_a_long_log_is_never_held(tmp_path: Path) -> None:
+    log = tmp_path / "long.log"
+    with log.open("w", encoding="utf-8") as file:
+        for _ in range(3000):
+            file.write(real("shape"))
+        file.write("x" * 5_000_000)
+    tracemalloc.start()
+    try:
+        rows = summarize(event for event in read_log_events(log) if isinstance(event, Event))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [row.count for row in rows] == [9000]
+    assert log.stat().st_size > 8_000_000
+    assert peak < 2_000_000
 
 
 def test_any_bytes_are_read(tmp_path: Path) -> None:
