@@ -56,7 +56,7 @@ def read_recompiles(path: Path) -> RecompileReport:
         )
     if logs := find_logs(path):
         return _report((found for log in logs for found in _trace_events(log)), trace=True)
-    if not path.is_file():
+    if path.is_dir():
         raise VllmcError(
             "no-trace",
             f"{path} holds no log of TORCH_TRACE",

@@ -206,6 +206,19 @@ def test_the_command_prints_the_same_facts_as_json_and_to_a_person() -> None:
     assert "apart from these: 1 first compilation" in shown
 
 
+def test_a_pipe_is_read_to_its_end() -> None:
+    program = "from vllmc.cli.app import entry_point; entry_point()"
+    with (LOGS / "dtype.log").open(encoding="utf-8") as log:
+        done = subprocess.run(
+            [sys.executable, "-c", program, "recompiles", "/dev/stdin"],
+            input=log.read(),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert done.stdout.startswith("1 recompile\n")
+
+
 def test_the_command_on_a_missing_file_is_an_error() -> None:
     done = command("missing.log")
     assert (done.returncode, done.stdout) == (1, "")
