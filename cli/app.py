@@ -79,6 +79,7 @@ def build_app(*, rich_help: bool = False) -> TyperGroup:
         "inspect-key": "vllmc.cli.inspect_key:inspect_key",
         "diff-config": "vllmc.cli.diff_config:diff_config",
         "run": "vllmc.cli.run:run",
+        "recompiles": "vllmc.cli.recompiles:recompiles",
         "models": "vllmc.cli.models:models",
         "cache": make_group("cache", _cache, cache, markup=markup),
     }

@@ -226,9 +226,31 @@ def run(row: Row) -> RenderableType:
     return Group(*parts)
 
 
+def recompiles(row: Row) -> RenderableType:
+    """The report of `recompiles`: what compiled again and its cure, then what is no recompile."""
+    times = sum(r["count"] for r in row["recompiles"])
+    head = count(times, "recompile") if times else "no recompiles"
+    parts: list[RenderableType] = [Text(head, style="bold yellow" if times else "bold green")]
+    for recompile in row["recompiles"]:
+        parts += ["", _recompile(recompile)]
+    apart = [f"{count(row['graph_breaks'], 'graph break')}"] if row["graph_breaks"] else []
+    if row["first_compilations"] is not None:
+        apart.append(count(row["first_compilations"], "first compilation"))
+    if apart:
+        parts += ["", Text(f"apart from these: {', '.join(apart)}", style="dim")]
+    return Group(*parts, *notes(row["notes"]))
+
+
 def _recompile(row: Row) -> RenderableType:
     lines = [("frame", row["frame"]), ("guard", row["guard"]), ("class", row["class"])]
     if row["expected"]:
         observed = f", found {row['observed']}" if row["observed"] else ""
         lines.append(("expected", f"{row['expected']}{observed}"))
-    return facts(*lines, ("times", str(row["count"])), ("fix", row["fix"]))
+    lines.append(("times", str(row["count"])))
+    if row["pattern"]:
+        lines.append(("pattern", row["pattern"]))
+    if row["cost_seconds"] is not None:
+        lines.append(("cost", duration(row["cost_seconds"])))
+    if row["limit_hit"]:
+        lines.append(("limit", "the recompile limit was hit: the frame has run eager since"))
+    return facts(*lines, ("fix", row["fix"]))

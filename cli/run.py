@@ -98,8 +98,9 @@ def run(
     With --json: model, key, outputs (prompt, token_ids, text or null, finish_reason: length or
     stop; with --logprobs logprobs: token_id, logprob and top for each token), counts (hit, dup,
     compiled units), recompiles (frame, class, guard, subject, expected, observed, count,
-    limit_hit, cost_seconds, fix), seconds (load, first_token, total), tokens_per_second (prefill,
-    decode). With several --batch-size, outputs are those of the last.
+    limit_hit, cost_seconds, pattern, fix; as recompiles has them), seconds (load, first_token,
+    total), tokens_per_second (prefill, decode). With several --batch-size, outputs are those of
+    the last.
     """
     settings = common.settings()
     output = common.output("run")

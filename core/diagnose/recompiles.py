@@ -1,51 +1,50 @@
-"""Recompiles, classified: which guard failed, what it expected and saw, and what to change.
+"""Recompiles, from wherever they were seen: which guard failed, how often, and what to change.
 
-Imports no torch.
+Live runs, logs and traces give `Event`s, one for each recompile; `summarize` makes the rows of
+them that every report shows. Imports no torch.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePath
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final
 
-from vllmc.core.cache.key import REDACTED
-from vllmc.core.cache.redaction import redact, scrub
+from vllmc.core.diagnose.fixes import fix_for
+from vllmc.core.diagnose.foreign_files import clean
+from vllmc.core.diagnose.guards import Guard, RecompileClass, begins_entry, deciding, read_guard
+from vllmc.core.diagnose.recompile_patterns import pattern
 
-RecompileClass: TypeAlias = Literal["shape-0-1", "shape", "dtype", "int", "string", "other"]
+_MAX_VALUES: Final = 64
+_COUNTER = re.compile(r"\d+$")
+_CUT = Guard(entry="", text="", klass="other")
+_CUT_FIX: Final = "make the log again with TORCH_LOGS=recompiles: here the reasons are cut off"
 
-_FIXES: dict[str, str] = {
-    "shape-0-1": "mark the dimension before the first call: "
-    "torch._dynamo.decorators.mark_unbacked(tensor, dim)",
-    "shape": "mark the dimension before the first call: torch._dynamo.mark_dynamic(tensor, dim)",
-    "dtype": "convert the tensor to one dtype before the call",
-    "int": "pass the number as a tensor, or keep it constant",
-    "string": "keep the string out of the compiled function, or wrap it in an opaque value",
-    "other": "see what changes the guarded value between calls",
-}
 
-_ATTEMPT = re.compile(r"^\s*-?\s*\d+/\d+(?:_\d+)?:\s*")
-_COMMENT = re.compile(r"\s+#.*$")
-_SIZE = re.compile(
-    r"tensor '(?P<subject>[^']+)' size mismatch at index (?P<dim>\d+)\. "
-    r"expected (?P<expected>\d+), actual (?P<observed>\d+)"
-)
-_DTYPE = re.compile(
-    r"tensor '(?P<subject>[^']+)' dtype mismatch\. expected (?P<expected>\w+), "
-    r"actual (?P<observed>\w+)"
-)
-_SYMBOL = re.compile(r"(?P<expected>[2-9]|\d{2,})\s*<=\s*(?P<subject>\S+\.size\(\)\[\d+\])")
-_NAMES = re.compile(r"\w+")
-_EQUALS = re.compile(r"^(?P<subject>.+?) == (?P<expected>.+)$")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One recompile: its frame (`file.py:12 in f`) and Dynamo's reasons, one per earlier entry.
+
+    `seconds` is its compile time, None where that is not known. `limit_hit` says that it was
+    refused and the frame ran eager. With `warned`, it is only the warning of that, which counts
+    where nothing else is known of the frame.
+    """
+
+    frame: str
+    reasons: tuple[str, ...]
+    seconds: float | None = None
+    limit_hit: bool = False
+    warned: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recompile:
     """One cause of recompiles, as `--json` reports it. `count` recompiles had it.
 
-    `cost_seconds` is the sum of their compile times, None where it is not known.
+    `guard`, `expected` and `observed` are those of the first. `cost_seconds` is the sum of their
+    compile times, None where it is not known; `pattern` says in words how the values went on.
     """
 
     frame: str
@@ -58,6 +57,7 @@ class Recompile:
     count: int = 1
     limit_hit: bool = False
     cost_seconds: float | None = None
+    pattern: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The RECOMPILE row of docs/cli.md."""
@@ -66,59 +66,82 @@ class Recompile:
         return row
 
 
-def explain(
-    *, file: str, line: int, function: str, reason: str, seconds: float | None
-) -> Recompile:
-    """Classifies one recompile from the reason that Dynamo gives.
+def frame_name(file: str, line: int, function: str) -> str:
+    """How a frame is called in every report."""
+    return clean(f"{PurePath(file).name}:{line} in {function}")
 
-    Dynamo lists every earlier cache entry; the last line is about the newest, whose guard tells
-    what changed since then.
+
+def split_reasons(text: str) -> tuple[str, ...]:
+    """The reasons in a text of Dynamo's, one for each earlier entry that it lists."""
+    lines = text.splitlines()
+    return tuple(line for line in lines if begins_entry(line)) or tuple(lines[:1])
+
+
+def summarize(events: Iterable[Event]) -> tuple[Recompile, ...]:
+    """One row for each frame, class and subject, counted, in the order of their first events.
+
+    Of the events only a few values for each row are kept.
     """
-    lines = [text for text in reason.splitlines() if _ATTEMPT.match(text)] or [reason]
-    guard = scrub(_COMMENT.sub("", _ATTEMPT.sub("", lines[-1])).strip())
-    klass, subject, expected, observed = _classify(guard)
-    if klass == "string" and redact(_NAMES.findall(subject)[-1], expected) == REDACTED:
-        guard, expected = f"{subject} == {REDACTED}", REDACTED
-    return Recompile(
-        frame=f"{PurePath(file).name}:{line} in {function}",
-        klass=klass,
-        guard=guard,
-        subject=subject,
-        expected=expected,
-        observed=observed,
-        fix=_FIXES[klass],
-        cost_seconds=seconds,
-    )
-
-
-def merge(rows: Iterable[Recompile]) -> tuple[Recompile, ...]:
-    """One row for each frame and guard, counted, in the order in which they first appear."""
-    merged: dict[tuple[str, str], Recompile] = {}
-    for row in rows:
-        identity = (row.frame, row.guard)
-        if (known := merged.get(identity)) is None:
-            merged[identity] = row
+    groups: dict[tuple[str, str, str, int], _Group] = {}
+    frames: set[str] = set()
+    limited: set[str] = set()
+    for event in events:
+        if event.limit_hit:
+            limited.add(event.frame)
+        if event.warned and event.frame in frames:
             continue
-        costs = [c for c in (known.cost_seconds, row.cost_seconds) if c is not None]
-        merged[identity] = replace(
-            known, count=known.count + row.count, cost_seconds=sum(costs) if costs else None
+        frames.add(event.frame)
+        guards = [read_guard(reason) for reason in event.reasons]
+        guard = deciding(guards) if guards else _CUT
+        identity = (event.frame, guard.klass, guard.subject or guard.text, guard.nearness)
+        if (group := groups.get(identity)) is None:
+            group = groups[identity] = _Group(frame=event.frame, guard=guard)
+        group.add(guard, event.seconds)
+    return tuple(group.row(limit_hit=group.frame in limited) for group in groups.values())
+
+
+@dataclass(slots=True, kw_only=True)
+class _Group:
+    """What is gathered of the recompiles of one row; `guard` is that of the first."""
+
+    frame: str
+    guard: Guard
+    count: int = 0
+    seconds: float | None = None
+    values: list[str] = field(default_factory=list)
+
+    def add(self, guard: Guard, seconds: float | None) -> None:
+        """Takes in one recompile."""
+        self.count += 1
+        if seconds is not None:
+            self.seconds = (self.seconds or 0.0) + seconds
+        if not self.values and (guard.expected.isdecimal() or "shape" not in guard.klass):
+            self.values.append(guard.expected)
+        # The entry compiled after a recompile expects what that recompile found.
+        if self.count == 2 and not self.guard.observed and guard.entry == _next(self.guard.entry):
+            self.guard = replace(self.guard, observed=guard.expected)
+        value = guard.observed or guard.expected
+        if len(self.values) < _MAX_VALUES and (guard.observed or self.values[-1:] != [value]):
+            self.values.append(value)
+
+    def row(self, *, limit_hit: bool) -> Recompile:
+        """The row to report."""
+        guard = self.guard
+        return Recompile(
+            frame=self.frame,
+            klass=guard.klass,
+            guard=guard.text,
+            subject=guard.subject,
+            expected=guard.expected,
+            observed=guard.observed,
+            fix=fix_for(guard, self.frame) if guard.text else _CUT_FIX,
+            count=self.count,
+            limit_hit=limit_hit,
+            cost_seconds=self.seconds,
+            pattern=pattern(guard.klass, self.values),
         )
-    return tuple(merged.values())
 
 
-def _classify(guard: str) -> tuple[RecompileClass, str, str, str]:
-    if size := _SIZE.search(guard):
-        small = {size["expected"], size["observed"]} & {"0", "1"}
-        subject = f"{size['subject']}.size()[{size['dim']}]"
-        return ("shape-0-1" if small else "shape", subject, size["expected"], size["observed"])
-    if dtype := _DTYPE.search(guard):
-        return "dtype", dtype["subject"], dtype["expected"], dtype["observed"]
-    if symbol := _SYMBOL.search(guard):
-        return "shape-0-1", symbol["subject"], f">= {symbol['expected']}", "0 or 1"
-    if equals := _EQUALS.match(guard):
-        subject, expected = equals["subject"], equals["expected"]
-        if re.fullmatch(r"-?\d+", expected):
-            return ("shape" if ".size()" in subject else "int"), subject, expected, ""
-        if re.fullmatch(r"'.*'|\".*\"", expected):
-            return "string", subject, expected, ""
-    return "other", "", "", ""
+def _next(entry: str) -> str:
+    """The compilation after `entry`: `0/2` of `0/1`."""
+    return _COUNTER.sub(lambda match: str(int(match[0]) + 1), entry) if entry else "none"

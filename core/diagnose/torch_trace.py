@@ -41,13 +41,14 @@ Wanted = Callable[[str, JsonValue], bool]
 class Entry:
     """One entry: its kind (`artifact`), what is said of it, and its payload.
 
-    `compile_id` is spelled as torch does (`0/1`, `!0/1/0`), and empty outside a compilation;
-    `rank` is that of the line, None where it has none.
+    `compile_id` is spelled as torch does (`0/1`, `!0/1/0`), and empty outside a compilation, of
+    which torch may make several attempts; `rank` is that of the line, None where it has none.
     """
 
     kind: str
     data: JsonValue
     compile_id: str
+    attempt: int
     rank: int | None
     payload: str
 
@@ -133,6 +134,19 @@ def read_log(path: Path, wanted: Wanted) -> TraceLog:
     )
 
 
+def iter_log(path: Path, wanted: Wanted) -> Iterator[Entry]:
+    """The entries of a log, one at a time, torch's strings among them; else as `read_log`."""
+    try:
+        for line, payload in _blocks(path):
+            if (found := _object(line)) is not None:
+                prefix, record = found
+                kind = next((name for name in record if name not in _WHEREABOUTS), "")
+                if wanted(kind, record.get(kind)):
+                    yield _entry(kind, prefix, record, _text(b"".join(payload)))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
 def json_of(text: str) -> Any:
     """The JSON value that `text` is; None where it is none."""
     try:
@@ -176,6 +190,7 @@ def _entry(kind: str, prefix: str, record: dict[str, JsonValue], payload: str) -
         kind=kind,
         data=record.get(kind),
         compile_id=_compile_id(record),
+        attempt=attempt if isinstance(attempt := record.get("attempt"), int) else 0,
         rank=rank if isinstance(rank, int) else int(of_line[1]) if of_line else None,
         payload=payload,
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllmc.core.diagnose.recompiles import Recompile, explain, merge
+from vllmc.core.diagnose.recompiles import Event, Recompile, frame_name, split_reasons, summarize
 from vllmc.core.runtime.engine import Engine, EngineConfig, Output, Timings
 from vllmc.core.runtime.program import Program
 from vllmc.core.runtime.sampler import SamplingParams
@@ -61,9 +61,12 @@ def run_workload(
     return WorkloadResult(
         outputs=results[-1].outputs,
         timings=tuple(result.timings for result in results),
-        recompiles=merge(
-            explain(
-                file=r.file, line=r.line, function=r.function, reason=r.reason, seconds=r.seconds
+        recompiles=summarize(
+            Event(
+                frame=frame_name(r.file, r.line, r.function),
+                reasons=split_reasons(r.reason),
+                seconds=r.seconds,
+                limit_hit=r.limit_hit,
             )
             for r in recompilations
         ),

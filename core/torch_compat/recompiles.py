@@ -9,17 +9,22 @@ from dataclasses import dataclass
 import torch._dynamo.utils as dynamo_utils
 
 _LIMIT = 100_000
+_LIMIT_HIT = "recompile limit exceeded"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recompilation:
-    """One recompile: the frame's file, line and function, Dynamo's reason, seconds it took."""
+    """One recompile: the frame's file, line and function, Dynamo's reason, seconds it took.
+
+    `limit_hit` says that Dynamo refused to compile the frame again, and ran it eager.
+    """
 
     file: str
     line: int
     function: str
     reason: str
     seconds: float | None
+    limit_hit: bool
 
 
 @contextlib.contextmanager
@@ -32,16 +37,26 @@ def watch_recompiles() -> Iterator[list[Recompilation]]:
     try:
         yield found
     finally:
-        for metrics in dynamo_utils.get_compilation_metrics()[before:]:
+        every = dynamo_utils.get_compilation_metrics()
+        # A refused compilation does not say whose it was.
+        frames = {_frame_id(m): m for m in every if m.co_name}
+        for metrics in every[before:]:
             if metrics.recompile_reason:
+                frame = frames.get(_frame_id(metrics), metrics)
+                limit_hit = _LIMIT_HIT in (metrics.fail_reason or "")
                 found.append(
                     Recompilation(
-                        file=metrics.co_filename or "",
-                        line=metrics.co_firstlineno or 0,
-                        function=metrics.co_name or "",
+                        file=frame.co_filename or "",
+                        line=frame.co_firstlineno or 0,
+                        function=frame.co_name or "",
                         reason=metrics.recompile_reason,
-                        seconds=metrics.entire_frame_compile_time_s,
+                        seconds=None if limit_hit else metrics.entire_frame_compile_time_s,
+                        limit_hit=limit_hit,
                     )
                 )
         # The oldest are dropped, as they would have been.
         dynamo_utils.set_compilation_metrics_limit(limit)
+
+
+def _frame_id(metrics: dynamo_utils.CompilationMetrics) -> str:
+    return (metrics.compile_id or "").rpartition("/")[0]

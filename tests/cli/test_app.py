@@ -246,6 +246,7 @@ def spawn(
         ("cache", "verify", "--json"),
         ("inspect-key", f"{TRACES}/cold"),
         ("diff-config", f"{TRACES}/cold", f"{TRACES}/option", "--json"),
+        ("recompiles", f"{TRACES}/cold"),
     ],
     ids=lambda words: " ".join(words).replace(f"{TRACES}/", ""),
 )
@@ -264,7 +265,8 @@ def test_light_commands_import_nothing_heavy(tmp_path: Path, words: tuple[str, .
         (f"inspect-key {TRACES}/cold", {"inspect_key"}),
         (f"diff-config {TRACES}/cold {TRACES}/option", {"diff_config"}),
         ("warm --help", {"warm"}),
-        ("--help", {"diff_config", "inspect_key", "models", "run", "warm"}),
+        (f"recompiles {TRACES}/cold", {"recompiles"}),
+        ("--help", {"diff_config", "inspect_key", "models", "recompiles", "run", "warm"}),
     ],
     ids=lambda value: value.replace(f"{TRACES}/", "") if isinstance(value, str) else "",
 )
@@ -281,7 +283,8 @@ def test_only_the_command_asked_for_is_imported(
         [sys.executable, "-c", program, *words.split()], capture_output=True, text=True, check=True
     )
     found = {name.removeprefix("vllmc.cli.") for name in json.loads(done.stdout.splitlines()[-1])}
-    assert found & {"cache", "diff_config", "inspect_key", "models", "run", "warm"} == imported
+    commands = {"cache", "diff_config", "inspect_key", "models", "recompiles", "run", "warm"}
+    assert found & commands == imported
 
 
 @pytest.mark.parametrize("words", [("models",), ("models", "--json"), ("--help",)], ids=" ".join)

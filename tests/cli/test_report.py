@@ -308,17 +308,24 @@ def test_a_run_explains_each_recompile() -> None:
         "count": 2,
         "limit_hit": False,
         "cost_seconds": 0.5,
+        "pattern": "one per size",
         "fix": "mark it",
     }
-    text = lines(report.run(ran(recompile, recompile | {"observed": "", "expected": ""})))
+    bare = recompile | {
+        "observed": "", "expected": "", "pattern": "", "cost_seconds": None, "limit_hit": True,
+    }  # fmt: skip
+    text = lines(report.run(ran(recompile, bare)))
     assert "recompiles   4" in text
     start = text.index("frame     model.py:3 in f")
-    assert text[start : start + 6] == [
+    assert text[start : start + 8] == [
         "frame     model.py:3 in f",
         "guard     L['x'].size()[0] == 4",
         "class     shape",
         "expected  4, found 7",
         "times     2",
+        "pattern   one per size",
+        "cost      500 ms",
         "fix       mark it",
     ]
+    assert "limit  the recompile limit was hit: the frame has run eager since" in text
     assert "\n".join(text).count("expected  ") == 1
