@@ -235,14 +235,14 @@ def make():
 def test_a_recompile_inside_a_splitting_op_is_seen_and_explained(
     factory: Path, workplace: Path, eager: Run
 ) -> None:
-    (workplace / "recompiling.py").write_text(RECOMPILING)
+    (workplace / "halving.py").write_text(RECOMPILING)
     ops = ("--splitting-op", "vllmc::unified_attention_with_output")
     ops += ("--splitting-op", "e2e_recompile::halve")
-    words = ("run", "recompiling:make", *ops, "--max-new-tokens", "2")
+    words = ("run", "halving:make", *ops, "--max-new-tokens", "2")
     seen = eager(*words, "--batch-size", "1", "--batch-size", "2", "--json")
     assert seen.code == 0
     row, *_ = rows = seen.json["recompiles"]
-    assert row["frame"].startswith("recompiling.py:")
+    assert row["frame"].startswith("halving.py:")
     assert row["frame"].endswith(" in halve")
     assert row["class"] in ("shape", "shape-0-1")
     assert "size" in row["guard"]
@@ -258,10 +258,10 @@ def test_a_recompile_inside_a_splitting_op_is_seen_and_explained(
 def test_a_splitting_op_of_the_model_s_own_cuts_the_graph(
     factory: Path, workplace: Path, eager: Run
 ) -> None:
-    (workplace / "recompiling.py").write_text(RECOMPILING.replace("e2e_recompile", "e2e_split"))
+    (workplace / "halving.py").write_text(RECOMPILING.replace("e2e_recompile", "e2e_split"))
     attention = ("--splitting-op", "vllmc::unified_attention_with_output")
     both = (*attention, "--splitting-op", "e2e_split::halve")
-    words = ("warm", "recompiling:make", "--json")
+    words = ("warm", "halving:make", "--json")
     assert eager(*words).json["pieces"]["splitting"] == 1
     row = eager(*words, *both).json
     assert (row["pieces"]["splitting"], row["pieces"]["compilable"]) == (2, 3)
