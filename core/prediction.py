@@ -25,8 +25,8 @@ ANY_RANGE: Final = "any"
 # What the compiler is told, and capture never sees: the graph is the same whatever they say.
 _COMPILER_GROUPS: Final = frozenset({"inductor", "functorch"})
 
-
 _NAMED: Final = 3
+"""How many differences a reason names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

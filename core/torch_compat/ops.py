@@ -19,17 +19,21 @@ _OF_TORCH = Path(torch.__file__).parent
 def registrations(name: str) -> tuple[tuple[str, int], ...]:
     """The file and line of each Python implementation of the op `namespace::name`, fake ones too.
 
-    Without those of torch and of vllmc, which are factors of their own. What a library of C++
-    registers has no file here, and is not among them. Raises `LookupError` for an op that is not
-    registered.
+    Those of all its overloads, without those of torch and of vllmc, which are factors of their own.
+    What a library of C++ registers has no file here, and is not among them. Raises `LookupError`
+    for an op that is not registered.
     """
     if name.startswith(_COVERED):
         return ()
-    if not torch._C._dispatch_has_kernel(name):
+    namespace, _, op = name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), op, None)
+    if packet is None:
         raise LookupError(name)
+    overloads = (name if o == "default" else f"{name}.{o}" for o in packet.overloads())
     found = {
         (file, line)
-        for file, line in _places(name)
+        for overload in overloads
+        for file, line in _places(overload)
         if not Path(file).is_relative_to(_OF_TORCH) and Path(file).is_file()
     }
     return tuple(sorted(found))

@@ -134,6 +134,37 @@ def test_a_tensor_reshaped_in_place_is_refused(trace_toy: Any, ops: Any) -> None
     assert caught.value.code == "unsupported-model"
 
 
+def test_a_method_of_tensors_that_was_replaced_is_refused(
+    trace_toy: Any, ops: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def function(entry: Any, x: Any, positions: Any, rows: Any) -> Any:
+        return entry.linear(x).relu()[0, rows]
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    trace_toy(function)
+    monkeypatch.setattr(torch.Tensor, "relu", double)
+    with pytest.raises(VllmcError) as caught:
+        trace_toy(function)
+    assert caught.value.code == "unsupported-model"
+    assert "Tensor.relu was replaced" in caught.value.message
+
+
+def test_an_op_all_of_whose_overloads_have_names_is_captured(link_toy: Any, ops: Any) -> None:
+    library = torch.library.Library("vllmc_capture_test", "FRAGMENT")
+    library.define("named.Tensor(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl("named.Tensor", torch.clone, "CompositeExplicitAutograd")
+
+    def function(entry: Any, x: Any, positions: Any, rows: Any) -> Any:
+        return ops.cut(torch.ops.vllmc_capture_test.named(entry.linear(x)))[0, rows]
+
+    try:
+        link_toy(function).check(1, 5)
+    finally:
+        library._destroy()
+
+
 def test_a_higher_order_op_is_refused_by_name(trace_toy: Any, ops: Any) -> None:
     from torch._higher_order_ops.out_dtype import out_dtype
 
