@@ -96,8 +96,8 @@ def run(
     is compiled.
 
     With --json: model, key, outputs (prompt, token_ids, text or null, finish_reason: length or
-    stop; with --logprobs logprobs: token_id, logprob and top for each token), counts (hit, dup,
-    compiled units), recompiles (frame, class, guard, subject, expected, observed, count,
+    stop; with --logprobs logprobs: token_id, logprob, rank and top for each token), counts (hit,
+    dup, compiled units), recompiles (frame, class, guard, subject, expected, observed, count,
     limit_hit, cost_seconds, pattern, fix; as recompiles has them), seconds (load, first_token,
     total), tokens_per_second (prefill, decode). With several --batch-size, outputs are those of
     the last.
@@ -223,6 +223,7 @@ def _output_row(
             {
                 "token_id": token.token_id,
                 "logprob": token.logprob,
+                "rank": token.rank,
                 "top": [{"token_id": i, "logprob": value} for i, value in token.top],
             }
             for token in generated.logprobs

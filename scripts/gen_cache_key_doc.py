@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from pages import publish
+
 from vllmc.core.cache.factor_table import FACTORS, GPU_FACTORS, GROUPS, NO_FACTORS, ORIGINS
 from vllmc.core.cache.factors import CUDA_ENVIRONMENT, ENVIRONMENT, UNIT_FACTORS, UNIT_GROUPS
 from vllmc.core.cache.record import GRAPH_GROUPS
@@ -260,17 +262,5 @@ def item(text: str) -> str:
     return textwrap.fill(f"- {text}", width=100, subsequent_indent="  ", break_on_hyphens=False)
 
 
-def main() -> int:
-    """Writes the page, or checks it."""
-    text = page()
-    if "--check" in sys.argv[1:]:
-        current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
-        if not current:
-            print(f"{PAGE.name} is out of date: run python scripts/gen_cache_key_doc.py")
-        return 0 if current else 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(publish(PAGE, page(), "scripts/gen_cache_key_doc.py"))

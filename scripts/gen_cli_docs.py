@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pages import publish
 from typer.core import TyperGroup
 
 from vllmc.cli.app import INTERRUPTED, PIPE_CLOSED, build_app
@@ -112,17 +113,5 @@ def _panel(param: Any) -> str:
     return getattr(param, "rich_help_panel", None) or ""
 
 
-def main() -> int:
-    """Writes the page, or checks it."""
-    text = page()
-    if "--check" in sys.argv[1:]:
-        current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
-        if not current:
-            print(f"{PAGE.name} is out of date: run python scripts/gen_cli_docs.py")
-        return 0 if current else 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(publish(PAGE, page(), "scripts/gen_cli_docs.py"))

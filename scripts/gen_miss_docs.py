@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pages import publish
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "explain-a-miss.md"
 COLUMNS = 80
@@ -151,18 +153,5 @@ def _normal(text: str) -> str:
     return text
 
 
-def main() -> int:
-    """Writes the page, or with `--check` returns 1 where it is not what it would write."""
-    before = PAGE.read_text(encoding="utf-8")
-    after = page(before)
-    if sys.argv[1:] == ["--check"]:
-        if before != after:
-            print(f"{PAGE.name} is out of date: run python scripts/gen_miss_docs.py")
-            return 1
-        return 0
-    PAGE.write_text(after, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(publish(PAGE, page(PAGE.read_text(encoding="utf-8")), "scripts/gen_miss_docs.py"))

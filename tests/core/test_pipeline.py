@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import save_llama
 
 from vllmc.core.cache.key import canonical_json
 from vllmc.core.cache.store import Store
@@ -56,19 +57,7 @@ class Notes(SilentObserver):
 
 @pytest.fixture(scope="session")
 def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig
-
-    directory = tmp_path_factory.mktemp("models") / "llama"
-    LlamaConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    ).save_pretrained(directory)
-    return directory
+    return save_llama(tmp_path_factory.mktemp("models") / "llama", layers=2)
 
 
 @pytest.fixture(scope="session")
@@ -481,6 +470,7 @@ _SCRIPT = """
 import importlib.util, json, sys
 from pathlib import Path
 
+sys.path.append(str(Path(sys.argv[1]).parents[1] / "support"))
 spec = importlib.util.spec_from_file_location("shared", sys.argv[1])
 shared = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(shared)

@@ -147,6 +147,7 @@ def test_log_probabilities_are_those_of_each_token_and_the_best(warmed: Any, eag
         assert len(values) == 4
         assert values == sorted(values, reverse=True)
         assert values[0] < 0
+        assert row["rank"] == 1, "greedy"
         assert row["top"][0] == {"token_id": row["token_id"], "logprob": row["logprob"]}
     [output] = eager("run", *words, "--logprobs", "0").json["outputs"]
     assert [row["top"] for row in output["logprobs"]] == [[], [], []]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import save_llama
 
 from vllmc.core.cache.key import Factor
 from vllmc.core.cache.store import Store
@@ -39,18 +40,7 @@ class Notes(SilentObserver):
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from transformers import LlamaConfig
-
-    directory = tmp_path_factory.mktemp("models") / "llama"
-    LlamaConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    ).save_pretrained(directory)
+    directory = save_llama(tmp_path_factory.mktemp("models") / "llama", layers=1)
     return resolve(str(directory), layers=None)
 
 
