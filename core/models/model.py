@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import torch
 
 from vllmc.core.cache.key import Factor
-from vllmc.core.spec import LayerNames
+from vllmc.core.spec import CompileSpec, LayerNames
+
+if TYPE_CHECKING:  # importing it takes Dynamo and sympy, which a hit does without
+    from vllmc.core.graph.call import Call
 
 Weights: TypeAlias = Literal["fake", "real"]
 
@@ -20,7 +23,8 @@ class ModelInfo:
 
     `layers` is the number of attention layers that a capture must show (None: unknown),
     `layer_types` and `sliding_window` (tokens) what the configuration says of their windows,
-    `max_position` the longest sequence in tokens, `tokenizer` a directory that holds one.
+    `max_position` the longest sequence in tokens, `tokenizer` a directory that holds one. `device`
+    is where its weights are, of a model that is there already.
     """
 
     dtype: str
@@ -31,6 +35,7 @@ class ModelInfo:
     sliding_window: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     tokenizer: Path | None = None
+    device: str | None = None
 
 
 class Model(Protocol):
@@ -51,11 +56,25 @@ class Model(Protocol):
     def made_by_code(self) -> bool:
         """Whether its graph may hang on Python values that no factor holds: the user's code's."""
 
+    @property
+    def runs_in_engine(self) -> bool:
+        """Whether it is a language model that is called as the engine calls one.
+
+        Then what no batch of several sequences could be run with is refused.
+        """
+
+    def adapt(self, spec: CompileSpec) -> CompileSpec:
+        """The spec by which it can be compiled: an encoder's last range has no end."""
+
+    def call(self, entry: torch.nn.Module) -> Call:
+        """The call of `entry`, which `build` made, that is captured."""
+
     def build(
         self, weights: Weights, *, device: str, dtype: str, layer_names: LayerNames, seed: int
     ) -> torch.nn.Module:
-        """The entry module: `forward(input_ids, position_ids, logits_indices) -> logits`.
+        """The entry module, of a class that says what it is called with.
 
-        Shapes: `[1, T]`, `[1, T]`, `[B]` (all int64) to `[B, vocab]`. Real weights are random
-        ones, drawn from `seed`, where the model has none of its own.
+        For the engine: `forward(input_ids, position_ids, logits_indices) -> logits`, `[1, T]`,
+        `[1, T]`, `[B]` (all int64) to `[B, vocab]`. Real weights are random ones, drawn from
+        `seed`, where the model has none of its own.
         """
