@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from vllmc.core.torch_compat import unbacked
-from vllmc.core.torch_compat.unbacked import mark_unbacked_size
+from vllmc.core.torch_compat.unbacked import mark_unbacked_size, supports_shape_ids
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +39,13 @@ def test_code_may_branch_on_the_least_size() -> None:
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.UserError, match="data-dependent"):
         compiled(marked(5, low=2))
+
+
+def test_shape_ids_are_known_by_the_signature() -> None:
+    def before(t, index, hint_override=None, strict=False, specialize_on=None): ...
+
+    def after(t, index, hint_override=None, strict=False, specialize_on=None, shape_id=None): ...
+
+    assert not supports_shape_ids(before)
+    assert supports_shape_ids(after)
+    assert supports_shape_ids()
