@@ -17,6 +17,14 @@ class Batch:
     ids: "torch.Tensor | None"
 
 
+Stages = dict[str, Tensor]
+
+
+@dataclasses.dataclass
+class Outputs:
+    stages: "Stages"
+
+
 class Longer(Batch):
     name: str
 
@@ -186,5 +194,5 @@ def test_a_name_that_can_be_looked_up_is_what_it_is() -> None:
 
 
 def test_text_in_a_class_is_looked_up_in_the_module_of_that_class() -> None:
-    assert holds_tensors(Batch, {"torch": None})
-    assert holds_tensors(type("Local", (Longer,), {}), {})
+    assert holds_tensors(Outputs, {"Stages": int})
+    assert holds_tensors(type("Local", (Outputs,), {"__module__": "elsewhere"}), {})

@@ -79,13 +79,16 @@ class Batch(NamedTuple):
     ids: Tensor
 
 
+Stages = dict[str, Tensor]
+
+
 class Annotated(torch.nn.Module):
     def forward(
         self,
         ids: torch.Tensor,
         scale: float,
         positions: torch.Tensor | None,
-        hidden: "dict[str, Tensor] | None" = None,
+        hidden: "Stages | None" = None,
         batch: Batch | None = None,
         unknown=None,
         *rest: Tensor,
