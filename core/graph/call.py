@@ -49,12 +49,16 @@ def describe_call(declared: Declared, values: Mapping[str, object]) -> Call:
     """The call that brings `values`, by argument name.
 
     Raises `UsageError`: `bad-argument` for what is neither tensor nor constant nor holds such,
-    `bad-dims` and `dim-out-of-range` for declared dimensions that a tensor does not have.
+    `not-a-tensor` for a declared argument of constants alone, `bad-dims` and `dim-out-of-range`
+    for declared dimensions that a tensor does not have.
     """
     tensors: list[Argument] = []
     constants: dict[str, JsonValue] = {}
     for name, value in values.items():
-        for path, leaf in leaves(name, value):
+        held = tuple(leaves(name, value))
+        if name in declared.dims and _is_no_tensor([leaf for _, leaf in held]):
+            raise _not_a_tensor(name, value)
+        for path, leaf in held:
             match leaf:
                 case torch.Tensor():
                     tensors.append(_argument(declared, name, path, leaf))
@@ -83,6 +87,22 @@ def _argument(declared: Declared, name: str, path: str, tensor: torch.Tensor) ->
         shape[dim] = dynamic.shape_id or f"{path}.shape[{dim}]"
     dtype = str(tensor.dtype).removeprefix("torch.")
     return Argument(path=path, dtype=dtype, shape=tuple(shape))
+
+
+def _is_no_tensor(held: Sequence[object]) -> bool:
+    constants = (bool, int, float, str)
+    return any(isinstance(leaf, constants) for leaf in held) and not any(
+        leaf is None or isinstance(leaf, torch.Tensor) for leaf in held
+    )
+
+
+def _not_a_tensor(name: str, value: object) -> UsageError:
+    return UsageError(
+        "not-a-tensor",
+        f"the argument {name} is declared to have dimensions that vary, but its value, of type "
+        f"{type(value).__qualname__}, holds no tensor",
+        hint="pass a tensor, None, or tensors in a dict, list, tuple, dataclass or NamedTuple",
+    )
 
 
 def _bad_argument(path: str, value: object) -> UsageError:

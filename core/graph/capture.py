@@ -176,13 +176,28 @@ def _result(
         after = dict(leaves(n, examples[n]))
         if held.keys() != after.keys() or any(held[path] is not after[path] for path in held):
             left.append(f"the argument {n}")
+    described = describe(result, places)
     if left:
+        returned = set(_outputs_in(described))
+        kept = [node for index, node in enumerate(outputs) if index not in returned]
         raise unsupported_model(
             name,
             f"its forward changes {left[0]}, besides what it returns",
+            place=place_of_node(kept[0]) if kept and isinstance(kept[0], fx.Node) else None,
             hint="a compiled call runs none of its Python: return what must be kept",
         )
-    return describe(result, places)
+    return described
+
+
+def _outputs_in(result: JsonValue) -> Iterator[int]:
+    """The numbers of the graph's outputs in what a call returns."""
+    match result:
+        case {"output": int(index)}:
+            yield index
+        case dict():
+            yield from (i for value in result.values() for i in _outputs_in(value))
+        case list():
+            yield from (i for value in result for i in _outputs_in(value))
 
 
 def _attention_sites(graph: fx.Graph, inputs: Sequence[GraphInput]) -> tuple[AttentionSite, ...]:

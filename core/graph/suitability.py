@@ -138,15 +138,6 @@ def _check_writes(model: Model, graph: fx.Graph, inputs: Sequence[GraphInput]) -
                 place=_place_of_write(node),
                 hint=f"{_ONE_BATCH}: what one of them leaves in the module, all would see",
             )
-    (outputs,) = graph.output_node().args
-    assert isinstance(outputs, (list, tuple))
-    for node in outputs[1:]:
-        raise unsupported_model(
-            model.name,
-            "its forward keeps a tensor in the module, besides what it returns",
-            place=place_of_node(node) if isinstance(node, fx.Node) else None,
-            hint=f"{_ONE_BATCH}: what one of them leaves in the module, all would see",
-        )
 
 
 def _place_of_write(tensor: fx.Node) -> Place | None:

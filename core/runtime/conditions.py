@@ -40,7 +40,7 @@ def read_condition(text: str, sizes: int) -> Condition:
 
     Raises `UnsafeCacheError` (`bad-record`) where it is no condition.
     """
-    if not can_be_kept(text):
+    if not can_be_kept(text) or any(place >= sizes for place in read_by(text)):
         raise UnsafeCacheError(
             "bad-record",
             "a program record holds a condition that vllmc cannot evaluate",

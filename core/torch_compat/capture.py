@@ -177,8 +177,12 @@ def _guarded_expression(guard: Guard) -> str:
     name = _text(guard.name)
     details = getattr(guard.create_fn, "keywords", {})
     match guard.create_fn_name():
-        case "HASATTR":
+        case "HASATTR" if "attr" in details:
             return f"hasattr({name}, {details['attr']!r})"
+        case "HASATTR":
+            # On torch 2.11 the guard is one on the attribute.
+            source = guard.originating_source
+            return f"hasattr({_text(source.base.name)}, {source.member!r})"
         case "NOT_PRESENT_IN_GENERIC_DICT":
             return f"{details['attr']!r} in vars({name})"
         case "DUPLICATE_INPUT":

@@ -82,8 +82,9 @@ def test_an_assertion_that_cannot_be_decided_is_made_on_every_call(link_toy: Any
     assert assertions(toy.captured.graph)
     toy.check(1, 6, 8)
     args = (torch.zeros(1, 7, dtype=torch.int64),) * 2
-    with pytest.raises(RuntimeError):
+    with pytest.raises(VllmcError, match="the model demands") as caught:
         toy.program(*args, torch.tensor([0]))
+    assert caught.value.code == "size-mismatch"
 
 
 @pytest.mark.parametrize("kind", ["backed", "backed-size-oblivious"])
