@@ -110,9 +110,10 @@ class CompiledForward:
             session.observer,
             policy=Policy(may_compile=session.may_compile),
         )
-        _LOGGER.info("%s: %s, %d compiled", job.label, ready.outcome, ready.count("compiled"))
-        for change in ready.miss.changes if ready.miss is not None else ():
-            _LOGGER.info("%s: changed since it was stored: %s", job.label, change)
+        _LOGGER.info("%s: %s, %.1f s", job.label, ready.outcome, ready.seconds.total)
+        for c in ready.miss.changes if ready.miss is not None else ():
+            told = (job.label, c.kind, c.group, c.name, c.before, c.after)
+            _LOGGER.info("%s: not stored so far, %s: %s %s, %s before and %s now", *told)
         return open_program(ready, module)
 
 

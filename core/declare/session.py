@@ -7,6 +7,7 @@ a module keeps what is in force where it is made.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -111,10 +112,9 @@ def _process_started() -> float:
     """When this process began, in unix seconds: nothing was imported before."""
     try:
         stat = Path("/proc/self/stat").read_text(encoding="ascii")
-        boot = Path("/proc/stat").read_text(encoding="ascii")
+        uptime = float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
     except OSError:
         return 0.0
-    # The name in parentheses may hold spaces; `starttime` is field 22, the 20th after it.
-    ticks = int(stat.rpartition(")")[2].split()[19])
-    [booted] = [line.split()[1] for line in boot.splitlines() if line.startswith("btime ")]
-    return int(booted) + ticks / os.sysconf("SC_CLK_TCK")
+    # Field 22, the 20th after the name in parentheses, which may hold spaces: in ticks since boot.
+    started = int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.time() - (uptime - started)

@@ -236,8 +236,8 @@ def _object(value: Mapping[str, Any], targets: dict[str, object]) -> str:
     return f"{_constant(cls, targets)}({', '.join(parts)})"
 
 
-def _with_attributes(cls: type[Any], attributes: Mapping[str, object]) -> object:
-    made = object.__new__(cls)
+def _with_attributes(cls: Any, attributes: Mapping[str, object]) -> object:
+    made = cls.__new__(cls)
     vars(made).update(attributes)
     return made
 
