@@ -102,6 +102,21 @@ def test_a_branch_on_a_backed_size_must_hold_for_every_compiled_count(
     trace_toy(function, dynamic_shapes=kind, ranges=(CompileRange(9, 64),))
 
 
+@pytest.mark.parametrize("kind", ["backed", "backed-size-oblivious"])
+def test_a_branch_on_one_token_is_not_taken_for_granted(
+    trace_toy: Any, ops: Any, kind: str
+) -> None:
+    def function(entry: Any, x: Any, positions: Any, rows: Any) -> Any:
+        if x.shape[1] == 1:
+            x = x * 2
+        return ops.cut(x)[0]
+
+    with pytest.raises(VllmcError) as caught:
+        trace_toy(function, dynamic_shapes=kind)
+    assert caught.value.code == "range-not-covered"
+    trace_toy(function, dynamic_shapes=kind, ranges=(CompileRange(2, 64),))
+
+
 def test_a_model_for_one_token_count_only_is_refused(trace_toy: Any, ops: Any) -> None:
     def function(entry: Any, x: Any, positions: Any, rows: Any) -> Any:
         return ops.cut(x).view(17, 8)
