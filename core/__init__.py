@@ -1,1 +1,27 @@
-"""vllmc's library: resolve, capture, split, plan, key, obtain, link."""
+"""vllmc's library: resolve, capture, split, plan, key, obtain, link.
+
+What others build on is imported from here: `from vllmc.core import watch_recompiles`. Each name
+is loaded when it is first asked for. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from vllmc.core.diagnose.live import watch_recompiles
+else:
+    _MODULES: Final = {
+        "watch_recompiles": "vllmc.core.diagnose.live",
+    }
+
+    def __getattr__(name: str) -> Any:
+        """A public name, from the module that has it."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import importlib
+
+        return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+__all__ = ["watch_recompiles"]
