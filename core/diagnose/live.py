@@ -83,5 +83,5 @@ def _paragraph(row: Recompile) -> str:
     if row.pattern:
         lines.append(f"pattern: {row.pattern}")
     if row.limit_hit:
-        lines.append("the recompile limit was hit: the frame has run eager since")
+        lines.append("the recompile limit was hit: eager since then (fullgraph=True: an error)")
     return "\n    ".join([*lines, f"fix: {row.fix}"])

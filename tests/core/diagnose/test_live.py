@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -319,6 +320,19 @@ def test_logging_is_left_as_it_was_and_nothing_is_printed(capfd: Any) -> None:
     assert {name for name in within if within[name] != before[name]} == {"torch.__trace"}
     assert len(report.recompiles) == 1
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_page_shows_a_program_and_what_it_prints(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "recompiles.md").read_text(encoding="utf-8")
+    section = page.partition("\n## In a program\n")[2]
+    program, printed = re.findall(r"(?s)```(?:python)?\n(.*?)```", section)[:2]
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py")], capture_output=True, text=True, check=True
+    )
+    without_seconds = re.compile(r"\d+\.\d\d s:")
+    assert without_seconds.sub("", done.stdout) == without_seconds.sub("", printed)
+    assert done.stderr == ""
 
 
 REFUSED = """
