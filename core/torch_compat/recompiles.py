@@ -86,8 +86,9 @@ def _begun(payload: str) -> Recompilation:
     from torch._dynamo.utils import guard_failures
 
     reasons = tuple(json.loads(payload)) if payload.startswith("[") else (payload,)
-    # The record does not say whose reasons these are; torch has just noted them with the code. It
-    # notes none for a compilation that is gone with a tensor, hence the name when it has ended.
+    # The record does not say whose reasons these are; torch has just noted them with the code,
+    # under the lock that it still holds. It notes none for a compilation that went with an object:
+    # then the name comes with the end.
     for code, failures in guard_failures.items():
         if failures and failures[-1] in reasons:
             return Recompilation(
