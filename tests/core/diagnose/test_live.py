@@ -266,13 +266,13 @@ def test_blocks_of_several_threads_may_overlap() -> None:
         with watch_recompiles() as report:
             reports.append(report)
             within.set()
-            over.wait()
+            over.wait(60)
             step(torch.ones(4), "c")
 
-    thread = threading.Thread(target=other)
+    thread = threading.Thread(target=other, daemon=True)
     with watch_recompiles() as report:
         thread.start()
-        within.wait()
+        within.wait(60)
         step(torch.ones(4), "b")
     over.set()
     thread.join()
