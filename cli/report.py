@@ -252,5 +252,7 @@ def _recompile(row: Row) -> RenderableType:
     if row["cost_seconds"] is not None:
         lines.append(("cost", duration(row["cost_seconds"])))
     if row["limit_hit"]:
-        lines.append(("limit", "the recompile limit was hit: the frame has run eager since"))
+        lines.append(
+            ("limit", "the recompile limit was hit: eager since then (fullgraph=True: an error)")
+        )
     return facts(*lines, ("fix", row["fix"]))

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllmc.core.diagnose.recompiles import Event, Recompile, frame_name, split_reasons, summarize
+from vllmc.core.diagnose.live import watch_recompiles
+from vllmc.core.diagnose.recompiles import Recompile
 from vllmc.core.runtime.engine import Engine, EngineConfig, Output, Timings
 from vllmc.core.runtime.program import Program
 from vllmc.core.runtime.sampler import SamplingParams
@@ -50,26 +51,15 @@ def run_workload(
 
     Raises what `Engine.generate` raises.
     """
-    # Watching needs Dynamo, which is there only if something compiles with it.
-    from vllmc.core.torch_compat.recompiles import watch_recompiles
-
     batches = [_repeat(prompts, size) for size in batch_sizes] or [list(prompts)]
     engine = _engine(program, batches, params, limits)
     started = time.perf_counter()
-    with watch_recompiles() as recompilations:
+    with watch_recompiles() as report:
         results = [engine.generate(batch, params) for batch in batches]
     return WorkloadResult(
         outputs=results[-1].outputs,
         timings=tuple(result.timings for result in results),
-        recompiles=summarize(
-            Event(
-                frame=frame_name(r.file, r.line, r.function),
-                reasons=split_reasons(r.reason),
-                seconds=r.seconds,
-                limit_hit=r.limit_hit,
-            )
-            for r in recompilations
-        ),
+        recompiles=report.recompiles,
         seconds=time.perf_counter() - started,
     )
 

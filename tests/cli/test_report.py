@@ -327,5 +327,5 @@ def test_a_run_explains_each_recompile() -> None:
         "cost      500 ms",
         "fix       mark it",
     ]
-    assert "limit  the recompile limit was hit: the frame has run eager since" in text
+    assert "limit  the recompile limit was hit: eager since then (fullgraph=True: an error)" in text
     assert "\n".join(text).count("expected  ") == 1
