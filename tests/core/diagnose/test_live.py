@@ -18,7 +18,8 @@ import pytest
 import recompiling
 import torch
 
-from vllmc.core import watch_recompiles
+import vllmc.core
+from vllmc.core import CompileSpec, compiling, watch_recompiles
 from vllmc.core.diagnose.live import LiveReport
 from vllmc.core.diagnose.recompile_report import read_recompiles
 from vllmc.core.diagnose.recompiles import Recompile
@@ -85,6 +86,24 @@ def test_the_fix_of_other_subjects_is_proven(name: str, klass: str, advice: str)
     assert row.klass == klass
     assert advice in row.fix
     assert live(f"{name}_cured").recompiles == ()
+
+
+def test_the_declaration_that_a_fix_gives_is_proven(tmp_path: Path) -> None:
+    [row, *_] = live("module").recompiles
+    decorator = re.search(r"@vllmc\.core\.(support_torch_compile\(.*\))$", row.fix)
+    assert decorator
+    declared = eval(decorator[1], {"support_torch_compile": vllmc.core.support_torch_compile})
+
+    class Rows(recompiling.Rows):
+        pass
+
+    spec = CompileSpec(device="auto", dtype="auto", backend="eager")
+    with compiling(spec, cache_dir=tmp_path), watch_recompiles() as report:
+        model = declared(Rows)()
+        for batch in (4, 1, 7):
+            x = torch.ones(batch, 8)
+            torch.testing.assert_close(model(x), x.sum(0))
+    assert report.recompiles == ()
 
 
 def test_strings_given_as_layer_names_to_a_frame_of_their_own_still_recompile() -> None:
@@ -337,7 +356,8 @@ def test_the_page_shows_a_program_and_what_it_prints(tmp_path: Path) -> None:
 
 REFUSED = """
 import contextlib, json, recompiling, torch
-from vllmc.core import watch_recompiles
+import vllmc.core
+from vllmc.core import CompileSpec, compiling, watch_recompiles
 
 step = recompiling.compiled(recompiling.layer, fullgraph=True)
 with watch_recompiles() as report:
