@@ -15,6 +15,8 @@ from vllmc.cli.render import (
     duration,
     factors,
     facts,
+    name_cost,
+    named_argument,
     names,
     short_key,
     size,
@@ -76,6 +78,8 @@ def _warm_one(row: Row) -> RenderableType:
         parts += ["", _units(row["units"])]
     if row["counts"]["dup"]:
         parts.append(Text(_DUP, style="dim"))
+    if row["layer_names"] is not None:
+        parts += ["", *_layer_names(row["layer_names"])]
     if row["miss"] is not None and row["miss"]["nearest_key"] is not None:
         parts += ["", *_miss(row["miss"])]
     return Group(*parts)
@@ -106,6 +110,14 @@ def _units(units: Sequence[Row]) -> RenderableType:
             for unit in units
         ),
     )
+
+
+def _layer_names(row: Row) -> list[RenderableType]:
+    parts: list[RenderableType] = [Text(name_cost(row), style="yellow")]
+    for op in row["ops"]:
+        pieces = names(op["pieces"], 3)
+        parts.append(facts(("op", named_argument(op)), ("in", pieces), ("fix", op["fix"])))
+    return parts
 
 
 def _miss(miss: Row) -> list[RenderableType]:

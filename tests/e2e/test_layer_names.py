@@ -1,0 +1,203 @@
+"""A model with an op of its own that takes the layer's name, as users write them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., Any]
+SILU = ("--splitting-op", "torch.nn.functional.silu")
+ATTENTION = "vllmc::unified_attention_with_output"
+
+MODEL = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+{imports}
+
+GAINS = {{f"model.layers.{{index}}": 1.0 + index for index in range(8)}}
+
+
+{declaration}
+
+
+class Gained(torch.nn.Module):
+    def __init__(self, inner, name):
+        super().__init__()
+        self.inner = inner
+        {attribute}
+
+    def forward(self, x):
+        return torch.ops.{namespace}.gain(self.inner(x), self.layer_name)
+
+
+def make(layers=4):
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
+            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
+            initializer_range=0.3, eos_token_id=None, bos_token_id=None,
+        )
+    )
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.v_proj = Gained(layer.self_attn.v_proj, f"model.layers.{{index}}")
+    return model
+
+
+def deeper():
+    return make(layers=6)
+"""
+
+BY_SCHEMA = """
+def gain(x, layer_name):
+    return x * GAINS[{text}]
+
+
+library = torch.library.Library("{namespace}", "DEF")
+{define}
+library.impl("gain", gain, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "{namespace}::gain", lambda x, layer_name: torch.empty_like(x), lib=library
+)
+"""
+
+BY_SIGNATURE = """
+@torch.library.custom_op("{namespace}::gain", mutates_args=())
+def gain(
+    x: torch.Tensor,
+    {annotation}
+) -> torch.Tensor:
+    return x * GAINS[{text}]
+
+
+gain.register_fake(lambda x, layer_name: torch.empty_like(x))
+"""
+
+
+def write(workplace: Path, name: str, way: str = "schema", fix: str = "") -> None:
+    """The module `name` of the model; with a `fix`, that is pasted where it says."""
+    form = {"schema": BY_SCHEMA, "signature": BY_SIGNATURE}[way]
+    imports, declared, attribute = fix.splitlines() or ["", "", "self.layer_name = name"]
+    declaration = form.format(
+        namespace=name,
+        define=declared or 'library.define("gain(Tensor x, str layer_name) -> Tensor")',
+        annotation=declared or "layer_name: str",
+        text="layer_name.value" if fix else "layer_name",
+    )
+    # The fix shows the name of one layer.
+    attribute = re.sub(r"'model\.layers\.\d'", "name", attribute)
+    (workplace / f"{name}.py").write_text(
+        MODEL.format(imports=imports, declaration=declaration, attribute=attribute, namespace=name)
+    )
+
+
+def outputs(vllmc: Run, name: str) -> Any:
+    """What the model generates, with log-probabilities, which show any other gain."""
+    words = ("--prompt-ids", "1,2,3", "--max-new-tokens", "4", "--logprobs", "2", "--json")
+    return vllmc("run", f"{name}:make", *words).json["outputs"]
+
+
+@pytest.mark.parametrize("way", ["schema", "signature"])
+def test_the_fix_of_a_user_s_op_is_proven(way: str, eager: Run, workplace: Path) -> None:
+    before, after = f"strings_{way}", f"names_{way}"
+    write(workplace, before, way)
+    row = eager("warm", f"{before}:make", "--json").json
+    found = row["layer_names"]
+    assert row["pieces"]["unique"] == found["unique"] == 5
+    assert found["would_be"] == 3
+    [op] = found["ops"]
+    assert (op["op"], op["argument"]) == (f"{before}::gain", "layer_name")
+    assert (op["values"], op["examples"]) == (3, ["model.layers.1", "model.layers.3"])
+    assert op["pieces"] == ["piece_2", "piece_4", "piece_6"]
+    write(workplace, after, way, op["fix"])
+    cured = eager("warm", f"{after}:make", "--json").json
+    assert cured["layer_names"] is None
+    assert cured["pieces"]["unique"] == found["would_be"]
+    assert outputs(eager, before) == outputs(eager, after)
+
+
+def test_the_cost_is_that_of_the_units_beyond_the_first(eager: Run, workplace: Path) -> None:
+    write(workplace, "strings_cost")
+    row = eager("warm", "strings_cost:make", "--compile-size", "4", "--json").json
+    extra = [unit for unit in row["units"] if unit["pieces"][0] in ("piece_4", "piece_6")]
+    found = row["layer_names"]
+    assert found["compiled"] == len(extra) == 4
+    assert found["seconds"] == pytest.approx(sum(unit["seconds"] for unit in extra), abs=1e-3)
+    # The eager backend writes the same for every range of a piece.
+    sizes = {unit["artifact"]: unit["bytes"] for unit in extra}
+    assert found["bytes"] == sum(sizes.values()) > 0
+    assert (
+        eager("warm", "strings_cost:make", "--compile-size", "4", "--json").json["layer_names"]
+        is None
+    ), "nothing is captured when the program is found"
+
+
+def test_units_that_were_stored_before_cost_their_bytes(eager: Run, workplace: Path) -> None:
+    write(workplace, "strings_deep")
+    eager("warm", "strings_deep:make")
+    found = eager("warm", "strings_deep:deeper", "--json").json["layer_names"]
+    assert (found["unique"], found["would_be"], found["compiled"]) == (7, 3, 2)
+    stored = eager("warm", "strings_deep:deeper", "--force", "--json").json
+    assert stored["layer_names"]["bytes"] == found["bytes"]
+    assert stored["layer_names"]["compiled"] == 4
+
+
+def test_a_name_in_a_splitting_op_costs_nothing(eager: Run, workplace: Path) -> None:
+    write(workplace, "strings_split")
+    ops = ("--splitting-op", ATTENTION, "--splitting-op", "strings_split::gain")
+    row = eager("warm", "strings_split:make", *ops, "--json").json
+    assert row["layer_names"] is None
+    assert row["pieces"]["unique"] < row["pieces"]["compilable"]
+
+
+@pytest.mark.parametrize("layers", ["3", "6"])
+def test_our_own_op_costs_only_baked_and_inside_a_piece(eager: Run, layers: str) -> None:
+    rows = {
+        (names, ops): eager("warm", "--layers", layers, "--layer-names", names, *ops, "--json").json
+        for names in ("hoisted", "baked")
+        for ops in (SILU, ())
+    }
+    unique = {key: row["pieces"]["unique"] for key, row in rows.items()}
+    grown = int(layers) + 1
+    assert unique == {
+        ("hoisted", SILU): 3,
+        ("baked", SILU): grown,
+        ("hoisted", ()): 3,
+        ("baked", ()): 3,
+    }
+    found = rows["baked", SILU]["layer_names"]
+    assert [key for key, row in rows.items() if row["layer_names"]] == [("baked", SILU)]
+    assert (found["unique"], found["would_be"]) == (grown, 3)
+    [op] = found["ops"]
+    assert (op["op"], op["argument"]) == (ATTENTION, "layer_name")
+    assert op["fix"] == "--layer-names hoisted"
+
+
+def test_a_person_is_told_the_cost_and_the_cure(eager: Run, workplace: Path) -> None:
+    write(workplace, "strings_told")
+    page = workplace / "summary.md"
+    said = eager("warm", "strings_told:make", "--summary", page).out
+    for text in (said, page.read_text()):
+        assert "layer-name strings made 5 pieces unique that would otherwise be 3: 2 more" in text
+        assert "strings_told::gain, argument layer_name: 3 strings, 'model.layers.1' to" in text
+        assert "LAYER_NAME_TYPE} layer_name) -> Tensor" in text
+    assert "layer-name" not in eager("warm", "strings_told:make").out
+
+
+@pytest.mark.slow
+def test_what_inductor_spent_on_strings_is_measured(vllmc: Run, workplace: Path) -> None:
+    before, after = "strings_inductor", "names_inductor"
+    write(workplace, before)
+    row = vllmc("warm", f"{before}:make", "--json").json
+    found = row["layer_names"]
+    assert (found["unique"], found["would_be"], found["compiled"]) == (5, 3, 2)
+    extra = [unit for unit in row["units"] if unit["pieces"][0] in ("piece_4", "piece_6")]
+    assert found["seconds"] == pytest.approx(sum(u["seconds"] for u in extra), abs=1e-3) != 0
+    assert found["bytes"] == sum(unit["bytes"] for unit in extra) != 0
+    write(workplace, after, fix=found["ops"][0]["fix"])
+    cured = vllmc("warm", f"{after}:make", "--json").json
+    assert (cured["layer_names"], cured["pieces"]["unique"]) == (None, 3)
+    assert outputs(vllmc, before) == outputs(vllmc, after)
