@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,45 @@ def make(layers=4):
 
 def deeper():
     return make(layers=6)
+"""
+
+# Layers of which each is compiled, or all in one.
+COMPILED = """
+import torch
+
+library = torch.library.Library("by_layer", "DEF")
+library.define("update(Tensor x, str layer_name) -> Tensor")
+library.impl("update", lambda x, layer_name: x.clone(), "CPU")
+torch.library.register_fake(
+    "by_layer::update", lambda x, layer_name: torch.empty_like(x), lib=library
+)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, index):
+        super().__init__()
+        self.layer_name = f"model.layers.{index}.self_attn"
+
+    def forward(self, x):
+        return torch.ops.by_layer.update(x + 1, self.layer_name)
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(map(Layer, range(12)))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+model = Model()
+for module in WHAT:
+    module.compile(backend="eager")
+for _ in range(2):
+    model(torch.ones(4))
 """
 
 BY_SCHEMA = """
@@ -201,3 +243,28 @@ def test_what_inductor_spent_on_strings_is_measured(vllmc: Run, workplace: Path)
     cured = vllmc("warm", f"{after}:make", "--json").json
     assert (cured["layer_names"], cured["pieces"]["unique"]) == (None, 3)
     assert outputs(vllmc, before) == outputs(vllmc, after)
+
+
+def recompiles(vllmc: Run, workplace: Path, what: str) -> Any:
+    """What the report says of the program that compiles `what`."""
+    program, log = workplace / "program.py", workplace / "program.log"
+    program.write_text(COMPILED.replace("WHAT", what))
+    with log.open("w") as file:
+        subprocess.run(
+            [sys.executable, program],
+            env={**os.environ, "TORCH_LOGS": "recompiles"},
+            stderr=file,
+            check=True,
+        )
+    return vllmc("recompiles", log, "--json").json["recompiles"], vllmc("recompiles", log).out
+
+
+def test_layers_compiled_one_by_one_are_said_to_run_eager_and_how_not_to(
+    vllmc: Run, workplace: Path
+) -> None:
+    [row], said = recompiles(vllmc, workplace, "model.layers")
+    assert (row["class"], row["subject"]) == ("string", "self.layer_name")
+    assert (row["count"], row["pattern"], row["limit_hit"]) == (8, "one per layer", True)
+    assert "the recompile limit was hit: the frame has run eager since" in said
+    assert row["fix"].startswith("compile the function that calls forward (program.py:")
+    assert recompiles(vllmc, workplace, "[model]")[0] == []
