@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -114,9 +115,10 @@ def _units(units: Sequence[Row]) -> RenderableType:
 
 def _layer_names(row: Row) -> list[RenderableType]:
     parts: list[RenderableType] = [Text(name_cost(row), style="yellow")]
-    for op in row["ops"]:
-        pieces = names(op["pieces"], 3)
-        parts.append(facts(("op", named_argument(op)), ("in", pieces), ("fix", op["fix"])))
+    for fix, ops in itertools.groupby(row["ops"], key=lambda op: op["fix"]):
+        found = [(named_argument(op), names(op["pieces"], 3)) for op in ops]
+        lines = [line for op, pieces in found for line in (("op", op), ("in", pieces))]
+        parts.append(facts(*lines, ("fix", fix)))
     return parts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,9 @@ def _layer_names(row: Row) -> list[str]:
     if found is None:
         return []
     lines = [f"{row['model']}: {name_cost(found)}"]
-    for op in found["ops"]:
-        lines += ["", f"- {named_argument(op)}", "", "```", *op["fix"].splitlines(), "```"]
+    for fix, ops in itertools.groupby(found["ops"], key=lambda op: op["fix"]):
+        lines += ["", *(f"- {named_argument(op)}" for op in ops)]
+        lines += ["", "```", *fix.splitlines(), "```"]
     return lines
 
 

@@ -45,7 +45,7 @@ class LayerNameCost:
                     "values": len(argument.values),
                     "examples": [argument.values[0], argument.values[-1]],
                     "pieces": list(argument.pieces),
-                    "fix": _fix(argument),
+                    "fix": _fix(argument, found),
                 }
                 for argument in found.arguments
             ],
@@ -68,29 +68,35 @@ def cost_of(found: NamedPieces, units: Sequence[UnitResult]) -> LayerNameCost:
     )
 
 
-def _fix(argument: NamedArgument) -> str:
-    """What to type, or to paste where the op is declared, so that its strings cost nothing."""
+def _fix(argument: NamedArgument, found: NamedPieces) -> str:
+    """What to type, or to paste where the op is declared, so that its strings cost nothing.
+
+    The same for all arguments of an op, which is declared as a whole.
+    """
     if argument.op.startswith(_OWN):
         return "--layer-names hoisted"
-    name = argument.argument
+    named = [other for other in found.arguments if other.schema == argument.schema]
     if argument.by_signature:
         names = "LayerName"
-        declaration = (
-            f"{name}: LayerName  # in the place of {name}: str, in the function of {argument.op}"
-        )
+        declared = [
+            f"{n.argument}: LayerName  # not {n.argument}: str, in the function of {n.op}"
+            for n in named
+        ]
     else:
         names = "LAYER_NAME_TYPE, LayerName"
-        declaration = f'library.define(f"{_declared(argument)}")'
-    return (
-        f"from vllmc.kernels.layer_name import {names}\n"
-        f"{declaration}\n"
-        f"self.{name} = LayerName({argument.values[0]!r})"
-        f"  # in __init__ of each layer; the op's code reads {name}.value"
-    )
+        declared = [f'library.define(f"{_schema(named)}")']
+    held = [
+        f"self.{n.argument} = LayerName({n.values[0]!r})"
+        f"  # in __init__ of each layer; the op's code reads {n.argument}.value"
+        for n in named
+    ]
+    return "\n".join([f"from vllmc.kernels.layer_name import {names}", *declared, *held])
 
 
-def _declared(argument: NamedArgument) -> str:
-    """The schema with the argument as a `LayerName`, which has no default but None."""
-    text = rf'\bstr(\??) {argument.argument}\b(?:="(?:[^"\\]|\\.)*")?'
-    schema = argument.schema.partition("::")[2]
-    return re.sub(text, rf"{{LAYER_NAME_TYPE}}\1 {argument.argument}", schema, count=1)
+def _schema(named: Sequence[NamedArgument]) -> str:
+    """The op's schema with `named` of type `LayerName`, which has no default but None."""
+    schema = named[0].schema.partition("::")[2]
+    for given in named:
+        text = rf'\bstr(\??) {given.argument}\b(?:="(?:[^"\\]|\\.)*")?'
+        schema = re.sub(text, rf"{{LAYER_NAME_TYPE}}\1 {given.argument}", schema, count=1)
+    return schema
