@@ -245,6 +245,24 @@ def test_what_inductor_spent_on_strings_is_measured(vllmc: Run, workplace: Path)
     assert outputs(vllmc, before) == outputs(vllmc, after)
 
 
+def test_the_page_s_model_is_cured_by_the_page_s_diff(eager: Run, workplace: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "layer-names.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    [diff] = re.findall(r"```diff\n(.*?)```", page, re.DOTALL)
+    (workplace / "named.py").write_text(code)
+    found = eager("warm", "named:model", "--json").json["layer_names"]
+    assert (found["unique"], found["would_be"]) == (9, 3)
+    assert all(line in page for line in found["ops"][0]["fix"].splitlines())
+    imports, *added = re.findall(r"^\+(.*)", diff, re.MULTILINE)
+    for old, new in zip(re.findall(r"^-(.*)", diff, re.MULTILINE), added, strict=True):
+        assert old in code
+        code = code.replace(old, new)
+    # In this process, the ops of the other module are registered already.
+    (workplace / "cured.py").write_text(f"{imports}\n{code}".replace("myops", "cured_ops"))
+    cured = eager("warm", "cured:model", "--json").json
+    assert (cured["layer_names"], cured["pieces"]["unique"]) == (None, 3)
+
+
 def recompiles(vllmc: Run, workplace: Path, what: str) -> Any:
     """What the report says of the program that compiles `what`."""
     program, log = workplace / "program.py", workplace / "program.log"
