@@ -263,6 +263,24 @@ def test_the_page_s_model_is_cured_by_the_page_s_diff(eager: Run, workplace: Pat
     assert (cured["layer_names"], cured["pieces"]["unique"]) == (None, 3)
 
 
+@pytest.mark.parametrize("given", ["LayerName(self.layer_name)", "SHARED"])
+def test_a_layer_name_that_no_module_holds_is_refused(
+    eager: Run, workplace: Path, given: str
+) -> None:
+    name = f"held_by_{given.partition('(')[0].lower()}"
+    fix = (
+        "from vllmc.kernels.layer_name import LAYER_NAME_TYPE, LayerName; SHARED = LayerName('a')\n"
+        'library.define(f"gain(Tensor x, {LAYER_NAME_TYPE} layer_name) -> Tensor")\n'
+        "self.layer_name = name"
+    )
+    write(workplace, name, fix=fix)
+    module = workplace / f"{name}.py"
+    module.write_text(module.read_text().replace("(x), self.layer_name)", f"(x), {given})"))
+    done = eager("warm", f"{name}:make")
+    assert (done.code, done.error) == (1, "unsupported-model")
+    assert "attribute of the module" in done.err
+
+
 def recompiles(vllmc: Run, workplace: Path, what: str) -> Any:
     """What the report says of the program that compiles `what`."""
     program, log = workplace / "program.py", workplace / "program.log"
