@@ -24,9 +24,9 @@ _STRINGS = ("str", "Optional[str]")
 class NamedArgument:
     """An argument of the op `namespace::name` in whose strings otherwise equal pieces differ.
 
-    `schema` is the op's, and `by_signature` says whether torch.library made it from the annotations
-    of a function; `values` are the strings, each once, and `pieces` the names of the
-    pieces that hold them, both in the order of the graph.
+    `schema` is the op's, and `by_signature` says whether torch.library made it from a function's
+    annotations; `values` are the strings, each once, and `pieces` the names of the pieces that
+    hold them, both in the order of the graph.
     """
 
     op: str
