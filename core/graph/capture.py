@@ -20,7 +20,7 @@ from vllmc.core.graph.inputs import find_attribute, read_source
 from vllmc.core.graph.layout import Argument, AttentionSite, GraphInput
 from vllmc.core.graph.normalize import normalize, value_of
 from vllmc.core.graph.piece import SymbolRole
-from vllmc.core.graph.results import OutputMark, describe
+from vllmc.core.graph.results import NumberMark, describe
 from vllmc.core.graph.side_effects import left_behind
 from vllmc.core.graph.suitability import check_graph, check_module, place_of_node
 from vllmc.core.graph.targets import custom_ops, op_names
@@ -161,9 +161,15 @@ def _result(
     """What the call returns. Raises `unsupported-model` where it leaves something behind."""
     (outputs,) = raw.module.graph.output_node().args
     assert isinstance(outputs, (list, tuple))
-    marks = [OutputMark(index) for index in range(len(outputs))]
+    # Tensors for tensors: a class may look at what it is given.
+    marks = [
+        torch.empty(0) if isinstance(value_of(output), torch.Tensor) else NumberMark()
+        for output in outputs
+    ]
     tensors = [leaf for n, value in examples.items() for _, leaf in leaves(n, value)]
-    places = {id(t): i for i, t in enumerate(t for t in tensors if isinstance(t, torch.Tensor))}
+    tensors = [leaf for leaf in tensors if isinstance(leaf, torch.Tensor)]
+    known: dict[int, JsonValue] = {id(t): {"argument": i} for i, t in enumerate(tensors)}
+    known |= {id(mark): {"output": index} for index, mark in enumerate(marks)}
     before = [(n, dict(leaves(n, value))) for n, value in examples.items()]
     with left_behind(entry) as left:
         result = raw.replay(marks)
@@ -171,7 +177,7 @@ def _result(
         after = dict(leaves(n, examples[n]))
         if held.keys() != after.keys() or any(held[path] is not after[path] for path in held):
             left.append(f"the argument {n}")
-    described = describe(result, places)
+    described = describe(result, known)
     if left:
         returned = set(_outputs_in(described))
         kept = [node for index, node in enumerate(outputs) if index not in returned]

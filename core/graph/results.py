@@ -17,30 +17,25 @@ from vllmc.core.errors import VllmcError
 from vllmc.core.graph.targets import import_path
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class OutputMark:
-    """Stands for output number `index` of a graph."""
-
-    index: int
+class NumberMark:
+    """Stands for an output of a graph that is a number."""
 
 
-def describe(result: object, arguments: Mapping[int, int]) -> JsonValue:
+def describe(result: object, known: Mapping[int, JsonValue]) -> JsonValue:
     """`result` as JSON: literals as they are, all else as tagged objects.
 
-    `{"output": i}` is an output of the graph (an `OutputMark`), `{"argument": i}` a tensor that the
-    call brought, known by `id` in `arguments`. `{"call": [module, name], ...}` makes an object by
-    its class, `{"object": [module, name], ...}` by its attributes. Raises `VllmcError`
-    (`unsupported-model`) for what no record can hold.
+    What it holds of the objects in `known`, by `id`, is told as said there: `{"output": i}` for
+    what stands for an output of the graph, `{"argument": i}` for a tensor of the call.
+    `{"call": [module, name], ...}` makes an object by its class, `{"object": [module, name], ...}`
+    by its attributes. Raises `VllmcError` (`unsupported-model`) for what no record can hold.
     """
 
     def inner(value: object) -> JsonValue:
-        return describe(value, arguments)
+        return describe(value, known)
 
+    if id(result) in known:
+        return known[id(result)]
     match result:
-        case OutputMark(index):
-            return {"output": index}
-        case torch.Tensor() if id(result) in arguments:
-            return {"argument": arguments[id(result)]}
         case torch.Tensor():
             raise _unsupported("a tensor that it did not compute")
         case Enum():

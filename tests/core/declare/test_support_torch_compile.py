@@ -176,6 +176,21 @@ def test_results_come_as_the_forward_makes_them() -> None:
         assert result[2] == 0.5
 
 
+def test_results_may_be_a_transformers_output() -> None:
+    from transformers.modeling_outputs import BaseModelOutput
+
+    @support_torch_compile(dynamic_arg_dims={"x": TOKENS})
+    class Encodes(torch.nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return BaseModelOutput(last_hidden_state=x + 1, attentions=(x * 2,))
+
+    model = Encodes().eval()
+    result, expected = model(torch.ones(3, 2)), model.forward(torch.ones(3, 2))
+    assert type(result) is BaseModelOutput
+    assert result.keys() == expected.keys()
+    torch.testing.assert_close(result.to_tuple(), expected.to_tuple())
+
+
 def test_enable_if_is_asked_with_the_spec(seen: Any) -> None:
     asked: list[CompileSpec] = []
 
