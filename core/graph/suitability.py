@@ -87,7 +87,8 @@ def _check_attention(model: Model, entry: torch.nn.Module, sites: Sequence[Atten
         raise _not_attending(model, attending, missing)
     seen: set[str] = set()
     for site in sites:
-        if site.layer in seen:
+        # One cache would hold the keys of both. An encoder has none.
+        if site.layer in seen and info.encoder is None:
             raise unsupported_model(
                 model.name,
                 f"its layer {site.layer} attends more than once in a step",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
@@ -15,12 +17,37 @@ Weights: TypeAlias = Literal["fake", "real"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderInfo:
+    """How an encoder counts the positions of a sequence's tokens.
+
+    From 0 where `padding_id` is None. Else as RoBERTa does: from `padding_id + 1` on, where a
+    padding token has the position `padding_id` and is not counted.
+    """
+
+    padding_id: int | None = None
+
+    @property
+    def first_position(self) -> int:
+        """The position of a sequence's first token."""
+        return 0 if self.padding_id is None else self.padding_id + 1
+
+    def positions(self, token_ids: Sequence[int]) -> list[int]:
+        """The position of each token of a sequence."""
+        counted = itertools.accumulate(int(token != self.padding_id) for token in token_ids)
+        return [
+            self.first_position + count - 1 if token != self.padding_id else token
+            for token, count in zip(token_ids, counted, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """Facts for the engine.
 
     `layers` is the number of attention layers that a capture must show (None: unknown),
-    `layer_types` and `sliding_window` (tokens) what the configuration says of their windows,
-    `max_position` the longest sequence in tokens, `tokenizer` a directory that holds one.
+    `layer_types` and `sliding_window` (tokens, with the token itself) what the configuration says
+    of their windows, `max_position` the longest sequence in tokens, `tokenizer` a directory that
+    holds one. `encoder` is set where every token attends to the whole of its sequence.
     """
 
     dtype: str
@@ -31,6 +58,7 @@ class ModelInfo:
     sliding_window: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     tokenizer: Path | None = None
+    encoder: EncoderInfo | None = None
 
 
 class Model(Protocol):
@@ -56,6 +84,7 @@ class Model(Protocol):
     ) -> torch.nn.Module:
         """The entry module: `forward(input_ids, position_ids, logits_indices) -> logits`.
 
-        Shapes: `[1, T]`, `[1, T]`, `[B]` (all int64) to `[B, vocab]`. Real weights are random
-        ones, drawn from `seed`, where the model has none of its own.
+        Shapes: `[1, T]`, `[1, T]`, `[B]` (all int64) to `[B, vocab]`. That of an encoder takes no
+        `logits_indices` and returns hidden states `[T, H]`. Real weights are random ones, drawn
+        from `seed`, where the model has none of its own.
         """
