@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils import logging as transformers_logging
 
 from vllmc.core.errors import VllmcError
 from vllmc.core.models.attention import (
@@ -174,13 +175,15 @@ def load_weights(
     Raises `VllmcError` (`bad-weights`).
     """
     auto, options = _auto_class(name, config)
+    encodes = encoder_info(name, config) is not None
     try:
-        with _MAKING:
-            return auto.from_pretrained(
+        with _MAKING, _heads_unreported() if encodes else nullcontext():
+            model, report = auto.from_pretrained(
                 source,
                 config=config,
                 dtype=getattr(torch, dtype),
                 revision=revision or "main",
+                output_loading_info=True,
                 **options,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -190,6 +193,26 @@ def load_weights(
             context={"cause": str(error).splitlines()[0]},
             hint="check that all files of the model are there; --weights fake needs none",
         ) from error
+    if encodes and (missing := sorted(report["missing_keys"])):
+        raise VllmcError(
+            "bad-weights",
+            f"the weights of {name} lack {missing[0]} and {len(missing) - 1} others",
+            hint="an embedding by random weights says nothing: check the model's files, and that "
+            "--layers does not ask for more layers than they hold",
+        )
+    loaded: torch.nn.Module = model
+    return loaded
+
+
+@contextmanager
+def _heads_unreported() -> Iterator[None]:
+    """Keeps Transformers from listing the weights of heads, which an encoder goes without."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def _auto_class(name: str, config: PretrainedConfig) -> tuple[Any, dict[str, bool]]:

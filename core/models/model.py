@@ -46,8 +46,8 @@ class ModelInfo:
 
     `layers` is the number of attention layers that a capture must show (None: unknown),
     `layer_types` and `sliding_window` (tokens, with the token itself) what the configuration says
-    of their windows, `max_position` the longest sequence in tokens, `tokenizer` a directory that
-    holds one. `encoder` is set where every token attends to the whole of its sequence.
+    of their windows, `max_position` the longest sequence in tokens, `directory` where its tokenizer
+    would be. `encoder` is set where every token attends to the whole of its sequence.
     """
 
     dtype: str
@@ -57,7 +57,7 @@ class ModelInfo:
     layer_types: tuple[str, ...] = ()
     sliding_window: int | None = None
     stop_token_ids: tuple[int, ...] = ()
-    tokenizer: Path | None = None
+    directory: Path | None = None
     encoder: EncoderInfo | None = None
 
 

@@ -99,7 +99,7 @@ class TransformersModel:
             layer_types=tuple(getattr(config, "layer_types", None) or ()),
             sliding_window=window,
             stop_token_ids=self._stop_token_ids(),
-            tokenizer=self._source.directory,
+            directory=self._source.directory,
             encoder=encoder,
         )
 

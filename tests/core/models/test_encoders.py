@@ -99,6 +99,22 @@ def test_the_weights_of_a_model_with_a_head_are_those_of_the_encoder_under_it(
     assert "model.pooler.dense.weight" not in dict(entry.named_parameters())
 
 
+def test_weights_that_a_file_lacks_are_not_made_up(tmp_path: Path) -> None:
+    save_encoder(BERT, tmp_path)
+    with pytest.raises(VllmcError, match=r"encoder\.layer\.3") as caught:
+        run(resolve(str(tmp_path), layers=4), PROMPTS)
+    assert caught.value.code == "bad-weights"
+
+
+def test_weights_of_heads_are_left_out_without_a_word(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save_encoder(BERT, tmp_path)
+    capfd.readouterr()
+    run(resolve(str(tmp_path), layers=2), PROMPTS)
+    assert "UNEXPECTED" not in capfd.readouterr().err
+
+
 def config(family: EncoderFamily, **changes: Any) -> Any:
     return AutoConfig.for_model(**{**family.config, **changes})
 
