@@ -1,4 +1,4 @@
-"""Which Transformers models are encoders, and how they count positions. Imports no torch."""
+"""Which Transformers models are encoders, and how they count positions."""
 
 from __future__ import annotations
 

@@ -13,6 +13,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from vllmc.core.cache.store import Store
+from vllmc.core.events import SilentObserver
+from vllmc.core.job import Job, make_job, resolve_spec
+from vllmc.core.models.resolve import resolve
+from vllmc.core.pipeline import Ready, obtain_program, open_program
+from vllmc.core.runtime.embeddings import Embedder
+from vllmc.core.spec import CompileSpec
+
 VOCAB = 128
 MAX_POSITION = 64
 # A window of 4 tokens on either side ends within most; all seven are longer than MAX_POSITION.
@@ -20,6 +28,8 @@ PROMPTS = tuple(
     torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist()
     for length in (19, 1, 7, 33, 2, 12, 5)
 )
+
+BATCHES = (1, 2, 7)
 
 _FIELDS = {
     "vocab_size": VOCAB,
@@ -122,3 +132,29 @@ def hidden_states(model: PreTrainedModel, prompt: Sequence[int]) -> torch.Tensor
     with torch.no_grad():
         states: torch.Tensor = model(input_ids=torch.tensor([prompt])).last_hidden_state[0]
     return states
+
+
+def obtain_encoder(directory: Path, cache: Path, backend: str) -> tuple[Job, Ready]:
+    """The program of the encoder saved in `directory`, compiled into the cache directory."""
+    model = resolve(str(directory))
+    spec = resolve_spec(CompileSpec(device="cpu", backend=backend), model)
+    job = make_job(model, spec, environment={}, cache_dir=cache, origins={})
+    return job, obtain_program(job, Store(cache), SilentObserver())
+
+
+def embeddings(job: Job, ready: Ready) -> dict[int, torch.Tensor]:
+    """The mean embeddings `[n, H]` of the first n prompts in one batch, for each n of BATCHES."""
+    entry = job.model.build(
+        "real", device="cpu", dtype=job.spec.dtype, layer_names=job.spec.layer_names, seed=0
+    )
+    encoder = job.model.info.encoder
+    assert encoder is not None
+    program = open_program(ready, entry)
+    embedder = Embedder(step=program, encoder=encoder, pooling="mean", device="cpu")
+    return {n: embedder.embed(PROMPTS[:n]) for n in BATCHES}
+
+
+def same_embeddings(model: PreTrainedModel, found: Mapping[int, torch.Tensor]) -> bool:
+    """Whether `found` (as `embeddings` returns them) is what eager Transformers gives `model`."""
+    alone = torch.stack([hidden_states(model, prompt).mean(dim=0) for prompt in PROMPTS])
+    return all(torch.allclose(e, alone[:n], rtol=1e-5, atol=1e-5) for n, e in found.items())

@@ -106,15 +106,6 @@ def test_weights_that_a_file_lacks_are_not_made_up(tmp_path: Path) -> None:
     assert caught.value.code == "bad-weights"
 
 
-def test_weights_of_heads_are_left_out_without_a_word(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    save_encoder(BERT, tmp_path)
-    capfd.readouterr()
-    run(resolve(str(tmp_path), layers=2), PROMPTS)
-    assert "UNEXPECTED" not in capfd.readouterr().err
-
-
 def config(family: EncoderFamily, **changes: Any) -> Any:
     return AutoConfig.for_model(**{**family.config, **changes})
 
