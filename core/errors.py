@@ -36,6 +36,9 @@ class VllmcError(Exception):
         self.message = message
         self.context = dict(context or {})
         self.hint = hint
+        if hint:
+            # For who meets it as an exception of the library's.
+            self.add_note(f"hint: {hint}")
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"

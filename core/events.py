@@ -5,6 +5,7 @@ The pipeline is handed an `Observer` and reports to it; it never prints.
 
 from __future__ import annotations
 
+import logging
 from typing import Literal, Protocol, TypeAlias
 
 UnitOutcome: TypeAlias = Literal["hit", "dup", "compiled"]
@@ -49,3 +50,30 @@ class SilentObserver:
 
     def waiting(self, what: str) -> None:
         """Ignores the wait."""
+
+
+class LogObserver:
+    """Writes to the logger `vllmc`: warnings as such, what is compiled as information."""
+
+    def __init__(self) -> None:
+        self._logger = logging.getLogger("vllmc")
+
+    def stage(self, name: str) -> None:
+        """Logs the stage, for who debugs."""
+        self._logger.debug("%s", name)
+
+    def unit_started(self, name: str, index: int, total: int) -> None:
+        """Logs what begins, for who debugs."""
+        self._logger.debug("%s (%d of %d)", name, index + 1, total)
+
+    def unit_finished(self, name: str, outcome: UnitOutcome, seconds: float) -> None:
+        """Logs what a unit came to."""
+        self._logger.info("%s: %s, %.1f s", name, outcome, seconds)
+
+    def warning(self, code: str, message: str, hint: str = "") -> None:
+        """Logs the warning."""
+        self._logger.warning("%s: %s%s", code, message, f" ({hint})" if hint else "")
+
+    def waiting(self, what: str) -> None:
+        """Logs what is waited for."""
+        self._logger.info("%s", what)

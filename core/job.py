@@ -94,16 +94,16 @@ def make_job(
 
 
 def resolve_spec(spec: CompileSpec, model: Model) -> CompileSpec:
-    """`spec` with `auto` decided: CUDA where there is a GPU, the model's own dtype.
+    """`spec` with `auto` decided: where the model is, else CUDA where there is a GPU; its dtype.
 
-    Raises `VllmcError` (`no-device`) for a GPU that is not there.
+    Raises `VllmcError` (`no-device`) for a GPU that is not there, and what `Model.adapt` raises.
     """
     device = spec.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = model.info.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # A device is named once, so that `cuda` and `cuda:0` give one key.
     if device == "cuda":
         device = "cuda:0"
     system.device_properties(device)
     dtype = model.info.dtype if spec.dtype == "auto" else spec.dtype
-    return replace(spec, device=device, dtype=dtype)
+    return model.adapt(replace(spec, device=device, dtype=dtype))

@@ -190,8 +190,9 @@ def _predict_units(job: Job, store: Store, miss: Miss) -> Prediction:
     stored = store.ranges_compiled_by(key_of(job.compiler_factors))
     if not stored:
         return Prediction(outcome="miss", reason=why, miss=miss)
-    # Every program has pieces whose code depends on the token count: attention's inputs do.
-    if lacking := [str(given) for given in unit_ranges(job.spec) if str(given) not in stored]:
+    # A language model has pieces whose code depends on the token count: attention's inputs do.
+    lacking = [str(given) for given in unit_ranges(job.spec) if str(given) not in stored]
+    if lacking and job.model.runs_in_engine:
         what = f"nothing is stored for {lacking[0]} tokens"
         return Prediction(outcome="miss", reason=f"{why}; {what}", miss=miss)
     twin = _captured_alike(job, store)

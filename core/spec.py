@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Final, Literal, TypeAlias
 
 from vllmc.core.errors import UsageError
 
 DynamicShapes: TypeAlias = Literal["unbacked", "backed", "backed-size-oblivious"]
 LayerNames: TypeAlias = Literal["hoisted", "baked"]
 OptionValue: TypeAlias = "bool | int | float | str | list[OptionValue] | None"
+
+OPEN_END: Final = 2**31 - 1
+"""The end of a range without one, written `inf`; as far as torch's smaller indices reach."""
 
 ATTENTION_OP = "vllmc::unified_attention_with_output"
 
@@ -26,8 +29,8 @@ class CompileRange:
 
     @classmethod
     def parse(cls, text: str) -> CompileRange:
-        """Reads `A:B`, or `N` for `N:N`. Raises `UsageError` for anything else."""
-        match = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", text)
+        """Reads `A:B`, `N` for `N:N`, or `A:inf`. Raises `UsageError` for anything else."""
+        match = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+|inf)\s*)?", text)
         if match is None:
             raise UsageError(
                 "bad-range",
@@ -35,7 +38,7 @@ class CompileRange:
                 hint="write it as A:B, both inclusive, for example --compile-range 1:8192",
             )
         start = int(match[1])
-        end = int(match[2]) if match[2] is not None else start
+        end = start if match[2] is None else OPEN_END if match[2] == "inf" else int(match[2])
         if start < 1:
             raise UsageError(
                 "bad-range",
@@ -59,7 +62,9 @@ class CompileRange:
         return isinstance(tokens, int) and self.start <= tokens <= self.end
 
     def __str__(self) -> str:
-        return str(self.start) if self.is_size else f"{self.start}:{self.end}"
+        if self.is_size:
+            return str(self.start)
+        return f"{self.start}:{'inf' if self.end == OPEN_END else self.end}"
 
 
 def check_ranges(ranges: Sequence[CompileRange], sizes: Sequence[int]) -> None:
@@ -114,6 +119,14 @@ class CompileSpec:
     def max_tokens(self) -> int:
         """The largest token count that some range or size covers."""
         return max([r.end for r in self.ranges] + list(self.sizes))
+
+
+def open_ended(spec: CompileSpec) -> CompileSpec:
+    """`spec` with the last of its ranges without an end: for what cannot be cut into chunks."""
+    if not spec.ranges:
+        return spec
+    *others, last = sorted(spec.ranges)
+    return replace(spec, ranges=(*others, replace(last, end=OPEN_END)))
 
 
 def unit_ranges(spec: CompileSpec) -> tuple[CompileRange, ...]:

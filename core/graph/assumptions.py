@@ -1,12 +1,14 @@
 """What a capture assumed of the sizes of its inputs, checked against what is to be compiled.
 
 A linked program has no guards. So whatever capture took for granted about the token count, be it
-a guard on a backed size or a `torch._check` of the model, must hold for every compiled one.
+a guard on a backed size or a `torch._check` of the model, must hold for every compiled one. What
+cannot be decided beforehand becomes part of the program's layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import sympy
 import torch
@@ -14,40 +16,71 @@ import torch.fx as fx
 
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.normalize import value_of
-from vllmc.core.graph.piece import SymbolRole
-from vllmc.core.spec import CompileRange, CompileSpec
-from vllmc.core.torch_compat.shapes import truth
+from vllmc.core.runtime.conditions import can_be_kept
+from vllmc.core.spec import OPEN_END, CompileRange, CompileSpec
+from vllmc.core.torch_compat.shapes import python_text, truth
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assumptions:
+    """What could be neither shown to hold for every call nor seen to fail, as `conditions` has it.
+
+    `demands` are the model's own assertions: each call is held against them. `promises` are
+    guards of capture: a call that breaks one would have been compiled anew by torch.
+    """
+
+    demands: tuple[str, ...]
+    promises: tuple[str, ...]
 
 
 def check_assumptions(
     name: str,
     graph: fx.Graph,
     guards: Iterable[sympy.Basic],
-    roles: Mapping[sympy.Symbol, SymbolRole],
+    symbols: Mapping[sympy.Symbol, str],
+    sizes: Sequence[str],
     spec: CompileSpec,
-) -> None:
+) -> Assumptions:
     """Drops from `graph` the assertions about its inputs' sizes that hold for all of the spec.
 
-    One that cannot be decided stays, and is evaluated on every call. Raises `VllmcError`
-    (`range-not-covered`) where an assertion fails, or a guard cannot be shown to hold, somewhere
-    in the spec's ranges and sizes; `name` is the model's.
+    `symbols` are the graph's, with the names of the varying `sizes` that they stand for; the first
+    size is the token count. Raises `VllmcError` (`range-not-covered`) where an assertion about
+    the token count, or a guard, fails somewhere in the spec's ranges and sizes, or where a guard
+    cannot be kept; `name` is the model's.
     """
     ranges = (*(CompileRange(size, size) for size in spec.sizes), *spec.ranges)
-    for guard in guards:
-        for given in ranges:
-            if truth(guard, _bounds(roles, given)) is not True:
-                raise _not_covered(name, guard, roles, given)
-    for node, condition in list(_entry_assertions(graph, roles)):
-        truths = {given: truth(condition, _bounds(roles, given)) for given in ranges}
-        for given, holds in truths.items():
-            if holds is False:
-                raise _not_covered(name, condition, roles, given)
-        if all(truths.values()):
+    places = {symbol: sympy.Symbol(f"d{sizes.index(size)}") for symbol, size in symbols.items()}
+    tokens = {symbol for symbol, size in symbols.items() if size == sizes[0]}
+
+    def truths(condition: sympy.Basic) -> dict[CompileRange, bool | None]:
+        return {r: truth(condition, _bounds(symbols, tokens, r)) for r in ranges}
+
+    demands, promises = [], []
+    for guard in dict.fromkeys(guards):
+        found = truths(guard)
+        text = python_text(guard, places)
+        if failing := [r for r, holds in found.items() if holds is False]:
+            raise _not_covered(name, guard, symbols, failing[0])
+        if None in found.values():
+            if not can_be_kept(text):
+                raise _not_covered(name, guard, symbols, ranges[0])
+            promises.append(text)
+    for node, condition in list(_entry_assertions(graph, symbols)):
+        found = truths(condition)
+        only_tokens = condition.free_symbols <= tokens
+        if only_tokens and (failing := [r for r, holds in found.items() if holds is False]):
+            raise _not_covered(name, condition, symbols, failing[0])
+        if all(found.values()):
             graph.erase_node(node)
+        elif can_be_kept(text := python_text(condition, places)):
+            demands.append(text)
+    return Assumptions(
+        demands=tuple(dict.fromkeys(demands)), promises=tuple(dict.fromkeys(promises))
+    )
 
 
 def _entry_assertions(
-    graph: fx.Graph, roles: Mapping[sympy.Symbol, SymbolRole]
+    graph: fx.Graph, symbols: Mapping[sympy.Symbol, str]
 ) -> Iterator[tuple[fx.Node, sympy.Basic]]:
     for node in graph.nodes:
         if node.target is not torch.ops.aten._assert_scalar.default:
@@ -57,25 +90,27 @@ def _entry_assertions(
         if isinstance(condition, torch.SymBool):
             condition = condition.node.expr
         expr = sympy.sympify(condition)
-        if expr.free_symbols <= roles.keys():
+        if expr.free_symbols <= symbols.keys():
             yield node, expr
 
 
 def _bounds(
-    roles: Mapping[sympy.Symbol, SymbolRole], given: CompileRange
+    symbols: Iterable[sympy.Symbol], tokens: set[sympy.Symbol], given: CompileRange
 ) -> dict[sympy.Symbol, tuple[int, int]]:
-    """What the inputs' symbols may be in a batch of the range `given`."""
-    start = {"tokens": given.start, "rows": 1, "data": 0}
-    return {symbol: (start[role], given.end) for symbol, role in roles.items()}
+    """What the inputs' symbols may be in a call of the range `given`."""
+    return {
+        symbol: (given.start, given.end) if symbol in tokens else (1, OPEN_END)
+        for symbol in symbols
+    }
 
 
 def _not_covered(
     name: str,
     condition: sympy.Basic,
-    roles: Mapping[sympy.Symbol, SymbolRole],
+    symbols: Mapping[sympy.Symbol, str],
     given: CompileRange,
 ) -> VllmcError:
-    readable = condition.xreplace({s: sympy.Symbol(role) for s, role in roles.items()})
+    readable = condition.xreplace({s: sympy.Symbol(size) for s, size in symbols.items()})
     return VllmcError(
         "range-not-covered",
         f"the model '{name}' takes for granted that {readable}, which does not hold for all of "

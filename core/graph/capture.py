@@ -10,12 +10,17 @@ import sympy
 import torch
 import torch.fx as fx
 
+from vllmc.core.cache.key import JsonValue
+from vllmc.core.declare.containers import leaves
 from vllmc.core.errors import UsageError
-from vllmc.core.graph.assumptions import check_assumptions
+from vllmc.core.graph.assumptions import Assumptions, check_assumptions
+from vllmc.core.graph.call import Call, example_arguments, role_of, sizes_in
 from vllmc.core.graph.inputs import find_attribute, read_source
-from vllmc.core.graph.layout import AttentionSite, GraphInput
+from vllmc.core.graph.layout import Argument, AttentionSite, GraphInput
 from vllmc.core.graph.normalize import normalize, value_of
 from vllmc.core.graph.piece import SymbolRole
+from vllmc.core.graph.results import OutputMark, describe
+from vllmc.core.graph.side_effects import left_behind
 from vllmc.core.graph.suitability import check_graph, check_module, place_of_node
 from vllmc.core.graph.targets import custom_ops, op_names
 from vllmc.core.models.errors import unsupported_model
@@ -24,16 +29,13 @@ from vllmc.core.models.place import place_of_frames
 from vllmc.core.spec import ATTENTION_OP, CompileSpec
 from vllmc.core.torch_compat.capture import (
     CaptureError,
+    RawCapture,
     capture_full_graph,
     freezes_weights,
-    mark_dimension,
 )
 from vllmc.core.torch_compat.ops import registrations
 from vllmc.kernels.layer_name import LayerName
 
-# Distinct, and neither 0 nor 1, so that no two sizes are taken for one.
-_EXAMPLE_TOKENS = 17
-_EXAMPLE_ROWS = 3
 # After these a tensor's example value no longer says what it was when a piece took it.
 _RESHAPES_IN_PLACE = frozenset(
     {
@@ -55,13 +57,18 @@ _RESHAPES_IN_PLACE = frozenset(
 class Capture:
     """A model's graph, normalised.
 
-    `inputs` describes the placeholders in order. `roles` says what the symbols among their sizes
-    count. `functions` are the qualified names of the traced functions by their source file, and
-    `guarded` the expressions of the Python values that the graph depends on.
+    `arguments` are what a call brings, `result` what it returns (see `results.describe`). `inputs`
+    describes the placeholders in order. `roles` says what the symbols among their sizes are, and
+    `assumptions` what is taken for granted of them. `functions` are the qualified names of the
+    traced functions by their source file, and `guarded` the expressions of the Python values that
+    the graph depends on.
     """
 
     graph: fx.Graph
+    arguments: tuple[Argument, ...]
+    result: JsonValue
     inputs: tuple[GraphInput, ...]
+    assumptions: Assumptions
     roles: Mapping[sympy.Symbol, SymbolRole]
     attention: tuple[AttentionSite, ...]
     functions: Mapping[str, tuple[str, ...]]
@@ -73,14 +80,17 @@ def capture(model: Model, entry: torch.nn.Module, spec: CompileSpec) -> Capture:
 
     Raises what `trace` raises, and `unsupported-model` for what `suitability` refuses.
     """
+    call = model.call(entry)
+    if not model.runs_in_engine:
+        return trace(model.name, entry, call, spec)
     check_module(model, entry)
-    captured = trace(model.name, entry, spec)
+    captured = trace(model.name, entry, call, spec)
     check_graph(model, entry, captured.graph, captured.inputs, captured.attention)
     return captured
 
 
-def trace(name: str, entry: torch.nn.Module, spec: CompileSpec) -> Capture:
-    """Captures `entry`, whatever it computes; `name` is for errors.
+def trace(name: str, entry: torch.nn.Module, call: Call, spec: CompileSpec) -> Capture:
+    """Captures the `call` of `entry`, whatever it computes; `name` is for errors.
 
     Raises `VllmcError`: `unsupported-model` naming the module and line that stood in the way,
     `range-not-covered` where the graph holds for a part of the spec's ranges only; `UsageError`
@@ -92,24 +102,28 @@ def trace(name: str, entry: torch.nn.Module, spec: CompileSpec) -> Capture:
             "freezing puts the weights into the code, and vllmc keeps them out of every artifact",
             hint="leave out -O freezing (or TORCHINDUCTOR_FREEZING)",
         )
+    examples = example_arguments(call, spec)
     try:
-        raw = capture_full_graph(entry, _example_args(spec), spec.dynamic_shapes)
+        raw = capture_full_graph(entry, examples, spec.dynamic_shapes)
     except CaptureError as error:
         raise unsupported_model(name, error.reason, place=place_of_frames(error.frames)) from error
     graph = raw.module.graph
     _refuse_uncuttable(name, graph)
+    result = _result(name, entry, examples, raw)
     normalize(graph)
+    paths = {argument.path for argument in call.arguments}
     inputs = tuple(
-        _resolve(entry, read_source(raw.sources[node.name]))
-        for node in graph.nodes
-        if node.op == "placeholder"
+        _resolve(entry, read_source(raw.sources[node.name], paths))
+        for node in graph.find_nodes(op="placeholder")
     )
-    counted = tuple(_counted(graph, inputs))
-    roles = {size: role for role, size in counted if isinstance(size, sympy.Symbol)}
+    taken = sizes_in(graph, inputs, call)
+    symbols = {size: name for name, size in taken if isinstance(size, sympy.Symbol)}
     # A size that capture fixed is no longer among its guards.
-    fixed = {sympy.Eq(sympy.Symbol(role), size) for role, size in counted if size not in roles}
-    named: dict[sympy.Symbol, SymbolRole] = {sympy.Symbol(role): role for role, _ in counted}
-    check_assumptions(name, graph, (*raw.guards, *fixed), roles | named, spec)
+    fixed = {name: sympy.Symbol(name) for name, size in taken if size not in symbols}
+    guards = (*raw.guards, *(sympy.Eq(fixed[n], size) for n, size in taken if n in fixed))
+    assumptions = check_assumptions(
+        name, graph, guards, symbols | {s: n for n, s in fixed.items()}, call.sizes, spec
+    )
     functions: dict[str, set[str]] = {}
     for code in raw.code:
         functions.setdefault(code.co_filename, set()).add(code.co_qualname)
@@ -119,28 +133,15 @@ def trace(name: str, entry: torch.nn.Module, spec: CompileSpec) -> Capture:
             functions.setdefault(file, set()).add(name_of_op)
     return Capture(
         graph=graph,
+        arguments=call.arguments,
+        result=result,
         inputs=inputs,
-        roles=roles,
+        assumptions=assumptions,
+        roles={symbol: role_of(size, call) for symbol, size in symbols.items()},
         attention=_attention_sites(graph, inputs),
         functions={file: tuple(sorted(names)) for file, names in sorted(functions.items())},
         guarded=(*raw.guarded, *(f"O[{name_of_op!r}]" for name_of_op in ops)),
     )
-
-
-def _example_args(spec: CompileSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`input_ids` and `position_ids` `[1, T]`, `logits_indices` `[B]`, with `T` and `B` marked.
-
-    `B` is unbacked in any case: a backed size would be taken for neither 0 nor 1.
-    """
-    ids, positions = (
-        torch.zeros(1, _EXAMPLE_TOKENS, dtype=torch.int64, device=spec.device) for _ in range(2)
-    )
-    rows = torch.zeros(_EXAMPLE_ROWS, dtype=torch.int64, device=spec.device)
-    high = max(spec.max_tokens, _EXAMPLE_TOKENS)
-    for tensor in (ids, positions):
-        mark_dimension(tensor, 1, kind=spec.dynamic_shapes, shape_id="tokens", low=1, high=high)
-    mark_dimension(rows, 0, kind="unbacked", shape_id="rows", low=1, high=high)
-    return ids, positions, rows
 
 
 def _resolve(entry: torch.nn.Module, given: GraphInput) -> GraphInput:
@@ -159,17 +160,44 @@ def _resolve(entry: torch.nn.Module, given: GraphInput) -> GraphInput:
     )
 
 
-def _counted(
-    graph: fx.Graph, inputs: Sequence[GraphInput]
-) -> Iterator[tuple[SymbolRole, sympy.Expr]]:
-    """What each dimension that was marked counts, and what capture took it for."""
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    for node, given in zip(placeholders, inputs, strict=True):
-        value = value_of(node)
-        if given.kind == "activation" and isinstance(value, torch.Tensor):
-            size = value.shape[-1]
-            role: SymbolRole = "rows" if given.name == "logits_indices" else "tokens"
-            yield role, size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+def _result(
+    name: str, entry: torch.nn.Module, examples: Mapping[str, object], raw: RawCapture
+) -> JsonValue:
+    """What the call returns. Raises `unsupported-model` where it leaves something behind."""
+    (outputs,) = raw.module.graph.output_node().args
+    assert isinstance(outputs, (list, tuple))
+    marks = [OutputMark(index) for index in range(len(outputs))]
+    tensors = [leaf for n, value in examples.items() for _, leaf in leaves(n, value)]
+    places = {id(t): i for i, t in enumerate(t for t in tensors if isinstance(t, torch.Tensor))}
+    before = [(n, dict(leaves(n, value))) for n, value in examples.items()]
+    with left_behind(entry) as left:
+        result = raw.replay(marks)
+    for n, held in before:
+        after = dict(leaves(n, examples[n]))
+        if held.keys() != after.keys() or any(held[path] is not after[path] for path in held):
+            left.append(f"the argument {n}")
+    described = describe(result, places)
+    if left:
+        returned = set(_outputs_in(described))
+        kept = [node for index, node in enumerate(outputs) if index not in returned]
+        raise unsupported_model(
+            name,
+            f"its forward changes {left[0]}, besides what it returns",
+            place=place_of_node(kept[0]) if kept and isinstance(kept[0], fx.Node) else None,
+            hint="a compiled call runs none of its Python: return what must be kept",
+        )
+    return described
+
+
+def _outputs_in(result: JsonValue) -> Iterator[int]:
+    """The numbers of the graph's outputs in what a call returns."""
+    match result:
+        case {"output": int(index)}:
+            yield index
+        case dict():
+            yield from (i for value in result.values() for i in _outputs_in(value))
+        case list():
+            yield from (i for value in result for i in _outputs_in(value))
 
 
 def _attention_sites(graph: fx.Graph, inputs: Sequence[GraphInput]) -> tuple[AttentionSite, ...]:
@@ -196,6 +224,7 @@ def _attention_sites(graph: fx.Graph, inputs: Sequence[GraphInput]) -> tuple[Att
                 key_size=int(key_size),
                 value_size=int(value_size),
                 window=window,
+                causal=given.get("causal", True),
             )
         )
     return tuple(sites)

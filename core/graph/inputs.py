@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.layout import GraphInput
 
 _LOCAL = re.compile(r"^L\['(?P<name>\w+)'\]")
-_SIZE = re.compile(r"^\.size\(\)\[(?P<dim>\d+)\]$")
+_SIZE = re.compile(r"^(?P<path>.+)\.size\(\)\[(?P<dim>\d+)\]$")
 _STEP = re.compile(
     r"\._(?:modules|parameters|buffers)\['(?P<member>[^']+)'\]"
     r"|\.(?P<attribute>[A-Za-z_]\w*)"
@@ -17,8 +18,8 @@ _STEP = re.compile(
 )
 
 
-def read_source(source: str, *, root: str = "self") -> GraphInput:
-    """Reads Dynamo's source expression of a placeholder.
+def read_source(source: str, arguments: Container[str] = (), *, root: str = "self") -> GraphInput:
+    """Reads Dynamo's source expression of a placeholder; `arguments` are the call's by path.
 
     Raises `VllmcError` (`unsupported-model`) for a source that no later process can find again,
     such as a global tensor.
@@ -28,10 +29,11 @@ def read_source(source: str, *, root: str = "self") -> GraphInput:
         raise _unsupported(source)
     rest = source[local.end() :]
     if local["name"] != root:
-        if not rest:
-            return GraphInput(kind="activation", name=local["name"])
-        if size := _SIZE.match(rest):
-            return GraphInput(kind="size", name=local["name"], dim=int(size["dim"]))
+        path = local["name"] + rest
+        if path in arguments:
+            return GraphInput(kind="activation", name=path)
+        if (size := _SIZE.match(path)) and size["path"] in arguments:
+            return GraphInput(kind="size", name=size["path"], dim=int(size["dim"]))
         raise _unsupported(source)
     steps: list[str] = []
     position = 0

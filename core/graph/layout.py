@@ -1,14 +1,14 @@
 """The linkable description of a program: what a warm start needs instead of a graph.
 
-Imports no torch. It is what a program record stores (`ProgramRecord.program`): where each input
-of the graph comes from, and the pieces and splitting ops in their order. Values are called `p0`,
-`p1`, ... (inputs) and `v0`, `v1`, ... (results).
+Imports no torch. It is what a program record stores (`ProgramRecord.program`): what a call brings,
+where each input of the graph comes from, the pieces and splitting ops in their order, and what a
+call returns. Values are called `p0`, `p1`, ... (inputs) and `v0`, `v1`, ... (results).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -19,10 +19,24 @@ InputKind: TypeAlias = Literal["activation", "size", "attribute", "layer-name"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Argument:
+    """A tensor that a call brings, contiguous; `path` is how the forward reads it.
+
+    The path is an argument's name, or leads into a container: `hidden['residual']`. In `shape` a
+    number is a fixed size, and a text the name of one that varies: in one call all sizes of one
+    name are equal.
+    """
+
+    path: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GraphInput:
     """One input of the graph.
 
-    `activation`: an argument of the call, by `name`. `size`: `shape[dim]` of the argument `name`.
+    `activation`: the tensor that a call brings as `name`, a path. `size`: its `shape[dim]`.
     `attribute`: a tensor of this `dtype`, `shape` and `stride` (in elements) that the module
     holds at the dotted path `name`. `layer-name`: the hoisted name of the layer `name`.
     """
@@ -37,13 +51,17 @@ class GraphInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSite:
-    """A call of the attention op: the KV cache that its layer needs. Sizes in elements."""
+    """A call of the attention op: the KV cache that its layer needs. Sizes in elements.
+
+    Without `causal` tokens attend both ways, and nothing is cached.
+    """
 
     layer: str
     kv_heads: int
     key_size: int
     value_size: int
     window: int | None
+    causal: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,18 +85,30 @@ class OpStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """The whole program. `output` is the value that a call returns.
+    """The whole program: a call brings `arguments` and returns `result` (see `results.describe`).
 
     `pieces` names each unique piece by the first piece that is it, in the order in which steps
-    count them; `ranges` are the token counts (`A:B` or `N`) for which it was compiled.
+    count them; `ranges` are the token counts (`A:B` or `N`) for which it was compiled. Of the
+    sizes of a call, `demands` must hold, and `promises` are taken for granted: see `conditions`.
     """
 
+    arguments: tuple[Argument, ...]
     pieces: tuple[str, ...]
     ranges: tuple[str, ...]
     inputs: tuple[GraphInput, ...]
     steps: tuple[UnitStep | OpStep, ...]
-    output: str
+    result: JsonValue
     attention: tuple[AttentionSite, ...]
+    demands: tuple[str, ...] = ()
+    promises: tuple[str, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """The names of the sizes that vary, the token count first, in the order of the arguments.
+
+        Empty where nothing varies: a static graph.
+        """
+        return size_names(self.arguments)
 
     def to_json(self) -> dict[str, JsonValue]:
         """The layout as JSON."""
@@ -93,6 +123,9 @@ class Layout:
         """Reads what `to_json` wrote. Raises `UnsafeCacheError` (`bad-record`) for all else."""
         try:
             return cls(
+                arguments=tuple(
+                    Argument(**{**row, "shape": tuple(row["shape"])}) for row in data["arguments"]
+                ),
                 pieces=tuple(data["pieces"]),
                 ranges=tuple(data["ranges"]),
                 inputs=tuple(
@@ -102,8 +135,10 @@ class Layout:
                     for row in data["inputs"]
                 ),
                 steps=tuple(_step(row) for row in data["steps"]),
-                output=data["output"],
+                result=data["result"],
                 attention=tuple(AttentionSite(**row) for row in data["attention"]),
+                demands=tuple(data["demands"]),
+                promises=tuple(data["promises"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UnsafeCacheError(
@@ -112,6 +147,12 @@ class Layout:
                 context={"cause": str(error)},
                 hint="compile it again: vllmc warm --force",
             ) from error
+
+
+def size_names(arguments: Iterable[Argument]) -> tuple[str, ...]:
+    """The names of the sizes that vary among `arguments`, each once, in their order."""
+    found = [size for argument in arguments for size in argument.shape if isinstance(size, str)]
+    return tuple(dict.fromkeys(found))
 
 
 def _step(row: Mapping[str, Any]) -> UnitStep | OpStep:

@@ -18,7 +18,7 @@ from vllmc.core.graph.targets import custom_ops, target_name
 from vllmc.core.torch_compat.opaque import is_opaque_value, opaque_type_name, real_value
 from vllmc.core.torch_compat.ops import registrations
 
-SymbolRole: TypeAlias = Literal["tokens", "rows", "data"]
+SymbolRole: TypeAlias = Literal["tokens", "other", "data"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +54,9 @@ class Piece:
     """A compilable piece with every name dropped.
 
     Two pieces with one `digest` are the same program, whatever layer they came from. `roles`
-    says of each symbol (`s0`, `s1`, ... in order of appearance) what it counts: `tokens` of the
-    batch, `rows` of logits, or `data` that only the values of tensors decide.
+    says of each symbol (`s0`, `s1`, ... in order of appearance) what it is: the number of `tokens`,
+    which chooses the compile range; an `other` size of the arguments, at least 1; or `data`, which
+    only the values of tensors decide.
     """
 
     graph: fx.Graph

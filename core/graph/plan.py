@@ -18,7 +18,7 @@ from vllmc.core.graph.normalize import value_of
 from vllmc.core.graph.piece import Piece, canonical_piece
 from vllmc.core.graph.split import Cut, split, splits_at
 from vllmc.core.graph.targets import nearest_names, target_name
-from vllmc.core.spec import CompileSpec, unit_ranges
+from vllmc.core.spec import ATTENTION_OP, CompileSpec, unit_ranges
 from vllmc.core.torch_compat.shapes import is_contiguous
 
 
@@ -53,10 +53,12 @@ class Plan:
 def make_plan(captured: Capture, spec: CompileSpec) -> Plan:
     """Cuts the captured graph and finds which pieces are the same program.
 
-    Raises `VllmcError` (`no-splitting-op`) when none of the splitting ops occurs.
+    Raises `VllmcError` (`no-splitting-op`) when none of the splitting ops occurs, but for the
+    default one: what does not attend is one piece.
     """
     cuts = split(captured.graph, splits_at(spec.splitting_ops))
-    if not any(cut.splitting for cut in cuts):
+    asked = set(spec.splitting_ops) - {ATTENTION_OP}
+    if asked and not any(cut.splitting for cut in cuts):
         raise _no_splitting_op(captured.graph, spec)
     pieces: dict[str, Piece] = {}
     names: dict[str, list[str]] = {}
@@ -73,11 +75,14 @@ def make_plan(captured: Capture, spec: CompileSpec) -> Plan:
         splitting=sum(cut.splitting for cut in cuts),
         unique=tuple(UniquePiece(piece=pieces[d], names=tuple(names[d])) for d in pieces),
         layout=Layout(
+            arguments=captured.arguments,
             pieces=tuple(names[digest][0] for digest in pieces),
             ranges=tuple(str(r) for r in unit_ranges(spec)),
             inputs=captured.inputs,
             attention=captured.attention,
-            **_steps(captured.graph, cuts, {name: order[d] for name, d in digests.items()}),
+            demands=captured.assumptions.demands,
+            promises=captured.assumptions.promises,
+            **_steps(captured, cuts, {name: order[d] for name, d in digests.items()}),
         ),
     )
 
@@ -107,12 +112,11 @@ def plan_units(plan: Plan, spec: CompileSpec) -> tuple[tuple[tuple[str, ...], Un
 
 class _Steps(TypedDict):
     steps: tuple[UnitStep | OpStep, ...]
-    output: str
+    result: JsonValue
 
 
-def _steps(graph: fx.Graph, cuts: Sequence[Cut], piece_of: Mapping[str, int]) -> _Steps:
-    nodes = list(graph.nodes)
-    placeholders = [node for node in nodes if node.op == "placeholder"]
+def _steps(captured: Capture, cuts: Sequence[Cut], piece_of: Mapping[str, int]) -> _Steps:
+    placeholders = captured.graph.find_nodes(op="placeholder")
     names = {node: f"p{index}" for index, node in enumerate(placeholders)}
     results = [n for cut in cuts for n in (cut.nodes if cut.splitting else cut.outputs)]
     names |= {node: f"v{index}" for index, node in enumerate(results)}
@@ -130,9 +134,24 @@ def _steps(graph: fx.Graph, cuts: Sequence[Cut], piece_of: Mapping[str, int]) ->
                 )
             )
             steps += [_relaid(names[n]) for n in cut.outputs if n in read and _may_be_relaid(n)]
-    ((output,),) = nodes[-1].args
-    assert isinstance(output, fx.Node), "the entry returns one tensor"
-    return _Steps(steps=tuple(steps), output=names[output])
+    (outputs,) = captured.graph.output_node().args
+    assert isinstance(outputs, (list, tuple))
+    found = [encode(output, names) for output in outputs]
+    return _Steps(steps=tuple(steps), result=_filled(captured.result, found))
+
+
+def _filled(result: JsonValue, outputs: Sequence[JsonValue]) -> JsonValue:
+    """What a call returns, with the values of the graph's `outputs` in their places."""
+    match result:
+        case {"output": int(index)}:
+            return outputs[index]
+        case {"argument": int(index)}:
+            return {"ref": f"a{index}"}
+        case dict():
+            return {key: _filled(value, outputs) for key, value in result.items()}
+        case list():
+            return [_filled(value, outputs) for value in result]
+    return result
 
 
 def _may_be_relaid(node: fx.Node) -> bool:

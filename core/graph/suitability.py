@@ -87,6 +87,13 @@ def _check_attention(model: Model, entry: torch.nn.Module, sites: Sequence[Atten
         raise _not_attending(model, attending, missing)
     seen: set[str] = set()
     for site in sites:
+        if site.causal != (info.encoder is None):
+            how = "only to what came before" if site.causal else "to tokens that are yet to come"
+            raise unsupported_model(
+                model.name,
+                f"its layer {site.layer} attends {how}",
+                place=place_in_class(type(entry.get_submodule(site.layer))),
+            )
         # One cache would hold the keys of both. An encoder has none.
         if site.layer in seen and info.encoder is None:
             raise unsupported_model(
@@ -139,15 +146,6 @@ def _check_writes(model: Model, graph: fx.Graph, inputs: Sequence[GraphInput]) -
                 place=_place_of_write(node),
                 hint=f"{_ONE_BATCH}: what one of them leaves in the module, all would see",
             )
-    (outputs,) = graph.output_node().args
-    assert isinstance(outputs, (list, tuple))
-    for node in outputs[1:]:
-        raise unsupported_model(
-            model.name,
-            "its forward keeps a tensor in the module, besides what it returns",
-            place=place_of_node(node) if isinstance(node, fx.Node) else None,
-            hint=f"{_ONE_BATCH}: what one of them leaves in the module, all would see",
-        )
 
 
 def _place_of_write(tensor: fx.Node) -> Place | None:

@@ -14,6 +14,8 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreT
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
+from vllmc.core.declare.declaration import declaration_of
+from vllmc.core.declare.decorator import support_torch_compile
 from vllmc.core.errors import VllmcError
 from vllmc.core.models.attention import (
     ATTENTION_NAME,
@@ -38,6 +40,27 @@ experts, in the model's dtype.
 """
 
 
+def _decoder_inputs(_: torch.nn.Module) -> dict[str, torch.Tensor]:
+    ids, positions = torch.zeros(2, 1, 2, dtype=torch.int64)
+    return {
+        "input_ids": ids,
+        "position_ids": positions,
+        "logits_indices": torch.zeros(1, dtype=torch.int64),
+    }
+
+
+# The entries of vllmc's own engine, which runs their programs.
+_declares_a_decoder = support_torch_compile(
+    dynamic_arg_dims={
+        "input_ids": {1: "tokens"},
+        "position_ids": {1: "tokens"},
+        "logits_indices": {0: "rows"},
+    },
+    example_inputs=_decoder_inputs,
+)
+
+
+@_declares_a_decoder
 class DecoderEntry(torch.nn.Module):
     """A causal language model called on a flattened batch, with logits of chosen tokens only."""
 
@@ -64,6 +87,16 @@ class DecoderEntry(torch.nn.Module):
         return output.logits[0, logits_indices]
 
 
+def _encoder_inputs(_: torch.nn.Module) -> dict[str, torch.Tensor]:
+    ids, positions = torch.zeros(2, 1, 2, dtype=torch.int64)
+    return {"input_ids": ids, "position_ids": positions}
+
+
+@support_torch_compile(
+    dynamic_arg_dims={"input_ids": {1: "tokens"}, "position_ids": {1: "tokens"}},
+    is_encoder=True,
+    example_inputs=_encoder_inputs,
+)
 class EncoderEntry(torch.nn.Module):
     """An encoder called on a flattened batch of whole sequences."""
 
@@ -79,6 +112,7 @@ class EncoderEntry(torch.nn.Module):
         return self.model(input_ids=input_ids, position_ids=position_ids).last_hidden_state[0]
 
 
+@_declares_a_decoder
 class PlainEntry(torch.nn.Module):
     """A module of the user's own: `forward(input_ids, position_ids) -> [1, T, vocab]`."""
 
@@ -97,8 +131,13 @@ class PlainEntry(torch.nn.Module):
 
 
 def build_entry(model: torch.nn.Module, layer_names: LayerNames) -> torch.nn.Module:
-    """The entry module of `model`, in eval mode, with vllmc's attention and layer names."""
+    """The entry module of `model`, in eval mode, with vllmc's attention and layer names.
+
+    A module of a class that was declared is its own entry.
+    """
     model.eval().requires_grad_(False)
+    if declaration_of(model) is not None:
+        return model
     entry: torch.nn.Module
     if isinstance(model, PreTrainedModel):
         register_attention()

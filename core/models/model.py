@@ -6,12 +6,15 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import torch
 
 from vllmc.core.cache.key import Factor
-from vllmc.core.spec import LayerNames
+from vllmc.core.spec import CompileSpec, LayerNames
+
+if TYPE_CHECKING:  # importing it takes Dynamo and sympy, which a hit does without
+    from vllmc.core.graph.call import Call
 
 Weights: TypeAlias = Literal["fake", "real"]
 
@@ -47,7 +50,8 @@ class ModelInfo:
     `layers` is the number of attention layers that a capture must show (None: unknown),
     `layer_types` and `sliding_window` (tokens, with the token itself) what the configuration says
     of their windows, `max_position` the longest sequence in tokens, `directory` where its tokenizer
-    would be. `encoder` is set where every token attends to the whole of its sequence.
+    would be. `device` is where its weights are, of a model that is there already. `encoder` is set
+    where every token attends to the whole of its sequence.
     """
 
     dtype: str
@@ -58,6 +62,7 @@ class ModelInfo:
     sliding_window: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     directory: Path | None = None
+    device: str | None = None
     encoder: EncoderInfo | None = None
 
 
@@ -79,12 +84,26 @@ class Model(Protocol):
     def made_by_code(self) -> bool:
         """Whether its graph may hang on Python values that no factor holds: the user's code's."""
 
+    @property
+    def runs_in_engine(self) -> bool:
+        """Whether it is a language model that is called as the engine calls one, or an encoder.
+
+        Then what no batch of several sequences could be run with is refused.
+        """
+
+    def adapt(self, spec: CompileSpec) -> CompileSpec:
+        """The spec by which it can be compiled: an encoder's last range has no end."""
+
+    def call(self, entry: torch.nn.Module) -> Call:
+        """The call of `entry`, which `build` made, that is captured."""
+
     def build(
         self, weights: Weights, *, device: str, dtype: str, layer_names: LayerNames, seed: int
     ) -> torch.nn.Module:
-        """The entry module: `forward(input_ids, position_ids, logits_indices) -> logits`.
+        """The entry module, of a class that says what it is called with.
 
-        Shapes: `[1, T]`, `[1, T]`, `[B]` (all int64) to `[B, vocab]`. That of an encoder takes no
-        `logits_indices` and returns hidden states `[T, H]`. Real weights are random ones, drawn
-        from `seed`, where the model has none of its own.
+        For the engine: `forward(input_ids, position_ids, logits_indices) -> logits`, `[1, T]`,
+        `[1, T]`, `[B]` (all int64) to `[B, vocab]`; of an encoder `forward(input_ids,
+        position_ids)`, to hidden states `[T, H]`. Real weights are random ones, drawn from `seed`,
+        where the model has none of its own.
         """

@@ -5,21 +5,25 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
 from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.cache.redaction import redact, scrub
+from vllmc.core.declare.declaration import Declaration, declaration_of
 from vllmc.core.errors import VllmcError
 from vllmc.core.models.building import build_entry, encoder_of, weights_of
 from vllmc.core.models.described import class_digest, describe
 from vllmc.core.models.encoders import limits
 from vllmc.core.models.guarded import HOOKS
 from vllmc.core.models.model import ModelInfo, Weights
-from vllmc.core.spec import LayerNames
+from vllmc.core.spec import CompileSpec, LayerNames, open_ended
 from vllmc.core.torch_compat.config_values import stable
+
+if TYPE_CHECKING:
+    from vllmc.core.graph.call import Call
 
 _OF_OTHERS = ("class torch.", "class transformers.")
 
@@ -65,13 +69,16 @@ class ModuleModel:
 
         Also of the classes of torch and Transformers, whose methods others may have replaced.
         """
-        rows = {}
+        rows: dict[str, JsonValue] = {}
         classes: dict[str, type] = {}
         tensors: dict[int, str] = {}
+        dtype = getattr(torch, self.info.dtype)
+        if not self.runs_in_engine:
+            rows["arguments"] = self._describe_call()
         for path, module in self._sample.named_modules():
             cls = type(module)
             classes[f"{cls.__module__}.{cls.__qualname__}"] = cls
-            rows[path or "."] = _describe(module, path, tensors)
+            rows[path or "."] = _describe(module, path, tensors, dtype)
         sources: dict[str, JsonValue] = {
             f"class {name}": class_digest(cls) for name, cls in classes.items()
         }
@@ -92,6 +99,39 @@ class ModuleModel:
         """Yes."""
         return True
 
+    @property
+    def runs_in_engine(self) -> bool:
+        """Whether its class declares nothing: then it is called as a language model."""
+        return declaration_of(self._sample) is None
+
+    def adapt(self, spec: CompileSpec) -> CompileSpec:
+        """See `Model.adapt`."""
+        if self.runs_in_engine:
+            encodes = self.info.encoder is not None
+        else:
+            encodes = self._declaration().is_encoder
+        return open_ended(spec) if encodes else spec
+
+    def call(self, entry: torch.nn.Module) -> Call:
+        """See `Model.call`."""
+        from vllmc.core.graph.call import example_call
+
+        return example_call(self.name, entry)
+
+    def _declaration(self) -> Declaration:
+        declaration = declaration_of(self._sample)
+        assert declaration is not None
+        return declaration
+
+    def _describe_call(self) -> JsonValue:
+        """What a declared class is called with; `model` stands for the dtype of its weights."""
+        call = self.call(self._sample)
+        dtype = self.info.dtype
+        tensors: list[JsonValue] = [
+            [a.path, "model" if a.dtype == dtype else a.dtype, *a.shape] for a in call.arguments
+        ]
+        return {"tensors": tensors, "constants": describe(dict(call.constants))}
+
     def build(
         self, weights: Weights, *, device: str, dtype: str, layer_names: LayerNames, seed: int
     ) -> torch.nn.Module:
@@ -106,7 +146,7 @@ class ModuleModel:
             # An instance brings its own weights, which are there already.
             return self._make.to(device, dtype)
         with weights_of(weights, device, seed):
-            return _to_dtype(self._call(self._make), dtype)
+            return _to_dtype(self._call(self._make), dtype).eval()
 
     def _call(self, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
         try:
@@ -168,12 +208,19 @@ def _to_dtype(model: torch.nn.Module, dtype: torch.dtype | None) -> torch.nn.Mod
     return model
 
 
-def _describe(module: torch.nn.Module, path: str, known: dict[int, str]) -> JsonValue:
-    """What a module is. `known` has the names of the tensors of those before it, and takes its."""
-    tensors: dict[str, JsonValue] = {
-        name: None if tensor is None else _describe_tensor(tensor, f"{path}.{name}", known)
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]
-    }
+def _describe(
+    module: torch.nn.Module, path: str, known: dict[int, str], dtype: torch.dtype
+) -> JsonValue:
+    """What a module is. `known` has the names of the tensors of those before it, and takes its.
+
+    Parameters of the model's `dtype`, which is a factor of its own, are told so.
+    """
+    tensors: dict[str, JsonValue] = {}
+    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        told = None if tensor is None else _describe_tensor(tensor, f"{path}.{name}", known)
+        if isinstance(told, list) and name in module._parameters and tensor.dtype is dtype:
+            told[0] = "model"
+        tensors[name] = told
     # Where Transformers read a model from says nothing of what it is.
     plain = {
         name: value

@@ -19,11 +19,13 @@ from vllmc.core.models.config_classes import import_validators
 from vllmc.core.models.encoders import encoder_info, limits
 from vllmc.core.models.errors import unsupported_model
 from vllmc.core.models.model import ModelInfo, Weights
-from vllmc.core.spec import LayerNames
+from vllmc.core.spec import CompileSpec, LayerNames, open_ended
 from vllmc.core.torch_compat.config_values import stable
 
 if TYPE_CHECKING:
     import torch
+
+    from vllmc.core.graph.call import Call
 
 import_validators()
 
@@ -132,6 +134,21 @@ class TransformersModel:
     def made_by_code(self) -> bool:
         """No: the configuration and Transformers' own files decide what it is."""
         return False
+
+    @property
+    def runs_in_engine(self) -> bool:
+        """Yes."""
+        return True
+
+    def adapt(self, spec: CompileSpec) -> CompileSpec:
+        """See `Model.adapt`."""
+        return open_ended(spec) if self.info.encoder is not None else spec
+
+    def call(self, entry: torch.nn.Module) -> Call:
+        """See `Model.call`."""
+        from vllmc.core.graph.call import example_call
+
+        return example_call(self.name, entry)
 
     def build(
         self, weights: Weights, *, device: str, dtype: str, layer_names: LayerNames, seed: int

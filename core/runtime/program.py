@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -17,15 +18,16 @@ from vllmc.core.cache.key import JsonValue
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.inputs import find_attribute
 from vllmc.core.graph.layout import GraphInput, Layout, OpStep, UnitStep
-from vllmc.core.graph.targets import find_target
+from vllmc.core.graph.targets import find_target, import_by_name
+from vllmc.core.runtime.arguments import ArgumentCheck
 from vllmc.core.runtime.loader import PieceCallable
 from vllmc.core.spec import CompileRange
 from vllmc.kernels.layer_name import LayerName
 
-Step: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Step: TypeAlias = Callable[..., Any]
+"""Takes the tensors of `Layout.arguments`, in their order."""
 
-ACTIVATIONS = ("input_ids", "position_ids", "logits_indices")
-_VALUE = re.compile(r"[pv]\d+")
+_VALUE = re.compile(r"[apv]\d+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,14 +39,18 @@ class Variant:
 
 
 class Program:
-    """A compiled model: `program(input_ids, position_ids, logits_indices) -> logits`.
+    """A compiled module: called with the tensors of `layout.arguments`, in their order.
 
-    Shapes `[1, T]`, `[1, T]`, `[B]` (int64) to `[B, vocab]`. `T` chooses the variant: a size
-    beats a range.
+    Returns what the module does. The token count, the first of the sizes that vary, chooses the
+    variant: a size beats a range. Where nothing varies there is one variant.
     """
 
-    def __init__(self, layout: Layout, steps: Sequence[tuple[CompileRange, Step]]) -> None:
+    def __init__(
+        self, layout: Layout, device: torch.device, steps: Sequence[tuple[CompileRange, Step]]
+    ) -> None:
         self.layout = layout
+        self._check = ArgumentCheck(layout, device)
+        self._static = steps[0][1] if not layout.sizes else None
         self._sizes = {r.start: step for r, step in steps if r.is_size}
         self._ranges = tuple((r, step) for r, step in steps if not r.is_size)
 
@@ -59,42 +65,33 @@ class Program:
         """The largest token count that some variant accepts."""
         return max(r.end for r in self.ranges)
 
-    def __call__(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        logits_indices: torch.Tensor,
-    ) -> torch.Tensor:
-        """Raises `VllmcError` (`zero-tokens`, `size-out-of-range`, `bad-input`)."""
+    def __call__(self, *arguments: torch.Tensor) -> Any:
+        """Raises `VllmcError`: what `ArgumentCheck` and `variant` raise."""
         # Compiled code reads memory as it was told to: what it is given is checked here.
-        _check_input("input_ids", input_ids, 2)
-        _check_input("position_ids", position_ids, 2)
-        _check_input("logits_indices", logits_indices, 1)
-        if input_ids.shape[0] != 1 or position_ids.shape != input_ids.shape:
-            raise VllmcError(
-                "bad-input",
-                f"input_ids has the shape {list(input_ids.shape)} and position_ids "
-                f"{list(position_ids.shape)}",
-                hint="both have the shape [1, T]",
-            )
-        if logits_indices.shape[0] == 0:
-            raise VllmcError(
-                "bad-input",
-                "no token's logits are asked for",
-                hint="give at least one of the batch's tokens in logits_indices",
-            )
-        return self.variant(input_ids.shape[1])(input_ids, position_ids, logits_indices)
+        sizes = self._check(arguments)
+        step = self._static or self.variant(sizes[0])
+        return step(*arguments)
 
     def variant(self, tokens: int) -> Step:
-        """The step that was compiled for `tokens`."""
+        """The step that was compiled for `tokens`.
+
+        Raises `VllmcError`: `zero-tokens`, `size-out-of-range`, `ambiguous-size`.
+        """
         if (step := self._sizes.get(tokens)) is not None:
             return step
-        for candidate, step in self._ranges:
-            if tokens in candidate:
-                return step
+        candidates = [(given, step) for given, step in self._ranges if tokens in given]
+        if len(candidates) == 1:
+            return candidates[0][1]
         if tokens == 0:
             raise VllmcError(
                 "zero-tokens", "a batch of zero tokens cannot be run", hint="send at least one"
+            )
+        if candidates:
+            raise VllmcError(
+                "ambiguous-size",
+                f"{len(candidates)} compiled ranges hold {tokens} tokens",
+                context={"ranges": [str(r) for r, _ in candidates]},
+                hint="compile it again: vllmc warm --force",
             )
         raise VllmcError(
             "size-out-of-range",
@@ -102,17 +99,6 @@ class Program:
             context={"ranges": [str(r) for r in self.ranges]},
             hint=f"compile one that does: --compile-range 1:{max(tokens, self.max_tokens)}",
         )
-
-
-def _check_input(name: str, tensor: torch.Tensor, dims: int) -> None:
-    if tensor.dtype is torch.int64 and tensor.dim() == dims and tensor.is_contiguous():
-        return
-    raise VllmcError(
-        "bad-input",
-        f"{name} is {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} with the "
-        f"strides {list(tensor.stride())}",
-        hint=f"it is a contiguous int64 tensor of {dims} dimension{'s' if dims > 1 else ''}",
-    )
 
 
 def link(layout: Layout, entry: torch.nn.Module, variants: Sequence[Variant]) -> Program:
@@ -125,6 +111,7 @@ def link(layout: Layout, entry: torch.nn.Module, variants: Sequence[Variant]) ->
         for index, given in enumerate(layout.inputs)
         if given.kind in {"attribute", "layer-name"}
     }
+    device = next((t.device for t in bound.values() if isinstance(t, torch.Tensor)), None)
     targets: dict[str, object] = {}
     source = _step_source(layout, bound, targets)
     code = compile(source, "<vllmc program>", "exec")
@@ -134,7 +121,7 @@ def link(layout: Layout, entry: torch.nn.Module, variants: Sequence[Variant]) ->
         namespace: dict[str, Any] = {}
         exec(code, namespace)
         steps.append((variant.range, namespace["bind"](**bound, **targets, **pieces)))
-    return Program(layout, steps)
+    return Program(layout, device, steps)
 
 
 def _bind(entry: torch.nn.Module, given: GraphInput) -> object:
@@ -164,26 +151,25 @@ def _mismatch(given: GraphInput, found: str) -> VllmcError:
 
 def _step_source(layout: Layout, bound: Mapping[str, object], targets: dict[str, object]) -> str:
     """Python source of `bind(...)`, which returns the step as a closure over what it is given."""
+    places = {argument.path: f"a{index}" for index, argument in enumerate(layout.arguments)}
     lines = []
     for index, given in enumerate(layout.inputs):
         if given.kind == "activation":
-            assert given.name in ACTIVATIONS
-            lines.append(f"p{index} = {given.name}")
+            lines.append(f"p{index} = {places[given.name]}")
         elif given.kind == "size":
-            assert given.name in ACTIVATIONS
-            lines.append(f"p{index} = {given.name}.size({int(given.dim)})")
+            lines.append(f"p{index} = {places[given.name]}.size({int(given.dim)})")
     last_use = _last_uses(layout)
     for number, step in enumerate(layout.steps):
         lines.append(_unit_line(step) if isinstance(step, UnitStep) else _op_line(step, targets))
         if dead := [name for name, use in last_use.items() if use == number and name not in bound]:
             lines.append(f"del {', '.join(dead)}")
-    lines.append(f"return {_value(layout.output)}")
+    lines.append(f"return {_argument(layout.result, targets)}")
     pieces = {f"piece_{s.piece}" for s in layout.steps if isinstance(s, UnitStep)}
     arguments = ", ".join([*bound, *targets, *sorted(pieces)])
     body = "\n        ".join(lines)
     return (
         f"def bind({arguments}):\n"
-        f"    def step({', '.join(ACTIVATIONS)}):\n"
+        f"    def step({', '.join(places.values())}):\n"
         f"        {body}\n"
         f"    return step\n"
     )
@@ -217,11 +203,43 @@ def _argument(value: JsonValue, targets: dict[str, object]) -> str:
             assert isinstance(content, list)
             inner = "".join(f"{_argument(v, targets)}, " for v in content)
             return f"[{inner}]" if tag == "list" else f"({inner})"
+        if tag == "dict":
+            assert isinstance(content, list)
+            pairs = "".join(f"{_argument({'tuple': pair}, targets)}, " for pair in content)
+            return f"dict([{pairs}])"
+        if tag in {"call", "object"}:
+            return _object(value, targets)
         if tag == "slice":
             assert isinstance(content, list)
             return f"slice({', '.join(_argument(v, targets) for v in content)})"
         return _constant(_decode(value), targets)
     return repr(value)
+
+
+def _object(value: Mapping[str, Any], targets: dict[str, object]) -> str:
+    """An object of what a forward returns: its class called, or given its attributes."""
+    module, name = value.get("call") or value["object"]
+    try:
+        cls = import_by_name(module, name)
+    except (ImportError, AttributeError) as error:
+        raise VllmcError(
+            "unknown-class",
+            f"the program returns a {module}.{name}, which this process cannot import",
+            context={"cause": str(error)},
+            hint="install the version of the package that the program was compiled with",
+        ) from error
+    if "object" in value:
+        held = ", ".join(f"{k!r}: {_argument(v, targets)}" for k, v in value["state"].items())
+        return f"{_constant(partial(_with_attributes, cls), targets)}({{{held}}})"
+    parts = [_argument(v, targets) for v in value.get("args", ())]
+    parts += [f"{k}={_argument(v, targets)}" for k, v in value.get("kwargs", {}).items()]
+    return f"{_constant(cls, targets)}({', '.join(parts)})"
+
+
+def _with_attributes(cls: Any, attributes: Mapping[str, object]) -> object:
+    made = cls.__new__(cls)
+    vars(made).update(attributes)
+    return made
 
 
 def _decode(value: Mapping[str, JsonValue]) -> object:
@@ -257,7 +275,8 @@ def _last_uses(layout: Layout) -> dict[str, int]:
         else:
             names = (*_references([*step.args, *step.kwargs.values()]), step.result)
         uses.update(dict.fromkeys(names, number))
-    uses.pop(layout.output, None)
+    for name in _references(layout.result):
+        uses.pop(name, None)
     return uses
 
 

@@ -9,7 +9,7 @@ import builtins
 import contextlib
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType, ModuleType
 from typing import Any
@@ -18,6 +18,7 @@ import sympy
 import torch
 import torch._dynamo.convert_frame as convert_frame
 import torch.fx as fx
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.decorators import mark_dynamic, mark_unbacked
 from torch._dynamo.exc import ObservedException, TorchDynamoException, TorchRuntimeError
 from torch._dynamo.pgo import reset_code_state
@@ -41,7 +42,8 @@ class RawCapture:
     (`L['self']._modules['model']._parameters['weight']`); `code` are the code objects traced;
     `guards` are the conditions on backed sizes under which the graph holds. `guarded` are the
     expressions of all Python values that the graph depends on, over `L['self']` (the module) and
-    `M` (modules by name).
+    `M` (modules by name). `replay(outputs)` does what the call does besides the graph: it is
+    given what stands for the graph's outputs, and returns what the call returns.
     """
 
     module: fx.GraphModule
@@ -49,6 +51,7 @@ class RawCapture:
     code: tuple[CodeType, ...]
     guards: tuple[sympy.Basic, ...]
     guarded: tuple[str, ...]
+    replay: Callable[[Sequence[object]], object]
 
 
 class CaptureError(Exception):
@@ -86,12 +89,12 @@ def freezes_weights() -> bool:
 
 
 def capture_full_graph(
-    module: torch.nn.Module, args: tuple[torch.Tensor, ...], kind: DynamicShapes
+    module: torch.nn.Module, arguments: Mapping[str, object], kind: DynamicShapes
 ) -> RawCapture:
-    """Traces `module(*args)` into one graph. Raises `CaptureError` naming the frames in the way.
+    """Traces `module(**arguments)` into one graph; numbers among the arguments are constants.
 
-    Parameters may be fake; `args` must be real tensors with their dimensions marked, because
-    marks on fake tensors are not seen.
+    Parameters may be fake; tensors in `arguments` must be real, with their dimensions marked,
+    because marks on fake tensors are not seen. Raises `CaptureError` naming the frames in the way.
     """
     # What earlier captures of the same code saw would decide which sizes are dynamic here.
     reset_code_state()
@@ -101,10 +104,11 @@ def capture_full_graph(
             convert_frame.compile_lock,
             torch.no_grad(),
             size_oblivious(kind),
+            dynamo_config.patch(specialize_int=True, specialize_float=True),
             get_metrics_context(),
             dynamo_timed("fullgraph_capture"),
         ):
-            captured = convert_frame.fullgraph_capture(module, args)
+            captured = convert_frame.fullgraph_capture(module.forward, (), dict(arguments))
     except TorchDynamoException as error:
         raise CaptureError(_reason(error), _frames(error)) from error
     backend_input = captured.backend_input
@@ -123,7 +127,23 @@ def capture_full_graph(
         guarded=tuple(
             sorted({*_guarded(captured.graph_capture_output), *_methods(graph_module.graph)})
         ),
+        replay=lambda outputs: _replay(captured, module, arguments, outputs),
     )
+
+
+def _replay(
+    captured: convert_frame.CaptureOutput,
+    module: torch.nn.Module,
+    arguments: Mapping[str, object],
+    outputs: Sequence[object],
+) -> object:
+    """Runs Dynamo's bytecode, which calls the graph and does the rest of what was traced."""
+    output = captured.graph_capture_output
+    call = captured.forward_callable(
+        compiled_fn=lambda *_: tuple(outputs), extra_globals=dict(output.f_globals)
+    )
+    with torch.no_grad():
+        return call(module, **arguments)
 
 
 def _guards(shape_env: ShapeEnv | None) -> tuple[sympy.Basic, ...]:
@@ -157,8 +177,12 @@ def _guarded_expression(guard: Guard) -> str:
     name = _text(guard.name)
     details = getattr(guard.create_fn, "keywords", {})
     match guard.create_fn_name():
-        case "HASATTR":
+        case "HASATTR" if "attr" in details:
             return f"hasattr({name}, {details['attr']!r})"
+        case "HASATTR":
+            # On torch 2.11 the guard is one on the attribute.
+            source = guard.originating_source
+            return f"hasattr({_text(source.base.name)}, {source.member!r})"
         case "NOT_PRESENT_IN_GENERIC_DICT":
             return f"{details['attr']!r} in vars({name})"
         case "DUPLICATE_INPUT":

@@ -17,6 +17,14 @@ def fake_weights() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def like_weights(module: torch.nn.Module) -> Iterator[None]:
+    """Within it, tensors made are fake if those of `module` are, so that they go together."""
+    mode = next((p.fake_mode for p in module.parameters() if isinstance(p, FakeTensor)), None)
+    with mode or contextlib.nullcontext():
+        yield
+
+
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether `tensor` has no storage."""
     return isinstance(tensor, FakeTensor)

@@ -12,6 +12,7 @@ from torch._dynamo.source import ConstantSource
 from torch._prims_common import is_contiguous_or_false
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 
@@ -44,6 +45,12 @@ def truth(condition: sympy.Basic, ranges: Mapping[sympy.Symbol, tuple[int, int]]
         if condition.xreplace(values) == sympy.false:
             return False
     return None
+
+
+def python_text(condition: sympy.Basic, names: Mapping[sympy.Symbol, sympy.Symbol]) -> str:
+    """`condition` as a Python expression, with its symbols renamed."""
+    text: str = PythonPrinter().doprint(condition.xreplace(names))
+    return text
 
 
 def is_contiguous(tensor: torch.Tensor) -> bool:

@@ -13,6 +13,8 @@ import torch
 
 from vllmc.core.compiler.protocol import Compiled
 from vllmc.core.compiler.registry import find_compiler
+from vllmc.core.declare.dims import declare
+from vllmc.core.graph.call import Call, describe_call
 from vllmc.core.graph.capture import Capture, trace
 from vllmc.core.graph.layout import Layout
 from vllmc.core.graph.plan import Plan, make_plan, plan_units, unit_ranges
@@ -65,6 +67,17 @@ class Toy:
                 expected = self.entry(*args)
                 result = self.program(*args)
             torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
+def toy_call(entry: ToyEntry) -> Call:
+    """How a toy is called: `[1, T]`, `[1, T]`, `[B]`."""
+    dims = {
+        "input_ids": {1: "tokens"},
+        "position_ids": {1: "tokens"},
+        "logits_indices": {0: "rows"},
+    }
+    values = dict(zip(dims, batch(4), strict=True))
+    return describe_call(declare(type(entry).forward, dims, shape_ids=True), values)
 
 
 def batch(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -154,9 +167,9 @@ def trace_toy(
     def make(
         function: ToyFunction, *, names: Sequence[object] = (), **changes: Any
     ) -> tuple[Capture, CompileSpec]:
-        spec = toy_spec(**changes)
+        spec, entry = toy_spec(**changes), ToyEntry(function, names)
         with applied(vllmc_overrides(spec)):
-            return trace("toy", ToyEntry(function, names), spec), spec
+            return trace("toy", entry, toy_call(entry), spec), spec
 
     return make
 
@@ -170,7 +183,7 @@ def link_toy(ops: Any, toy_spec: Callable[..., CompileSpec]) -> Callable[..., To
         entry = ToyEntry(function)
         compiler = find_compiler(spec.backend)
         with applied(vllmc_overrides(spec)):
-            captured = trace("toy", entry, spec)
+            captured = trace("toy", entry, toy_call(entry), spec)
             plan = make_plan(captured, spec)
             artifacts = {
                 (names[0], range_name(unit)): compiler.compile(unit, spec)

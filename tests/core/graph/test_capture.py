@@ -22,7 +22,7 @@ def test_the_token_count_is_the_first_thing_the_graph_is_given(trace_toy: Any, o
     assert {("activation", n) for n in ("input_ids", "position_ids", "logits_indices")} <= kinds
     weight = next(i for i in captured.inputs if i.name == "embedding.weight")
     assert (weight.dtype, weight.shape, weight.stride) == ("float32", (32, 8), (8, 1))
-    assert sorted(captured.roles.values()) == ["rows", "tokens"]
+    assert sorted(captured.roles.values()) == ["other", "tokens"]
 
 
 def test_ids_and_positions_share_one_symbol(trace_toy: Any, ops: Any) -> None:
@@ -82,8 +82,9 @@ def test_an_assertion_that_cannot_be_decided_is_made_on_every_call(link_toy: Any
     assert assertions(toy.captured.graph)
     toy.check(1, 6, 8)
     args = (torch.zeros(1, 7, dtype=torch.int64),) * 2
-    with pytest.raises(RuntimeError):
+    with pytest.raises(VllmcError, match="the model demands") as caught:
         toy.program(*args, torch.tensor([0]))
+    assert caught.value.code == "size-mismatch"
 
 
 @pytest.mark.parametrize("kind", ["backed", "backed-size-oblivious"])

@@ -13,6 +13,7 @@ from vllmc.core.graph.layout import GraphInput
     [
         ("L['input_ids']", GraphInput(kind="activation", name="input_ids")),
         ("L['input_ids'].size()[1]", GraphInput(kind="size", name="input_ids", dim=1)),
+        ("L['hidden']['a'][0]", GraphInput(kind="activation", name="hidden['a'][0]")),
         (
             "L['self']._modules['model']._parameters['weight']",
             GraphInput(kind="attribute", name="model.weight"),
@@ -26,7 +27,7 @@ from vllmc.core.graph.layout import GraphInput
     ],
 )
 def test_sources_are_read(source: str, expected: GraphInput) -> None:
-    assert read_source(source) == expected
+    assert read_source(source, {"input_ids", "hidden['a'][0]"}) == expected
 
 
 @pytest.mark.parametrize(

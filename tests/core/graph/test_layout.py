@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 
 from vllmc.core.errors import UnsafeCacheError
-from vllmc.core.graph.layout import AttentionSite, GraphInput, Layout, OpStep, UnitStep
+from vllmc.core.graph.layout import Argument, AttentionSite, GraphInput, Layout, OpStep, UnitStep
 
 
 @pytest.fixture
 def layout() -> Layout:
     return Layout(
+        arguments=(Argument(path="input_ids", dtype="int64", shape=(1, "tokens")),),
         pieces=("piece_0",),
         ranges=("1", "2:64"),
         inputs=(
@@ -30,10 +31,12 @@ def layout() -> Layout:
                 result="v1",
             ),
         ),
-        output="v0",
+        result={"ref": "v0"},
         attention=(
             AttentionSite(layer="layers.0", kv_heads=1, key_size=4, value_size=4, window=8),
         ),
+        demands=("d0 > 1",),
+        promises=("d0 % 8 != 0",),
     )
 
 
@@ -45,6 +48,8 @@ def test_a_layout_survives_json(layout: Layout) -> None:
     "damage",
     [
         lambda data: data.pop("steps"),
+        lambda data: data["arguments"][0].pop("path"),
+        lambda data: data.pop("result"),
         lambda data: data["inputs"][0].pop("name"),
         lambda data: data["inputs"][0].update(more=1),
         lambda data: data["steps"][0].pop("piece"),

@@ -135,7 +135,7 @@ class Stateful(Small):
     ("kind", "says", "source"),
     [
         (Writing, "writes to the module's own tensor model.seen", "self.seen.add_(1)"),
-        (Keeping, "keeps a tensor in the module", "self.last = output.logits * 2"),
+        (Keeping, "changes self.model.last", "self.last = output.logits * 2"),
         (Counting, "counts the tokens", "torch.arange(input_ids.shape[1])[None]"),
         (Summing, "counts the tokens", "torch.ones_like(input_ids).cumsum(-1) - 1"),
         (Repeating, "layer model.model.layers.0.self_attn attends more than once", "def forward("),

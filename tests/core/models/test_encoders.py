@@ -37,7 +37,7 @@ def run(model: Model, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, .
     positions = torch.tensor([[p for ids in prompts for p in model.info.encoder.positions(ids)]])
     lengths = [len(prompt) for prompt in prompts]
     with torch.no_grad(), forward_context(whole_sequences(lengths)):
-        states: tuple[torch.Tensor, ...] = entry(ids, positions).split(lengths)
+        states: tuple[torch.Tensor, ...] = entry.forward(ids, positions).split(lengths)
     return states
 
 

@@ -13,7 +13,15 @@ def layout(*rows: int) -> Layout:
         for i, n in enumerate(rows)
     )
     ids = GraphInput(kind="activation", name="input_ids")
-    return Layout(pieces=(), ranges=(), inputs=(ids, *weights), steps=(), output="p0", attention=())
+    return Layout(
+        pieces=(),
+        ranges=(),
+        inputs=(ids, *weights),
+        steps=(),
+        arguments=(),
+        result={"ref": "p0"},
+        attention=(),
+    )
 
 
 def test_weights_are_counted_in_bytes_of_their_dtype() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllmc.core.errors import VllmcError
-from vllmc.core.graph.layout import GraphInput, Layout, OpStep, UnitStep
+from vllmc.core.graph.layout import Argument, GraphInput, Layout, OpStep, UnitStep
 from vllmc.core.runtime.program import Program, Variant, link
 from vllmc.core.spec import CompileRange
 from vllmc.kernels.layer_name import LayerName
@@ -15,6 +15,11 @@ from vllmc.kernels.layer_name import LayerName
 def layout(**fields: Any) -> Layout:
     """`linear(input_ids)` as a piece of its own, then doubled by an op."""
     given: dict[str, Any] = {
+        "arguments": (
+            Argument(path="input_ids", dtype="int64", shape=(1, "tokens")),
+            Argument(path="position_ids", dtype="int64", shape=(1, "tokens")),
+            Argument(path="logits_indices", dtype="int64", shape=("rows",)),
+        ),
         "pieces": ("piece_0",),
         "ranges": ("1:8",),
         "inputs": (
@@ -33,7 +38,7 @@ def layout(**fields: Any) -> Layout:
                 result="v1",
             ),
         ),
-        "output": "v1",
+        "result": {"ref": "v1"},
         "attention": (),
     }
     return Layout(**(given | fields))
@@ -86,7 +91,7 @@ def test_a_hoisted_layer_name_is_bound() -> None:
     given = layout(
         inputs=(GraphInput(kind="layer-name", name="layers.3"),),
         steps=(UnitStep(piece=0, args=("p0",), results=("v0",)),),
-        output="v0",
+        result={"ref": "v0"},
     )
 
     def piece(args: list[Any]) -> tuple[torch.Tensor]:
@@ -107,7 +112,9 @@ def sized() -> Program:
         variant(6, 9, tagged(69)),
     ]
     ranges = ("1", "6", "1:4", "6:9")
-    return link(layout(ranges=ranges, steps=layout().steps[:1], output="v0"), entry(), variants)
+    return link(
+        layout(ranges=ranges, steps=layout().steps[:1], result={"ref": "v0"}), entry(), variants
+    )
 
 
 @pytest.mark.parametrize(("tokens", "tag"), [(1, 1), (2, 14), (4, 14), (6, 6), (7, 69), (9, 69)])
@@ -134,7 +141,7 @@ def test_zero_tokens_are_refused(sized: Program) -> None:
 
 def test_a_program_for_one_size_alone_is_used_for_it() -> None:
     program = link(
-        layout(ranges=("1",), steps=layout().steps[:1], output="v0"),
+        layout(ranges=("1",), steps=layout().steps[:1], result={"ref": "v0"}),
         entry(),
         [variant(1, 1, tagged(1))],
     )
@@ -153,7 +160,6 @@ def test_the_largest_count_is_that_of_a_range_or_size(sized: Program) -> None:
 @pytest.mark.parametrize(
     "args",
     [
-        (torch.zeros(1, 3).long(), torch.zeros(1, 4).long(), torch.zeros(1).long()),
         (torch.zeros(2, 3).long(), torch.zeros(2, 3).long(), torch.zeros(1).long()),
         (torch.zeros(3).long(), torch.zeros(3).long(), torch.zeros(1).long()),
         (torch.zeros(1, 3).int(), torch.zeros(1, 3).long(), torch.zeros(1).long()),
@@ -164,7 +170,6 @@ def test_the_largest_count_is_that_of_a_range_or_size(sized: Program) -> None:
         (torch.zeros(1, 3).long(), torch.zeros(1, 3).long(), torch.zeros(0).long()),
     ],
     ids=[
-        "other positions",
         "two rows of ids",
         "flat ids",
         "32-bit ids",
@@ -179,6 +184,76 @@ def test_inputs_that_compiled_code_would_misread_are_refused(sized: Program, arg
     with pytest.raises(VllmcError) as caught:
         sized(*args)
     assert code_of(caught) == "bad-input"
+
+
+def test_sizes_of_one_shape_id_that_differ_are_named(sized: Program) -> None:
+    ids, positions, rows = batch(4)
+    with pytest.raises(VllmcError) as caught:
+        sized(ids, positions[:, :3].clone(), rows)
+    assert code_of(caught) == "size-mismatch"
+    assert caught.value.message == (
+        "input_ids.shape[1] has 4 and position_ids.shape[1] has 3, and both are 'tokens'"
+    )
+    assert caught.value.context["shape_id"] == "tokens"
+
+
+def test_a_demand_of_the_model_is_made_of_every_call() -> None:
+    given = layout(demands=("d0 % 2 == 0 or d1 > d0",), result={"ref": "p0"}, steps=())
+    program = link(given, entry(), [Variant(range=CompileRange(1, 8), pieces=())])
+    for tokens, rows in ((2, 1), (3, 4), (6, 6)):
+        assert program(*batch(tokens, rows)).shape == (1, tokens)
+    with pytest.raises(VllmcError) as caught:
+        program(*batch(3, 3))
+    assert code_of(caught) == "size-mismatch"
+    assert "tokens % 2 == 0 or rows > tokens" in caught.value.message
+    assert caught.value.context == {"input_ids.shape[1]": 3, "logits_indices.shape[0]": 3}
+
+
+@pytest.mark.parametrize("text", ["d0.real", "d2 > 1", "__import__('os')", "[d0]", "d0 >", "1/0"])
+def test_a_condition_that_is_none_is_a_bad_record(text: str) -> None:
+    with pytest.raises(VllmcError) as caught:
+        link(layout(demands=(text,)), entry(), [variant(1, 8)])
+    assert code_of(caught) == "bad-record"
+
+
+def test_two_ranges_that_hold_a_count_are_named() -> None:
+    program = link(layout(), entry(), [variant(1, 5), variant(4, 8)])
+    with pytest.raises(VllmcError, match="4 tokens") as caught:
+        program(*batch(4))
+    assert code_of(caught) == "ambiguous-size"
+    assert caught.value.context["ranges"] == ["1:5", "4:8"]
+
+
+def test_a_static_graph_has_one_variant_that_is_always_used() -> None:
+    arguments = (Argument(path="x", dtype="int64", shape=(1, 3)),)
+    given = layout(
+        arguments=arguments,
+        inputs=(),
+        steps=(UnitStep(piece=0, args=(), results=("v0",)),),
+        result={"ref": "v0"},
+    )
+    program = link(given, entry(), [variant(1, 1, tagged(7)), variant(2, 8, tagged(7))])
+    assert program(torch.zeros(1, 3).long()).tolist() == [7]
+
+
+def test_results_come_in_the_containers_that_the_forward_returns() -> None:
+    given = layout(
+        steps=(),
+        result={
+            "dict": [
+                ["both", {"tuple": [{"ref": "p0"}, {"list": [{"ref": "a1"}, None]}]}],
+                [{"float": (0.5).hex()}, {"call": ["fractions", "Fraction"], "args": [1, 2]}],
+                ["made", {"object": ["types", "SimpleNamespace"], "state": {"x": {"ref": "p1"}}}],
+            ]
+        },
+    )  # fmt: skip
+    ids, positions, rows = batch(3)
+    program = link(given, entry(), [Variant(range=CompileRange(1, 8), pieces=())])
+    result = program(ids, positions, rows)
+    assert result["both"][0] is ids
+    assert result["both"][1] == [positions, None]
+    assert result[0.5] == 0.5
+    assert result["made"].x == 3
 
 
 @pytest.mark.parametrize(
@@ -201,7 +276,7 @@ def test_a_model_with_other_tensors_is_refused(weight: torch.Tensor | None) -> N
 def test_an_op_that_is_not_registered_is_named() -> None:
     steps = (OpStep(target="call_function:torch.ops.nowhere.op", args=(), kwargs={}, result="v0"),)
     with pytest.raises(VllmcError, match=r"nowhere\.op") as caught:
-        link(layout(steps=steps, output="v0"), entry(), [variant(1, 8)])
+        link(layout(steps=steps, result={"ref": "v0"}), entry(), [variant(1, 8)])
     assert code_of(caught) == "unknown-op"
 
 
@@ -230,7 +305,9 @@ def test_arguments_of_every_kind_reach_the_op() -> None:
         return (torch.zeros(1),)
 
     ids, positions, rows = batch(5)
-    link(layout(steps=steps, output="v1"), entry(), [variant(1, 8, piece)])(ids, positions, rows)
+    link(layout(steps=steps, result={"ref": "v1"}), entry(), [variant(1, 8, piece)])(
+        ids, positions, rows
+    )
     assert seen[0] is ids
     assert seen[1] == [1, (True, None)]
     assert seen[2] == slice(None, 5, 2)
@@ -255,7 +332,7 @@ def test_a_method_is_called_with_keywords() -> None:
         ),
     )
     no_pieces = Variant(range=CompileRange(1, 8), pieces=())
-    program = link(layout(pieces=(), steps=steps, output="v0"), entry(), [no_pieces])
+    program = link(layout(pieces=(), steps=steps, result={"ref": "v0"}), entry(), [no_pieces])
     assert program(*batch(4)).shape == (1, 1)
 
 
@@ -280,14 +357,14 @@ def test_values_are_let_go_after_their_last_use() -> None:
             OpStep(target="call_method:clone", args=({"ref": "v0"},), kwargs={}, result="v1"),
             UnitStep(piece=1, args=("v1",), results=("v2",)),
         ),
-        output="v2",
+        result={"ref": "v2"},
     )
     assert link(given, entry(), [variant(1, 8, first, last)])(*batch(2)).tolist() == [1]
 
 
 def test_a_piece_without_results_is_run() -> None:
     calls: list[int] = []
-    given = layout(steps=(UnitStep(piece=0, args=("p1",), results=()),), output="p0")
+    given = layout(steps=(UnitStep(piece=0, args=("p1",), results=()),), result={"ref": "p0"})
 
     def piece(args: list[Any]) -> tuple[()]:
         calls.append(args[0])

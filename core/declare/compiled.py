@@ -1,0 +1,183 @@
+"""The compiled forward of one decorated module: which program a call runs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+
+from vllmc.core.declare.containers import leaves
+from vllmc.core.declare.declaration import Declaration, declaration_of
+from vllmc.core.declare.dims import Declared, forward_parameters
+from vllmc.core.declare.session import Session, current_session
+from vllmc.core.errors import VllmcError
+from vllmc.core.runtime.program import Program
+
+_LOGGER: Final = logging.getLogger("vllmc")
+_HOOKS: Final = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+class CompiledForward:
+    """Runs calls of one module by compiled programs, one for each kind of call.
+
+    Calls are of one kind if they bring tensors of the same dtypes, ranks and fixed sizes under the
+    same names, and the same constants.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._programs: dict[Hashable, Program] = {}
+        self._bind: Callable[..., tuple[object, ...]] | None = None
+        self._names: tuple[str, ...] = ()
+        self._enabled: bool | None = None
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: object) -> CompiledForward:
+        """A fresh one: programs are bound to the tensors of one module."""
+        return CompiledForward(self._session)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled as a fresh one that takes the session in force where it is loaded."""
+        return (_unpickled, ())
+
+    def forget(self) -> None:
+        """Drops all programs: the module's tensors are others from now on."""
+        self._programs = {}
+
+    def __call__(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """What the module's forward returns. Raises what `Program.__call__` and compiling raise."""
+        if self._enabled is None:
+            self._enabled = self._is_enabled(module)
+        if not self._enabled:
+            return torch.nn.Module.__call__(module, *args, **kwargs)
+        if self._bind is None:
+            self._bind = _binder(module)
+            self._names = tuple(p.name for p in forward_parameters(module))
+        values = self._bind(*args, **kwargs)
+        tensors, kind = _kind(_declaration(module).declared, self._names, values)
+        if any(getattr(module, name) for name in _HOOKS):
+            raise _hooked(module)
+        program = self._programs.get(kind)
+        if program is None:
+            with self._lock:
+                program = self._programs.get(kind) or self._open(module, values)
+                self._programs[kind] = program
+        # Compiled for inference, in whatever mode the caller is.
+        with torch.no_grad():
+            return program(*tensors)
+
+    def _is_enabled(self, module: torch.nn.Module) -> bool:
+        from vllmc.core.job import resolve_spec
+        from vllmc.core.models.live_model import LiveModel
+
+        declaration = _declaration(module)
+        if declaration.enable_if is None:
+            return True
+        return declaration.enable_if(resolve_spec(self._session.spec, LiveModel(module, {})))
+
+    def _open(self, module: torch.nn.Module, values: tuple[object, ...]) -> Program:
+        """The program for calls like this one, from the cache or compiled now."""
+        # Importing the pipeline takes a second, which a module that is only made does without.
+        from vllmc.core.cache.store import Store
+        from vllmc.core.job import make_job, resolve_spec
+        from vllmc.core.models.live_model import LiveModel
+        from vllmc.core.obtain import Policy
+        from vllmc.core.pipeline import obtain_program, open_program
+
+        session = self._session
+        model = LiveModel(module, dict(zip(self._names, values, strict=True)))
+        job = make_job(
+            model,
+            resolve_spec(session.spec, model),
+            environment=session.environment,
+            cache_dir=session.cache_dir,
+            origins={},
+            since=session.since,
+        )
+        ready = obtain_program(
+            job,
+            Store(session.cache_dir),
+            session.observer,
+            policy=Policy(may_compile=session.may_compile),
+        )
+        _LOGGER.info("%s: %s, %.1f s", job.label, ready.outcome, ready.seconds.total)
+        for c in ready.miss.changes if ready.miss is not None else ():
+            told = (job.label, c.kind, c.group, c.name, c.before, c.after)
+            _LOGGER.info("%s: not stored so far, %s: %s %s, %s before and %s now", *told)
+        return open_program(ready, module)
+
+
+def _unpickled() -> CompiledForward:
+    return CompiledForward(current_session())
+
+
+def _declaration(module: torch.nn.Module) -> Declaration:
+    declaration = declaration_of(module)
+    assert declaration is not None
+    return declaration
+
+
+def _binder(module: torch.nn.Module) -> Callable[..., tuple[object, ...]]:
+    """A function with the parameters of the module's forward that returns their values.
+
+    Generated, because `inspect.Signature.bind` takes longer than a small piece.
+    """
+    defaults: dict[str, Any] = {}
+    parts: list[str] = []
+    parameters = forward_parameters(module)
+    for index, parameter in enumerate(parameters):
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parts:
+            parts.append("*")
+        if parameter.default is parameter.empty:
+            parts.append(parameter.name)
+        else:
+            defaults[f"_default_{index}"] = parameter.default
+            parts.append(f"{parameter.name}=_default_{index}")
+    returned = "".join(f"{parameter.name}, " for parameter in parameters)
+    exec(f"def forward({', '.join(parts)}): return ({returned})", defaults)
+    bind: Callable[..., tuple[object, ...]] = defaults["forward"]
+    return bind
+
+
+def _kind(
+    declared: Declared, names: Sequence[str], values: Sequence[object]
+) -> tuple[list[torch.Tensor], Hashable]:
+    """The tensors among `values`, and what is the same in all calls of this kind."""
+    tensors: list[torch.Tensor] = []
+    kind: list[Hashable] = []
+    for name, value in zip(names, values, strict=True):
+        if value is None:
+            kind.append(None)
+            continue
+        for path, leaf in leaves(name, value):
+            if isinstance(leaf, torch.Tensor):
+                tensors.append(leaf)
+                varying = declared.dims.get(name, ())
+                shape = [*leaf.shape]
+                for dynamic in varying:
+                    if -len(shape) <= dynamic.dim < len(shape):
+                        shape[dynamic.dim] = -1
+                kind.append((path, leaf.dtype, *shape))
+            else:
+                # `1`, `1.0` and `True` are equal, and not the same constant.
+                kind.append((path, type(leaf), leaf if isinstance(leaf, Hashable) else id(leaf)))
+    return tensors, tuple(kind)
+
+
+def _hooked(module: torch.nn.Module) -> VllmcError:
+    return VllmcError(
+        "has-hooks",
+        f"{type(module).__qualname__} has hooks of its own, which a compiled call would leave out",
+        hint="register them on a module inside it, before its first call; or call it within "
+        "vllmc.core.plainly()",
+    )

@@ -1,0 +1,61 @@
+"""A module of a running program as a model: it is there already, and so are its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllmc.core.errors import UsageError
+from vllmc.core.models.model import ModelInfo
+from vllmc.core.models.module_model import ModuleModel
+from vllmc.core.spec import CompileSpec
+
+if TYPE_CHECKING:
+    from vllmc.core.graph.call import Call
+
+
+class LiveModel(ModuleModel):
+    """`module`, of a declared class, called with `values` by argument name.
+
+    Its program is the one that `vllmc warm module:Class` compiles, where class and call are alike.
+    """
+
+    def __init__(self, module: torch.nn.Module, values: Mapping[str, object]) -> None:
+        cls = type(module)
+        self._values = values
+        super().__init__(f"{cls.__module__}:{cls.__qualname__}", module)
+
+    @property
+    def info(self) -> ModelInfo:
+        """What the module is, and where."""
+        tensor = next(self._sample.parameters(), None)
+        device = "cpu" if tensor is None else str(tensor.device)
+        return replace(super().info, device=device)
+
+    def adapt(self, spec: CompileSpec) -> CompileSpec:
+        """See `Model.adapt`. Raises `UsageError` (`spec-mismatch`)."""
+        info = self.info
+        for name, asked, there in (
+            ("device", spec.device, info.device),
+            ("dtype", spec.dtype, info.dtype),
+        ):
+            if asked != there:
+                raise UsageError(
+                    "spec-mismatch",
+                    f"the spec says {name} {asked}, and the module's weights are {there}",
+                    hint=f'move the module before its first call, or leave {name}="auto"',
+                )
+        return super().adapt(spec)
+
+    def call(self, *_: object) -> Call:
+        """The call that is made."""
+        from vllmc.core.graph.call import describe_call
+
+        return describe_call(self._declaration().declared, self._values)
+
+    def build(self, *_: object, **__: object) -> torch.nn.Module:
+        """The module as it is."""
+        return self._sample
