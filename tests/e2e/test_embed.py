@@ -91,13 +91,21 @@ def test_embeddings_are_those_of_eager_transformers(
     assert_same(embeddings(done), eagerly(model, PROMPTS[:batch]))
 
 
-@pytest.mark.parametrize("kind", ["backed", "backed-size-oblivious"])
+@pytest.mark.parametrize(
+    "shaping",
+    [
+        ("--dynamic-shapes", "backed"),
+        ("--dynamic-shapes", "backed-size-oblivious"),
+        ("--layer-names", "baked"),
+    ],
+    ids=" ".join,
+)
 @pytest.mark.parametrize("name", CORE)
-def test_embeddings_are_the_same_however_the_token_count_is_traced(
-    name: str, kind: str, saved: Any, eager: Run
+def test_embeddings_are_the_same_however_the_model_is_captured(
+    name: str, shaping: tuple[str, str], saved: Any, eager: Run
 ) -> None:
     directory, model = saved(name)
-    words = (*WORDS, "--dynamic-shapes", kind, "--compile-size", "19", "--json")
+    words = (*WORDS, *shaping, "--compile-size", "19", "--json")
     done = eager("run", directory, "--embed", *words, *SIZES, "--fail-on-recompile")
     assert_same(embeddings(done), eagerly(model))
     assert done.json["recompiles"] == []

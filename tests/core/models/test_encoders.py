@@ -19,10 +19,11 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 
 from vllmc.core.errors import VllmcError
 from vllmc.core.models import encoders
-from vllmc.core.models.building import DecoderEntry, EncoderEntry, build_entry
+from vllmc.core.models.building import DecoderEntry, EncoderEntry, build_entry, encoder_of
 from vllmc.core.models.encoders import encoder_info
 from vllmc.core.models.model import EncoderInfo, Model
 from vllmc.core.models.resolve import resolve
+from vllmc.core.spec import LayerNames
 from vllmc.kernels.forward_context import forward_context, whole_sequences
 
 BERT, ROBERTA = (next(f for f in ENCODERS if f.name == name) for name in ("bert", "roberta"))
@@ -31,10 +32,16 @@ BERT, ROBERTA = (next(f for f in ENCODERS if f.name == name) for name in ("bert"
 def run(model: Model, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, ...]:
     """The hidden states of each prompt, all of them run as one flattened batch."""
     entry = model.build("real", device="cpu", dtype="float32", layer_names="hoisted", seed=0)
-    assert isinstance(entry, EncoderEntry)
     assert model.info.encoder is not None
+    return run_entry(entry, model.info.encoder, prompts)
+
+
+def run_entry(
+    entry: torch.nn.Module, encoder: EncoderInfo, prompts: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, ...]:
+    assert isinstance(entry, EncoderEntry)
     ids = torch.tensor([[token for prompt in prompts for token in prompt]])
-    positions = torch.tensor([[p for ids in prompts for p in model.info.encoder.positions(ids)]])
+    positions = torch.tensor([[p for prompt in prompts for p in encoder.positions(prompt)]])
     lengths = [len(prompt) for prompt in prompts]
     with torch.no_grad(), forward_context(whole_sequences(lengths)):
         states: tuple[torch.Tensor, ...] = entry.forward(ids, positions).split(lengths)
@@ -129,7 +136,17 @@ def test_positions_that_begin_after_no_padding_token_are_refused() -> None:
     assert caught.value.code == "unsupported-model"
 
 
+@pytest.mark.parametrize("kind", ["hoisted", "baked"])
+def test_an_encoder_that_python_made_is_one(kind: LayerNames) -> None:
+    eager, made = make_encoder(ROBERTA), make_encoder(ROBERTA)
+    encoder = encoder_of("made", made)
+    assert encoder == EncoderInfo(padding_id=1)
+    states = run_entry(build_entry(made, kind), encoder, PROMPTS)
+    for found, prompt in zip(states, PROMPTS, strict=True):
+        torch.testing.assert_close(found, hidden_states(eager, prompt), rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_with_a_head_is_no_encoder_when_python_made_it() -> None:
     model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**BERT.config))
+    assert encoder_of("made", model) is None
     assert isinstance(build_entry(model, "hoisted"), DecoderEntry)
-    assert isinstance(build_entry(make_encoder(BERT), "hoisted"), EncoderEntry)
