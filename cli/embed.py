@@ -36,9 +36,10 @@ _SUFFIXES = (".safetensors", ".npy")
 class EmbeddingFlags:
     """Whether to embed, how, and where to."""
 
-    embed: Annotated[bool, typer.Option("--embed", help="Embed the prompts: what encoders do.")] = (
-        False
-    )
+    embed: Annotated[
+        bool,
+        typer.Option("--embed", help="Embed the prompts: what encoders do."),
+    ] = False
     pooling: Annotated[
         str | None,
         typer.Option(

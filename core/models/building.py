@@ -235,7 +235,7 @@ def load_weights(
     if encodes and (missing := sorted(report["missing_keys"])):
         raise VllmcError(
             "bad-weights",
-            f"the weights of {name} lack {missing[0]} and {len(missing) - 1} others",
+            f"the weights of {name} lack {len(missing)} of its tensors, {missing[0]} for one",
             hint="an embedding by random weights says nothing: check the model's files, and that "
             "--layers does not ask for more layers than they hold",
         )
