@@ -276,6 +276,26 @@ def names(items: Sequence[str], limit: int = 4) -> str:
     return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown
 
 
+def name_cost(row: Row) -> str:
+    """What `layer_names` of a warmed model says, in a sentence."""
+    taken = f"{size(row['bytes'])} stored"
+    if row["compiled"]:
+        units = count(row["compiled"], "more unit")
+        taken = f"{units} compiled in {duration(row['seconds'])}, {taken}"
+    return (
+        f"layer-name strings made {row['unique']} pieces unique that would otherwise be "
+        f"{row['would_be']}: {taken}"
+    )
+
+
+def named_argument(row: Row) -> str:
+    """One of the `ops` of `layer_names`: where the strings are, and which."""
+    first, last = row["examples"]
+    return (
+        f"{row['op']}, argument {row['argument']}: {row['values']} strings, {first!r} to {last!r}"
+    )
+
+
 def facts(*rows: tuple[str, str]) -> RenderableType:
     """Names and values, below each other."""
     table = Table.grid(padding=(0, _GAP, 0, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from vllmc.cli.render import (
     duration,
     factors,
     facts,
+    name_cost,
+    named_argument,
     names,
     short_key,
     size,
@@ -77,6 +80,8 @@ def _warm_one(row: Row) -> RenderableType:
         parts += ["", _units(row["units"])]
     if row["counts"]["dup"]:
         parts.append(Text(_DUP, style="dim"))
+    if row["layer_names"] is not None:
+        parts += ["", *_layer_names(row["layer_names"])]
     if row["miss"] is not None and row["miss"]["nearest_key"] is not None:
         parts += ["", *_miss(row["miss"])]
     return Group(*parts)
@@ -107,6 +112,15 @@ def _units(units: Sequence[Row]) -> RenderableType:
             for unit in units
         ),
     )
+
+
+def _layer_names(row: Row) -> list[RenderableType]:
+    parts: list[RenderableType] = [Text(name_cost(row), style="yellow")]
+    for fix, ops in itertools.groupby(row["ops"], key=lambda op: op["fix"]):
+        found = [(named_argument(op), names(op["pieces"], 3)) for op in ops]
+        lines = [line for op, pieces in found for line in (("op", op), ("in", pieces))]
+        parts.append(facts(*lines, ("fix", fix)))
+    return parts
 
 
 def _miss(miss: Row) -> list[RenderableType]:
@@ -276,5 +290,7 @@ def _recompile(row: Row) -> RenderableType:
     if row["cost_seconds"] is not None:
         lines.append(("cost", duration(row["cost_seconds"])))
     if row["limit_hit"]:
-        lines.append(("limit", "the recompile limit was hit: the frame has run eager since"))
+        lines.append(
+            ("limit", "the recompile limit was hit: eager since then (fullgraph=True: an error)")
+        )
     return facts(*lines, ("fix", row["fix"]))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllmc.cli.render import duration, names, plain_value, size
+from vllmc.cli.render import duration, name_cost, named_argument, names, plain_value, size
 from vllmc.core.errors import VllmcError
 
 Row = Mapping[str, Any]
@@ -53,7 +54,7 @@ def summary(rows: Sequence[Row]) -> str:
             )
         )
     for row in rows:
-        for part in (_reason(row), _units(row), _changes(row)):
+        for part in (_reason(row), _units(row), _layer_names(row), _changes(row)):
             if part:
                 lines += ["", *part]
     return "\n".join(lines) + "\n"
@@ -78,6 +79,17 @@ def _units(row: Row) -> list[str]:
         for u in compiled
     ]
     return table
+
+
+def _layer_names(row: Row) -> list[str]:
+    found = row["layer_names"]
+    if found is None:
+        return []
+    lines = [f"{row['model']}: {name_cost(found)}"]
+    for fix, ops in itertools.groupby(found["ops"], key=lambda op: op["fix"]):
+        lines += ["", *(f"- {named_argument(op)}" for op in ops)]
+        lines += ["", "```", *fix.splitlines(), "```"]
+    return lines
 
 
 def _changes(row: Row) -> list[str]:

@@ -77,8 +77,15 @@ def warm(
     With --json: model, key, outcome, program, pieces (total, splitting, compilable, unique; null
     where only capture shows them), counts (hit, dup, compiled), units (pieces, range, outcome,
     artifact, bytes, seconds), seconds (total, capture, compile, store), peak_rss_mb, miss (null, or
-    nearest_key, nearest_model where it is another, and changes, as diff-config lists them); with
-    --check also reason. Several models give results, a list of these.
+    nearest_key, nearest_model where it is another, and changes, as diff-config lists them),
+    layer_names; with --check also reason. Several models give results, a list of these.
+
+    layer_names is null where the names of layers cost nothing. Where strings given to custom ops
+    are all that tells pieces apart, it has unique (how many pieces there are), would_be (how many
+    without the strings), ops (op, argument, values: how many strings, examples: the first and
+    the last, pieces, fix), and what the pieces beyond would_be cost: compiled (units compiled now),
+    seconds (in which they were) and bytes (of their artifacts, also those found). It is null too
+    where nothing was captured: when the program was found, and with --check.
     """
     settings = common.settings()
     output = common.output("warm")
@@ -174,6 +181,7 @@ def _row(job: Job, ready: Ready) -> Row:
         },
         "peak_rss_mb": _peak_rss_mb(),
         "miss": ready.miss and ready.miss.to_json(),
+        "layer_names": ready.layer_names and ready.layer_names.to_json(),
     }
 
 
@@ -202,6 +210,7 @@ def _check_row(job: Job, prediction: Prediction) -> Row:
         "peak_rss_mb": _peak_rss_mb(),
         "reason": prediction.reason,
         "miss": prediction.miss and prediction.miss.to_json(),
+        "layer_names": None,
     }
 
 

@@ -21,6 +21,7 @@ from vllmc.core.cache.store import Store
 from vllmc.core.events import Observer, UnitOutcome
 from vllmc.core.graph.layout import Layout
 from vllmc.core.job import Job
+from vllmc.core.layer_names import LayerNameCost, cost_of
 from vllmc.core.models.model import Weights
 from vllmc.core.obtain import Policy, Reader, UnitResult, obtain, range_name
 from vllmc.core.prediction import ANY_RANGE, Found, Miss, explain_miss
@@ -47,13 +48,15 @@ class Seconds:
 class Ready:
     """A program that is in the store, with the bytes of its artifacts, verified.
 
-    `program` says whether its record was there before; `miss` why not.
+    `program` says whether its record was there before; `miss` why not. `layer_names` is what the
+    strings in custom ops cost: None where they cost nothing, and where nothing was captured.
     """
 
     program: Literal["hit", "miss"]
     record: ProgramRecord
     units: tuple[UnitResult, ...]
     miss: Miss | None
+    layer_names: LayerNameCost | None
     seconds: Seconds
 
     @property
@@ -156,6 +159,7 @@ def obtain_units(
 def _build(
     job: Job, reader: Reader, observer: Observer, policy: Policy, weights: Weights, started: float
 ) -> Ready:
+    from vllmc.core.graph.names import find_named_pieces
     from vllmc.core.graph.plan import make_plan
     from vllmc.core.torch_compat.config import applied, vllmc_overrides
 
@@ -167,6 +171,7 @@ def _build(
         plan = make_plan(captured, job.spec)
         captured_at = time.perf_counter()
         results = obtain_units(plan, job, reader, observer, policy)
+    named = find_named_pieces(plan.unique)
     record = ProgramRecord(
         key=job.key,
         model=job.label,
@@ -191,6 +196,7 @@ def _build(
         record=record,
         units=results,
         miss=miss,
+        layer_names=None if named is None else cost_of(named, results),
         seconds=Seconds(
             total=finished - started,
             capture=captured_at - started,
@@ -218,5 +224,6 @@ def _hit(job: Job, store: Store, found: Found, started: float) -> Ready:
             for unit in found.record.units
         ),
         miss=None,
+        layer_names=None,
         seconds=Seconds(total=time.perf_counter() - started),
     )

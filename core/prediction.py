@@ -148,17 +148,13 @@ def explain_miss(job: Job, store: Store) -> Miss:
     if record is None:
         return Miss(nearest_key=None, changes=())
     files = diff_sources(record.sources, current(record.sources))
-    guarded = job.read_guarded(tuple(record.guarded))
-    changes = (
-        *diff(record.factors, job.factors),
-        *files,
-        *diff_guarded(record.guarded, guarded, files_changed=bool(files)),
-    )
-    return Miss(
-        nearest_key=record.key,
-        changes=changes,
-        nearest_model=None if record.model == job.label else record.model,
-    )
+    changes = [*diff(record.factors, job.factors), *files]
+    other = None if record.model == job.label else record.model
+    if other is None:
+        # To read those of another model would be to import its code beside this one's.
+        guarded = job.read_guarded(tuple(record.guarded))
+        changes += diff_guarded(record.guarded, guarded, files_changed=bool(files))
+    return Miss(nearest_key=record.key, changes=tuple(changes), nearest_model=other)
 
 
 def _nearest(job: Job, store: Store) -> ProgramRecord | None:

@@ -65,6 +65,7 @@ class CompiledForward:
             self._names = tuple(p.name for p in forward_parameters(module))
         values = self._bind(*args, **kwargs)
         tensors, kind = _kind(_declaration(module).declared, self._names, values)
+        kind = (module.training, kind)
         if any(getattr(module, name) for name in _HOOKS):
             raise _hooked(module)
         program = self._programs.get(kind)

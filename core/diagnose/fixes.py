@@ -38,7 +38,8 @@ def fix_for(guard: Guard, frame: str) -> str:
     tensor, dim = (dimension["tensor"], dimension["dim"]) if dimension else (subject, "0")
     match guard.klass:
         case "shape-0-1":
-            return f"torch._dynamo.decorators.mark_unbacked({tensor}, {dim})  {where}"
+            declared = _declaration(tensor, dim, frame)
+            return f"torch._dynamo.decorators.mark_unbacked({tensor}, {dim})  {where}{declared}"
         case "shape":
             return _shape(guard, tensor, dim, frame)
         case "dtype":
@@ -78,7 +79,10 @@ def _shape(guard: Guard, tensor: str, dim: str, frame: str) -> str:
     if not guard.subject:
         return f"mark the same dimensions of the same arguments at every call of {called}"
     if guard.text.startswith("tensor "):
-        return f"torch._dynamo.mark_dynamic({tensor}, {dim})  # before each call of {called}"
+        declared = _declaration(tensor, dim, frame)
+        return (
+            f"torch._dynamo.mark_dynamic({tensor}, {dim})  # before each call of {called}{declared}"
+        )
     if guard.text.count(".size()") > 1:
         return (
             f"keep {guard.text} true at every call of {called}; where the sizes may differ, "
@@ -88,6 +92,14 @@ def _shape(guard: Guard, tensor: str, dim: str, frame: str) -> str:
         f"take the branch on {guard.subject} out of {called}: its condition became the guard "
         f"{guard.text}; choose in the caller, and compile one function for each side"
     )
+
+
+def _declaration(tensor: str, dim: str, frame: str) -> str:
+    """How a module declares a dimension of an argument of its `forward`; empty for others."""
+    if not (frame.endswith(" in forward") and tensor.isidentifier()):
+        return ""
+    dims = f'{{"{tensor}": {{{dim}: "{tensor}_{dim}"}}}}'
+    return f"; or once, on its class: @vllmc.core.support_torch_compile(dynamic_arg_dims={dims})"
 
 
 def _int(guard: Guard, where: str) -> str:

@@ -125,6 +125,7 @@ def _ended(entry: Entry, reasons: tuple[str, ...], frame: str) -> Event:
     seconds = entry.fields().get("entire_frame_compile_time_s")
     failure = entry.fields().get("fail_reason")
     limit_hit = isinstance(failure, str) and "recompile limit exceeded" in failure
+    limit_hit |= entry.fields().get("fail_type") == "FailOnRecompileLimitHit"
     return Event(
         frame=frame,
         reasons=reasons,

@@ -119,7 +119,8 @@ class _Group:
             self.values.append(guard.expected)
         # The entry compiled after a recompile expects what that recompile found.
         if self.count == 2 and not self.guard.observed and guard.entry == _next(self.guard.entry):
-            self.guard = replace(self.guard, observed=guard.expected)
+            observed = guard.expected if guard.expected != self.guard.expected else ""
+            self.guard = replace(self.guard, observed=observed)
         value = guard.observed or guard.expected
         if len(self.values) < _MAX_VALUES and (guard.observed or self.values[-1:] != [value]):
             self.values.append(value)

@@ -15,6 +15,7 @@ import torch
 import torch.fx as fx
 
 from vllmc.core.errors import VllmcError
+from vllmc.core.graph.call import symbols_of_sizes
 from vllmc.core.graph.normalize import value_of
 from vllmc.core.runtime.conditions import can_be_kept
 from vllmc.core.spec import OPEN_END, CompileRange, CompileSpec
@@ -37,43 +38,57 @@ def check_assumptions(
     name: str,
     graph: fx.Graph,
     guards: Iterable[sympy.Basic],
-    symbols: Mapping[sympy.Symbol, str],
+    taken: Sequence[tuple[str, sympy.Expr]],
     sizes: Sequence[str],
     spec: CompileSpec,
 ) -> Assumptions:
     """Drops from `graph` the assertions about its inputs' sizes that hold for all of the spec.
 
-    `symbols` are the graph's, with the names of the varying `sizes` that they stand for; the first
-    size is the token count. Raises `VllmcError` (`range-not-covered`) where an assertion about
-    the token count, or a guard, fails somewhere in the spec's ranges and sizes, or where a guard
-    cannot be kept; `name` is the model's.
+    `sizes` are those that vary, the token count first, and `taken` says what capture took them
+    for: a symbol, a number, or something that another size decides. Raises `VllmcError`
+    (`range-not-covered`) where an assertion about the token count, or a guard, fails somewhere in
+    the spec's ranges and sizes, or where a guard cannot be kept; `name` is the model's.
     """
     ranges = (*(CompileRange(size, size) for size in spec.sizes), *spec.ranges)
-    places = {symbol: sympy.Symbol(f"d{sizes.index(size)}") for symbol, size in symbols.items()}
-    tokens = {symbol for symbol, size in symbols.items() if size == sizes[0]}
+    symbols = symbols_of_sizes(taken)
+    # Each size by a symbol of its own name, where capture took it for something else.
+    named = {sympy.Symbol(size): size for size in sizes}
+    places = {s: sympy.Symbol(f"d{sizes.index(n)}") for s, n in (symbols | named).items()}
+    tokens = {symbol for symbol, size in (symbols | named).items() if size == sizes[0]}
 
     def truths(condition: sympy.Basic) -> dict[CompileRange, bool | None]:
-        return {r: truth(condition, _bounds(symbols, tokens, r)) for r in ranges}
+        return {r: truth(condition, _bounds(places, tokens, r)) for r in ranges}
 
-    demands, promises = [], []
-    for guard in dict.fromkeys(guards):
-        found = truths(guard)
-        text = python_text(guard, places)
-        if failing := [r for r, holds in found.items() if holds is False]:
-            raise _not_covered(name, guard, symbols, failing[0])
-        if None in found.values():
-            if not can_be_kept(text):
-                raise _not_covered(name, guard, symbols, ranges[0])
-            promises.append(text)
-    for node, condition in list(_entry_assertions(graph, symbols)):
+    def judge(condition: sympy.Basic, *, demanded: bool) -> bool | None:
+        """Whether the condition always holds; None where only a call can tell."""
         found = truths(condition)
-        only_tokens = condition.free_symbols <= tokens
-        if only_tokens and (failing := [r for r, holds in found.items() if holds is False]):
+        failing = [r for r, holds in found.items() if holds is False]
+        if failing and not (demanded and condition.free_symbols - tokens):
             raise _not_covered(name, condition, symbols, failing[0])
         if all(found.values()):
+            return True
+        if not can_be_kept(python_text(condition, places)):
+            if not demanded:
+                raise _not_covered(name, condition, symbols, ranges[0])
+            return False
+        return None
+
+    demands, promises = [], []
+    for size, value in dict.fromkeys(taken):
+        if symbols.get(value) == size:
+            continue
+        equal = sympy.Eq(sympy.Symbol(size), value)
+        if judge(equal, demanded=not value.is_number) is None:
+            demands.append(python_text(equal, places))
+    for guard in dict.fromkeys(guards):
+        if judge(guard, demanded=False) is None:
+            promises.append(python_text(guard, places))
+    for node, condition in list(_entry_assertions(graph, symbols)):
+        always = judge(condition, demanded=True)
+        if always:
             graph.erase_node(node)
-        elif can_be_kept(text := python_text(condition, places)):
-            demands.append(text)
+        elif always is None:
+            demands.append(python_text(condition, places))
     return Assumptions(
         demands=tuple(dict.fromkeys(demands)), promises=tuple(dict.fromkeys(promises))
     )

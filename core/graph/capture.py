@@ -11,10 +11,11 @@ import torch
 import torch.fx as fx
 
 from vllmc.core.cache.key import JsonValue
+from vllmc.core.declare.calls import Call
 from vllmc.core.declare.containers import leaves
 from vllmc.core.errors import UsageError
 from vllmc.core.graph.assumptions import Assumptions, check_assumptions
-from vllmc.core.graph.call import Call, example_arguments, role_of, sizes_in
+from vllmc.core.graph.call import example_arguments, role_of, sizes_in, symbols_of_sizes
 from vllmc.core.graph.inputs import find_attribute, read_source
 from vllmc.core.graph.layout import Argument, AttentionSite, GraphInput
 from vllmc.core.graph.normalize import normalize, value_of
@@ -116,14 +117,8 @@ def trace(name: str, entry: torch.nn.Module, call: Call, spec: CompileSpec) -> C
         _resolve(entry, read_source(raw.sources[node.name], paths))
         for node in graph.find_nodes(op="placeholder")
     )
-    taken = sizes_in(graph, inputs, call)
-    symbols = {size: name for name, size in taken if isinstance(size, sympy.Symbol)}
-    # A size that capture fixed is no longer among its guards.
-    fixed = {name: sympy.Symbol(name) for name, size in taken if size not in symbols}
-    guards = (*raw.guards, *(sympy.Eq(fixed[n], size) for n, size in taken if n in fixed))
-    assumptions = check_assumptions(
-        name, graph, guards, symbols | {s: n for n, s in fixed.items()}, call.sizes, spec
-    )
+    sizes = sizes_in(graph, inputs, call)
+    assumptions = check_assumptions(name, graph, raw.guards, sizes, call.sizes, spec)
     functions: dict[str, set[str]] = {}
     for code in raw.code:
         functions.setdefault(code.co_filename, set()).add(code.co_qualname)
@@ -137,7 +132,7 @@ def trace(name: str, entry: torch.nn.Module, call: Call, spec: CompileSpec) -> C
         result=result,
         inputs=inputs,
         assumptions=assumptions,
-        roles={symbol: role_of(size, call) for symbol, size in symbols.items()},
+        roles={symbol: role_of(size, call) for symbol, size in symbols_of_sizes(sizes).items()},
         attention=_attention_sites(graph, inputs),
         functions={file: tuple(sorted(names)) for file, names in sorted(functions.items())},
         guarded=(*raw.guarded, *(f"O[{name_of_op!r}]" for name_of_op in ops)),

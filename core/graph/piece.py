@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -106,7 +106,7 @@ def canonical_piece(cut: Cut, roles: Mapping[sympy.Symbol, SymbolRole]) -> Piece
         inputs=tuple(inputs),
         roles=tuple(symbols.roles),
         outputs=len(cut.outputs),
-        digest=_digest(graph, inputs, symbols.roles),
+        digest=digest_of(graph, inputs, symbols.roles),
     )
 
 
@@ -148,7 +148,8 @@ def _describe(node: fx.Node, symbols: _Symbols) -> PieceInput:
     return OpaqueInput(type_name=opaque_type_name(opaque), example=value)
 
 
-def _digest(graph: fx.Graph, inputs: list[PieceInput], roles: list[SymbolRole]) -> str:
+def digest_of(graph: fx.Graph, inputs: Sequence[PieceInput], roles: Sequence[SymbolRole]) -> str:
+    """The digest of a piece's graph: ops and wiring, constants, and what the inputs are."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     nodes = [
         [node.op, target_name(node), _text(node.args, order), _text(node.kwargs, order)]
@@ -157,7 +158,7 @@ def _digest(graph: fx.Graph, inputs: list[PieceInput], roles: list[SymbolRole]) 
     ]
     told: dict[str, object] = {
         "inputs": [_row(i) for i in inputs],
-        "roles": roles,
+        "roles": list(roles),
         "nodes": nodes,
     }
     if ops := _implementations(graph):

@@ -26,6 +26,15 @@ def op_names(target: object) -> frozenset[str]:
     return frozenset()
 
 
+def schemas_of(target: object) -> tuple[torch._C.FunctionSchema, ...]:
+    """The schemas of a registered op: of all its overloads where none was chosen."""
+    if isinstance(target, torch._ops.OpOverload):
+        return (target._schema,)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return tuple(getattr(target, name)._schema for name in target.overloads())
+    return ()
+
+
 def custom_ops(graph: fx.Graph) -> tuple[str, ...]:
     """The `namespace::name` of each registered op that `graph` calls, sorted."""
     found = {name.partition(".")[0] for node in graph.nodes for name in op_names(node.target)}

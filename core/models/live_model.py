@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
+from vllmc.core.declare.calls import Call, describe_call
 from vllmc.core.errors import UsageError
 from vllmc.core.models.model import ModelInfo
 from vllmc.core.models.module_model import ModuleModel
 from vllmc.core.spec import CompileSpec
-
-if TYPE_CHECKING:
-    from vllmc.core.graph.call import Call
 
 
 class LiveModel(ModuleModel):
@@ -52,8 +49,6 @@ class LiveModel(ModuleModel):
 
     def call(self, *_: object) -> Call:
         """The call that is made."""
-        from vllmc.core.graph.call import describe_call
-
         return describe_call(self._declaration().declared, self._values)
 
     def build(self, *_: object, **__: object) -> torch.nn.Module:

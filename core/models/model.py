@@ -14,7 +14,7 @@ from vllmc.core.cache.key import Factor
 from vllmc.core.spec import CompileSpec, LayerNames
 
 if TYPE_CHECKING:  # importing it takes Dynamo and sympy, which a hit does without
-    from vllmc.core.graph.call import Call
+    from vllmc.core.declare.calls import Call
 
 Weights: TypeAlias = Literal["fake", "real"]
 

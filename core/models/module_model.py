@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.cache.redaction import redact, scrub
+from vllmc.core.declare.calls import Call, example_call
 from vllmc.core.declare.declaration import Declaration, declaration_of
 from vllmc.core.errors import VllmcError
 from vllmc.core.models.building import build_entry, encoder_of, weights_of
@@ -21,9 +23,6 @@ from vllmc.core.models.guarded import HOOKS
 from vllmc.core.models.model import ModelInfo, Weights
 from vllmc.core.spec import CompileSpec, LayerNames, open_ended
 from vllmc.core.torch_compat.config_values import stable
-
-if TYPE_CHECKING:
-    from vllmc.core.graph.call import Call
 
 _OF_OTHERS = ("class torch.", "class transformers.")
 
@@ -107,15 +106,16 @@ class ModuleModel:
     def adapt(self, spec: CompileSpec) -> CompileSpec:
         """See `Model.adapt`."""
         if self.runs_in_engine:
-            encodes = self.info.encoder is not None
-        else:
-            encodes = self._declaration().is_encoder
-        return open_ended(spec) if encodes else spec
+            return open_ended(spec) if self.info.encoder is not None else spec
+        if self._declaration().is_encoder:
+            spec = open_ended(spec)
+        call = self.call(self._sample)
+        if call.sizes and call.sizes[0] in call.unbacked:
+            spec = replace(spec, dynamic_shapes="unbacked")
+        return spec
 
     def call(self, entry: torch.nn.Module) -> Call:
         """See `Model.call`."""
-        from vllmc.core.graph.call import example_call
-
         return example_call(self.name, entry)
 
     def _declaration(self) -> Declaration:

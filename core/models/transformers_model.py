@@ -25,7 +25,7 @@ from vllmc.core.torch_compat.config_values import stable
 if TYPE_CHECKING:
     import torch
 
-    from vllmc.core.graph.call import Call
+    from vllmc.core.declare.calls import Call
 
 import_validators()
 
@@ -146,7 +146,7 @@ class TransformersModel:
 
     def call(self, entry: torch.nn.Module) -> Call:
         """See `Model.call`."""
-        from vllmc.core.graph.call import example_call
+        from vllmc.core.declare.calls import example_call
 
         return example_call(self.name, entry)
 

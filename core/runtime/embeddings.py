@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 
+from vllmc.core.diagnose.live import watch_recompiles
 from vllmc.core.diagnose.recompiles import Recompile
 from vllmc.core.models.model import EncoderInfo
 from vllmc.core.models.pooling import Pooling
-from vllmc.core.runtime.workload import measure, repeat
+from vllmc.core.runtime.workload import repeat
 from vllmc.kernels.forward_context import forward_context, whole_sequences
 
 Step: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -65,10 +67,12 @@ def run_embeddings(
 ) -> EmbeddingResult:
     """Embeds `prompts`, repeated or cut to each of `batch_sizes` (none: as they are)."""
     batches = [repeat(prompts, size) for size in batch_sizes] or [list(prompts)]
-    measured = measure(embedder.embed, batches)
+    started = time.perf_counter()
+    with watch_recompiles() as report:
+        results = [embedder.embed(batch) for batch in batches]
     return EmbeddingResult(
-        embeddings=measured.results[-1],
-        recompiles=measured.recompiles,
+        embeddings=results[-1],
+        recompiles=report.recompiles,
         tokens=sum(len(prompt) for batch in batches for prompt in batch),
-        seconds=measured.seconds,
+        seconds=time.perf_counter() - started,
     )

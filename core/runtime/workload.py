@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import torch
 
-from vllmc.core.diagnose.recompiles import Event, Recompile, frame_name, split_reasons, summarize
+from vllmc.core.diagnose.live import watch_recompiles
+from vllmc.core.diagnose.recompiles import Recompile
 from vllmc.core.runtime.engine import Engine, EngineConfig, Output, Timings
 from vllmc.core.runtime.program import Program
 from vllmc.core.runtime.sampler import SamplingParams
 from vllmc.kernels.kv_cache import KVCacheSpec, blocks_needed
-
-T = TypeVar("T")
 
 BLOCK_SIZE = 16
 
@@ -41,15 +39,6 @@ class WorkloadResult:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured(Generic[T]):
-    """What each batch gave, what compiled again, and how long all of them took."""
-
-    results: tuple[T, ...]
-    recompiles: tuple[Recompile, ...]
-    seconds: float
-
-
 def run_workload(
     program: Program,
     prompts: Sequence[Sequence[int]],
@@ -64,36 +53,13 @@ def run_workload(
     """
     batches = [repeat(prompts, size) for size in batch_sizes] or [list(prompts)]
     engine = _engine(program, batches, params, limits)
-    measured = measure(lambda batch: engine.generate(batch, params), batches)
-    return WorkloadResult(
-        outputs=measured.results[-1].outputs,
-        timings=tuple(result.timings for result in measured.results),
-        recompiles=measured.recompiles,
-        seconds=measured.seconds,
-    )
-
-
-def measure(
-    run: Callable[[list[Sequence[int]]], T], batches: Iterable[list[Sequence[int]]]
-) -> Measured[T]:
-    """Runs each of `batches` (prompts of token ids) in turn, and sees what compiles again."""
-    # Watching needs Dynamo, which is there only if something compiles with it.
-    from vllmc.core.torch_compat.recompiles import watch_recompiles
-
     started = time.perf_counter()
-    with watch_recompiles() as recompilations:
-        results = [run(batch) for batch in batches]
-    return Measured(
-        results=tuple(results),
-        recompiles=summarize(
-            Event(
-                frame=frame_name(r.file, r.line, r.function),
-                reasons=split_reasons(r.reason),
-                seconds=r.seconds,
-                limit_hit=r.limit_hit,
-            )
-            for r in recompilations
-        ),
+    with watch_recompiles() as report:
+        results = [engine.generate(batch, params) for batch in batches]
+    return WorkloadResult(
+        outputs=results[-1].outputs,
+        timings=tuple(result.timings for result in results),
+        recompiles=report.recompiles,
         seconds=time.perf_counter() - started,
     )
 

@@ -103,7 +103,8 @@ def capture_full_graph(
             # Tracing patches modules for the whole process: one thread at a time.
             convert_frame.compile_lock,
             torch.no_grad(),
-            size_oblivious(kind),
+            # Else a graph for sizes from 2 would be taken for one of 1, without a guard.
+            size_oblivious("backed-size-oblivious" if kind == "backed" else kind),
             dynamo_config.patch(specialize_int=True, specialize_float=True),
             get_metrics_context(),
             dynamo_timed("fullgraph_capture"),

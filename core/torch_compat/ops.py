@@ -39,6 +39,11 @@ def registrations(name: str) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(found))
 
 
+def declared_by_signature(name: str) -> bool:
+    """Whether `torch.library.custom_op` made the schema of `namespace::name` from a function."""
+    return name in OPDEFS
+
+
 def _places(name: str) -> Iterator[tuple[str, int]]:
     fake = singleton.find(name).fake_impl.kernel
     told = [torch._C._dispatch_dump(name)]

@@ -59,6 +59,7 @@ def warmed(outcome: str, *units: dict[str, Any], **fields: Any) -> dict[str, Any
         "miss": None
         if outcome == "hit"
         else {"nearest_key": None, "nearest_model": None, "changes": []},
+        "layer_names": None,
     } | fields
 
 
@@ -95,6 +96,45 @@ def test_each_kind_of_unit_is_counted_in_words_and_a_dup_is_explained() -> None:
     )
     assert text[-1].startswith("dup: compiled now, and the code turned out to be stored already")
     assert "dup: " not in "\n".join(lines(report.warm([warmed("partial", *units[::2])])))
+
+
+def named(compiled: int) -> dict[str, Any]:
+    return {
+        "unique": 33,
+        "would_be": 3,
+        "ops": [
+            {
+                "op": "myops::kv_update",
+                "argument": "layer_name",
+                "values": 31,
+                "examples": ["model.layers.1", "model.layers.31"],
+                "pieces": [f"piece_{2 * n}" for n in range(1, 32)],
+                "fix": "first line\nsecond line",
+            }
+        ],
+        "compiled": compiled,
+        "seconds": 12.3 if compiled else 0.0,
+        "bytes": 4_100_000,
+    }
+
+
+def test_what_layer_names_cost_is_told_with_the_op_and_the_cure() -> None:
+    row = warmed("compiled", unit("compiled", "piece_0"), layer_names=named(30))
+    assert lines(report.warm([row]))[-6:] == [
+        "",
+        "layer-name strings made 33 pieces unique that would otherwise be 3: "
+        "30 more units compiled in 12.3 s, 4.1 MB stored",
+        "op   myops::kv_update, argument layer_name: 31 strings, "
+        "'model.layers.1' to 'model.layers.31'",
+        "in   piece_2, piece_4, piece_6 and 28 more",
+        "fix  first line",
+        "     second line",
+    ]
+
+
+def test_layer_names_of_units_that_were_stored_cost_no_time() -> None:
+    row = warmed("partial", unit("hit", "piece_0"), layer_names=named(0))
+    assert "otherwise be 3: 4.1 MB stored" in "\n".join(lines(report.warm([row])))
 
 
 def test_a_forced_compilation_does_not_claim_that_nothing_was_stored() -> None:
@@ -327,5 +367,5 @@ def test_a_run_explains_each_recompile() -> None:
         "cost      500 ms",
         "fix       mark it",
     ]
-    assert "limit  the recompile limit was hit: the frame has run eager since" in text
+    assert "limit  the recompile limit was hit: eager since then (fullgraph=True: an error)" in text
     assert "\n".join(text).count("expected  ") == 1

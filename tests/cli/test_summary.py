@@ -27,6 +27,7 @@ def row(outcome: str = "compiled", **fields: Any) -> dict[str, Any]:
         ],
         "seconds": {"total": 4.0, "capture": 1.0, "compile": 2.5, "store": 0.1},
         "miss": None,
+        "layer_names": None,
     } | fields
 
 
@@ -70,6 +71,31 @@ def test_a_miss_lists_what_differs_and_no_value_breaks_the_table() -> None:
         "|---|---|---|---|",
         "| inductor.mode | a\\|b | c | flag |",
         "| inductor.gone | true | null | env:GONE |",
+    ]
+
+
+def test_what_layer_names_cost_is_told_with_a_fix_to_copy() -> None:
+    op = {
+        "op": "myops::kv_update",
+        "argument": "name",
+        "values": 2,
+        "examples": ["a", "b"],
+        "pieces": ["piece_2", "piece_4"],
+        "fix": "first line\nsecond line",
+    }
+    cost = {"compiled": 1, "seconds": 0.5, "bytes": 95_500}
+    found = {"unique": 4, "would_be": 3, "ops": [op], **cost}
+    assert summary([row(units=[], layer_names=found)]).splitlines()[5:] == [
+        "",
+        "tiny-llama: layer-name strings made 4 pieces unique that would otherwise be 3: "
+        "1 more unit compiled in 500 ms, 95.5 kB stored",
+        "",
+        "- myops::kv_update, argument name: 2 strings, 'a' to 'b'",
+        "",
+        "```",
+        "first line",
+        "second line",
+        "```",
     ]
 
 

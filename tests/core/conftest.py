@@ -13,8 +13,8 @@ import torch
 
 from vllmc.core.compiler.protocol import Compiled
 from vllmc.core.compiler.registry import find_compiler
+from vllmc.core.declare.calls import Call, describe_call
 from vllmc.core.declare.dims import declare
-from vllmc.core.graph.call import Call, describe_call
 from vllmc.core.graph.capture import Capture, trace
 from vllmc.core.graph.layout import Layout
 from vllmc.core.graph.plan import Plan, make_plan, plan_units, unit_ranges

@@ -370,3 +370,27 @@ def test_a_changed_value_that_no_file_holds_is_no_hit(
     assert (again["program"], again["outcome"]) == ("miss", "partial")
     monkeypatch.setattr(sys.modules["scaled"], "SCALE", 2.0)
     assert eager("warm", "scaled:make", "--json").json["outcome"] == "hit"
+
+
+def test_a_miss_next_to_another_model_does_not_import_that_model(
+    workplace: Path, factory: Path, eager: Run, forget: Callable[[Path], None]
+) -> None:
+    code = (
+        "from factory import config\n"
+        "from transformers import LlamaForCausalLM\n"
+        "FACTOR = 2.0\n"
+        "class Scaled(LlamaForCausalLM):\n"
+        "    def forward(self, *args, **kwargs):\n"
+        "        output = super().forward(*args, **kwargs)\n"
+        "        output.logits = output.logits * FACTOR\n"
+        "        return output\n"
+        "def make():\n"
+        "    return Scaled(config())\n"
+    )
+    for name in ("one", "other"):
+        (workplace / f"{name}.py").write_text(code)
+    assert eager("warm", "one:make", "--json").json["outcome"] == "compiled"
+    forget(workplace)
+    (workplace / "one.py").write_text("raise RuntimeError('its ops are registered already')\n")
+    row = eager("warm", "other:make", "--json").json
+    assert row["miss"]["nearest_model"] == "one:make"

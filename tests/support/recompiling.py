@@ -368,5 +368,24 @@ def graph_break() -> None:
         step(torch.ones(length))
 
 
+class Rows(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sum(0)
+
+
+def module() -> None:
+    step = compiled(Rows())
+    for batch in (4, 1, 7):
+        step(torch.ones(batch, 8))
+
+
+def module_cured() -> None:
+    step = compiled(Rows())
+    for batch in (4, 1, 7):
+        x = torch.ones(batch, 8)
+        torch._dynamo.decorators.mark_unbacked(x, 0)
+        step(x)
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]]()

@@ -1,10 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
-import torch
 
 from vllmc.core.diagnose.recompiles import (
     Event,
@@ -13,7 +9,6 @@ from vllmc.core.diagnose.recompiles import (
     split_reasons,
     summarize,
 )
-from vllmc.core.torch_compat.recompiles import Recompilation, watch_recompiles
 
 TOKEN = "hf_" + "aB3" * 8
 
@@ -158,6 +153,38 @@ def test_what_came_is_what_the_next_compilation_expects() -> None:
     assert (row.expected, row.observed) == ("3", "5")
     [row] = summarize([event("0/0: k == 3"), event("0/4: k == 5\n0/0: k == 3")])
     assert row.observed == ""
+    gone = "Cache line invalidated because L['w'] got deallocated"
+    [row] = summarize([event(f"0/0: {gone}"), event(f"0/1: {gone}")])
+    assert (row.expected, row.observed) == ("the same object", "")
+
+
+@pytest.mark.parametrize(
+    ("reason", "frame", "declared"),
+    [
+        ("tensor 'x' size mismatch at index 1. expected 1, actual 7", "forward",
+            '{"x": {1: "x_1"}}'),
+        ("tensor 'x' size mismatch at index 0. expected 4, actual 7", "forward",
+            '{"x": {0: "x_0"}}'),
+        ("2 <= L['ids'].size()[0]", "forward", '{"ids": {0: "ids_0"}}'),
+        ("tensor 'x' size mismatch at index 0. expected 4, actual 7", "f", None),
+        ("tensor 'x' size mismatch at index 0. expected 1, actual 7",
+            "torch_dynamo_resume_in_forward_at_12", None),
+        ("tensor 'self.w' size mismatch at index 0. expected 4, actual 7", "forward", None),
+        ("tensor 'x[0]' size mismatch at index 0. expected 4, actual 7", "forward", None),
+        ("tensor 'x' stride mismatch at index 0. expected 4, actual 7", "forward", None),
+    ],
+)  # fmt: skip
+def test_a_size_of_an_argument_of_a_module_can_be_declared(
+    reason: str, frame: str, declared: str | None
+) -> None:
+    [row] = summarize([Event(frame=f"model.py:12 in {frame}", reasons=(f"0/0: {reason}",))])
+    code, _, remark = row.fix.partition("  # ")
+    assert code.startswith(("torch._dynamo.", "x = x.contiguous()"))
+    expected = (
+        f"; or once, on its class: @vllmc.core.support_torch_compile(dynamic_arg_dims={declared})"
+    )
+    assert remark.endswith(expected) == bool(declared)
+    assert ("support_torch_compile" in remark) == bool(declared)
 
 
 @pytest.mark.parametrize(
@@ -207,78 +234,6 @@ def test_a_row_has_the_fields_of_the_contract() -> None:
         "frame", "class", "guard", "subject", "expected", "observed", "count", "limit_hit",
         "cost_seconds", "fix", "pattern",
     }  # fmt: skip
-
-
-def recompilations(function: Callable[..., Any], *calls: tuple[Any, ...]) -> list[Recompilation]:
-    """What running `function` again and again compiles anew, after the first call."""
-    torch._dynamo.reset()
-    compiled = torch.compile(function, backend="eager")
-    compiled(*calls[0])
-    with watch_recompiles() as found:
-        for call in calls[1:]:
-            compiled(*call)
-    return found
-
-
-def double(x: torch.Tensor, k: Any = 2) -> torch.Tensor:
-    return x * 2 if k == "other" else x * 3
-
-
-def test_a_recompile_is_seen_with_its_frame_reason_and_cost() -> None:
-    (found,) = recompilations(double, (torch.ones(4),), (torch.ones(4, dtype=torch.float64),))
-    assert found.file == __file__
-    assert found.function == "double"
-    assert found.seconds is not None
-    assert found.seconds > 0
-    row = explained(found.reason)
-    assert (row.klass, row.expected, row.observed) == ("dtype", "Float", "Double")
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "klass"),
-    [
-        ((torch.ones(4),), (torch.ones(7),), "shape"),
-        ((torch.ones(1),), (torch.ones(7),), "shape-0-1"),
-        ((torch.ones(4), "left"), (torch.ones(4), "other"), "string"),
-    ],
-)
-def test_what_torch_says_today_is_classified(
-    first: tuple[Any, ...], second: tuple[Any, ...], klass: str
-) -> None:
-    (found,) = recompilations(double, first, second)
-    assert explained(found.reason).klass == klass
-
-
-def test_a_refused_recompile_names_its_frame_and_the_limit() -> None:
-    calls = [(torch.ones(4), f"name {n}") for n in range(10)]
-    found = recompilations(double, *calls)
-    assert [f.limit_hit for f in found] == [False] * 7 + [True]
-    assert {f.function for f in found} == {"double"}
-    assert found[-1].seconds is None
-
-
-def test_first_compilations_and_cache_hits_are_no_recompiles() -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(double, backend="eager")
-    with watch_recompiles() as found:
-        compiled(torch.ones(4))
-        compiled(torch.ones(4) * 2)
-    assert found == []
-
-
-def test_recompiles_are_seen_however_much_was_compiled_before() -> None:
-    # Torch remembers its last 64 compilations.
-    for _ in range(70):
-        torch._dynamo.reset()
-        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
-    assert len(recompilations(double, (torch.ones(4),), (torch.ones(7),))) == 1
-
-
-def test_watching_leaves_torchs_memory_of_compilations_as_long_as_it_was() -> None:
-    limit = torch._dynamo.utils._compilation_metrics.maxlen
-    with watch_recompiles():
-        pass
-    assert torch._dynamo.utils._compilation_metrics.maxlen == limit
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from vllmc.core.declare.calls import Call, describe_call
 from vllmc.core.declare.dims import declare
 from vllmc.core.errors import UsageError
-from vllmc.core.graph.call import Call, describe_call, example_arguments
+from vllmc.core.graph.call import example_arguments
 from vllmc.core.graph.layout import Argument
 from vllmc.core.spec import CompileSpec
 
