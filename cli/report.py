@@ -43,6 +43,7 @@ _COUNTS = {
 }
 _SHOWN_CHANGES = 12
 _SHOWN_FACTORS = 16
+_SHOWN_NUMBERS = 6
 
 
 def warm(rows: Sequence[Row]) -> RenderableType:
@@ -232,6 +233,29 @@ def run(row: Row) -> RenderableType:
             ("load", duration(seconds["load"])),
             ("first token", duration(seconds["first_token"])),
             ("speed", f"prefill {rates['prefill']:.0f}, decode {rates['decode']:.0f} tokens/s"),
+            ("recompiles", str(sum(r["count"] for r in row["recompiles"]))),
+        ),
+    ]
+    for recompile in row["recompiles"]:
+        parts += ["", _recompile(recompile)]
+    return Group(*parts)
+
+
+def embeddings(row: Row) -> RenderableType:
+    """The report of `run --embed`: the beginning of each embedding, the speed, every recompile."""
+    parts: list[RenderableType] = []
+    for found in row["embeddings"]:
+        numbers = found["embedding"]
+        shown = ", ".join(f"{number:.4f}" for number in numbers[:_SHOWN_NUMBERS])
+        more = f", ... ({len(numbers)} numbers)" if len(numbers) > _SHOWN_NUMBERS else ""
+        parts += [Text(f"> {found['prompt']}", style="dim"), Text(f"{shown}{more}")]
+    parts += [
+        "",
+        facts(
+            ("units", _counts(row["counts"])),
+            ("pooling", row["pooling"]),
+            ("load", duration(row["seconds"]["load"])),
+            ("speed", f"{row['tokens_per_second']:.0f} tokens/s"),
             ("recompiles", str(sum(r["count"] for r in row["recompiles"]))),
         ),
     ]

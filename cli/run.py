@@ -1,62 +1,64 @@
-"""`vllmc run`: generates with the compiled program and reports what compiled again, and why."""
+"""`vllmc run`: runs the compiled program and reports what compiled again, and why."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vllmc.cli import job as jobs
 from vllmc.cli import report
+from vllmc.cli.embed import EmbeddingFlags, embed
 from vllmc.cli.options import CommonFlags, CompileFlags, command, compile_request
+from vllmc.cli.prompts import PromptFlags, Prompts, load_tokenizer
 from vllmc.core.cache.store import Store
-from vllmc.core.errors import CheckFailed, UsageError, VllmcError
+from vllmc.core.errors import CheckFailed, VllmcError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from vllmc.core.models.model import ModelInfo
+    from vllmc.core.job import Job
+    from vllmc.core.pipeline import Ready
     from vllmc.core.runtime.engine import Output as Generated
-    from vllmc.core.runtime.workload import WorkloadResult
+    from vllmc.core.runtime.program import Program
+    from vllmc.core.runtime.sampler import SamplingParams
+    from vllmc.core.runtime.workload import Limits, WorkloadResult
 
-DEFAULT_PROMPT = "1,2,3"
+DEFAULT_NEW_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationFlags:
     """What to generate."""
 
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEXT", help="A prompt, for the model's tokenizer; repeatable."),
-    ] = None
-    prompt_ids: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="IDS",
-            show_default=DEFAULT_PROMPT,
-            help="A prompt as token ids, separated by commas; repeatable.",
-        ),
-    ] = None
     max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="How many tokens to generate for each prompt.")
-    ] = 16
-    batch_size: Annotated[
-        list[int] | None,
+        int | None,
         typer.Option(
-            metavar="N", help="Run the prompts, repeated or cut to N; repeatable, each in turn."
+            metavar="N",
+            show_default=str(DEFAULT_NEW_TOKENS),
+            help="How many tokens to generate for each prompt.",
         ),
     ] = None
     temperature: Annotated[
-        float, typer.Option(metavar="T", help="0 always takes the most probable token.")
-    ] = 0.0
+        float | None,
+        typer.Option(
+            metavar="T", show_default="0.0", help="0 always takes the most probable token."
+        ),
+    ] = None
     top_p: Annotated[
-        float,
-        typer.Option(metavar="P", help="Sample from the fewest tokens that hold this much."),
-    ] = 1.0
-    seed: Annotated[int, typer.Option(metavar="N", help="Makes sampling repeatable.")] = 0
+        float | None,
+        typer.Option(
+            metavar="P",
+            show_default="1.0",
+            help="Sample from the fewest tokens that hold this much.",
+        ),
+    ] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", show_default="0", help="Makes sampling repeatable."),
+    ] = None
     logprobs: Annotated[
         int | None,
         typer.Option(
@@ -67,11 +69,36 @@ class GenerationFlags:
         bool, typer.Option("--ignore-eos", help="Generate on after a stop token.")
     ] = False
 
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The flags that were given, as they are written."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        given = [name for name, value in values.items() if value is not None and value is not False]
+        return tuple(f"--{name.replace('_', '-')}" for name in given)
+
+    def params(self, stop_token_ids: tuple[int, ...]) -> SamplingParams:
+        """How to sample. Raises what `SamplingParams` raises."""
+        from vllmc.core.runtime.sampler import SamplingParams
+
+        return SamplingParams(
+            max_new_tokens=(
+                DEFAULT_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
+            ),
+            temperature=self.temperature or 0.0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            seed=self.seed or 0,
+            logprobs=self.logprobs,
+            ignore_eos=self.ignore_eos,
+            stop_token_ids=stop_token_ids,
+        )
+
 
 @command
 def run(
     compilation: CompileFlags,
+    prompting: PromptFlags,
     generation: GenerationFlags,
+    embedding: EmbeddingFlags,
     common: CommonFlags,
     model: Annotated[
         str | None,
@@ -89,103 +116,121 @@ def run(
         typer.Option("--fail-on-miss", help="Exit 3 rather than compile, 4 on what is corrupt."),
     ] = False,
 ) -> int:
-    """Generate with the compiled program, and report each recompile with cause and fix.
+    """Generate or embed with the compiled program, and report each recompile with cause and fix.
 
     Weights come from the model's directory, else they are random, always the same. Prompts longer
-    than the last compile range are computed in parts. --fail-on-miss is decided before anything
-    is compiled.
+    than the last compile range are computed in parts; an encoder (--embed) runs them whole, and
+    its last compile range has no end. --fail-on-miss is decided before anything is compiled.
 
     With --json: model, key, outputs (prompt, token_ids, text or null, finish_reason: length or
     stop; with --logprobs logprobs: token_id, logprob, rank and top for each token), counts (hit,
     dup, compiled units), recompiles (frame, class, guard, subject, expected, observed, count,
     limit_hit, cost_seconds, pattern, fix; as recompiles has them), seconds (load, first_token,
     total), tokens_per_second (prefill, decode). With several --batch-size, outputs are those of
-    the last.
+    the last. With --embed, in place of outputs: pooling and embeddings (prompt, tokens: how many,
+    embedding); seconds has load and total, and tokens_per_second is one number.
     """
     settings = common.settings()
     output = common.output("run")
+    embedding.check(generation.given)
     job = jobs.make(settings, compile_request(settings, compilation, model))
 
-    import torch
-
-    from vllmc.core.graph.layout import Layout
     from vllmc.core.obtain import Policy
-    from vllmc.core.pipeline import obtain_program, open_program
+    from vllmc.core.pipeline import obtain_program
     from vllmc.core.runtime.engine import check_prompts
-    from vllmc.core.runtime.memory import require_memory
-    from vllmc.core.runtime.sampler import SamplingParams
-    from vllmc.core.runtime.workload import Limits, run_workload
 
-    spec, info = job.spec, job.model.info
-    params = SamplingParams(
-        max_new_tokens=generation.max_new_tokens,
-        temperature=generation.temperature,
-        top_p=generation.top_p,
-        seed=generation.seed,
-        logprobs=generation.logprobs,
-        ignore_eos=generation.ignore_eos,
-        stop_token_ids=info.stop_token_ids,
-    )
-    tokenizer = _tokenizer(info)
-    names, prompts = _prompts(generation, tokenizer)
+    info = job.model.info
+    embedding.check_model(job.model.name, info)
+    pooling = embedding.pooling_of(info, output) if embedding.embed else None
+    params = generation.params(info.stop_token_ids)
+    tokenizer = load_tokenizer(info.directory)
+    prompts = prompting.read(tokenizer)
+    limits = _limits(job)
     # Before anything is compiled for what cannot run.
-    vocab_size = _vocabulary(info, job.model.name)
     check_prompts(
-        prompts, params.max_new_tokens, vocab_size=vocab_size, max_position=info.max_position
+        prompts.ids,
+        params.max_new_tokens if pooling is None else 0,
+        vocab_size=limits.vocab_size,
+        max_position=limits.max_position,
     )
-    for size in generation.batch_size or []:
-        if size < 1:
-            raise UsageError("bad-value", f"a batch of {size} prompts", hint="--batch-size 1")
     with output.progress() as observer:
         ready = obtain_program(
             job, Store(settings.cache_dir), observer, policy=Policy(may_compile=not fail_on_miss)
         )
-        require_memory(Layout.from_json(ready.record.program), spec.device)
         observer.stage("load")
-        started = time.perf_counter()
-        entry = job.model.build(
-            "real", device=spec.device, dtype=spec.dtype, layer_names=spec.layer_names, seed=0
-        )
-        program = open_program(ready, entry)
-        load = time.perf_counter() - started
-    result = run_workload(
-        program,
-        prompts,
-        params,
-        Limits(
-            vocab_size=vocab_size,
-            max_position=info.max_position,
-            dtype=getattr(torch, spec.dtype),
-            device=spec.device,
-        ),
-        batch_sizes=generation.batch_size or [],
-    )
+        program, load = _load(job, ready)
+    if pooling is None:
+        done = _generate(program, prompts, params, limits, tokenizer)
+    else:
+        done = embed(job, program, prompts, pooling, embedding.embed_output)
     row = {
         "model": job.model.name,
         "key": job.key,
-        "outputs": [
-            _output_row(names[index % len(names)], generated, tokenizer)
-            for index, generated in enumerate(result.outputs)
-        ],
         "counts": {name: ready.count(name) for name in ("hit", "dup", "compiled")},
-        "recompiles": [recompile.to_json() for recompile in result.recompiles],
-        **_speed(result, load),
+        **done,
+        "seconds": {"load": round(load, 4), **done["seconds"]},
     }
-    output.data(row, lambda: report.run(row))
-    return CheckFailed.exit_code if fail_on_recompile and result.recompiles else 0
+    output.data(row, lambda: report.run(row) if pooling is None else report.embeddings(row))
+    return CheckFailed.exit_code if fail_on_recompile and row["recompiles"] else 0
 
 
-def _vocabulary(info: ModelInfo, model: str) -> int:
+def _limits(job: Job) -> Limits:
+    import torch
+
+    from vllmc.core.runtime.workload import Limits
+
+    info = job.model.info
     if info.vocab_size is None:
         raise VllmcError(
             "unknown-vocabulary",
-            f"{model} does not say how many tokens its vocabulary has",
+            f"{job.model.name} does not say how many tokens its vocabulary has",
             hint="give it a config with a vocab_size",
         )
-    return info.vocab_size
+    return Limits(
+        vocab_size=info.vocab_size,
+        max_position=info.max_position,
+        dtype=getattr(torch, job.spec.dtype),
+        device=job.spec.device,
+    )
 
 
-def _speed(result: WorkloadResult, load: float) -> dict[str, Any]:
+def _load(job: Job, ready: Ready) -> tuple[Program, float]:
+    """The program with the model's weights, and how many seconds that took."""
+    from vllmc.core.graph.layout import Layout
+    from vllmc.core.pipeline import open_program
+    from vllmc.core.runtime.memory import require_memory
+
+    spec = job.spec
+    require_memory(Layout.from_json(ready.record.program), spec.device)
+    started = time.perf_counter()
+    entry = job.model.build(
+        "real", device=spec.device, dtype=spec.dtype, layer_names=spec.layer_names, seed=0
+    )
+    return open_program(ready, entry), time.perf_counter() - started
+
+
+def _generate(
+    program: Program,
+    prompts: Prompts,
+    params: SamplingParams,
+    limits: Limits,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> dict[str, Any]:
+    """What the JSON says of generating."""
+    from vllmc.core.runtime.workload import run_workload
+
+    result = run_workload(program, prompts.ids, params, limits, batch_sizes=prompts.batch_sizes)
+    return {
+        "outputs": [
+            _output_row(prompts.name(index), generated, tokenizer)
+            for index, generated in enumerate(result.outputs)
+        ],
+        "recompiles": [recompile.to_json() for recompile in result.recompiles],
+        **_speed(result),
+    }
+
+
+def _speed(result: WorkloadResult) -> dict[str, Any]:
     timings = result.timings
 
     def rate(tokens: int, seconds: float) -> float:
@@ -193,7 +238,6 @@ def _speed(result: WorkloadResult, load: float) -> dict[str, Any]:
 
     return {
         "seconds": {
-            "load": round(load, 4),
             "first_token": round(timings[0].first_token_seconds, 4),
             "total": round(result.seconds, 4),
         },
@@ -229,50 +273,3 @@ def _output_row(
             for token in generated.logprobs
         ]
     return row
-
-
-def _tokenizer(info: ModelInfo) -> PreTrainedTokenizerBase | None:
-    directory = info.tokenizer
-    if directory is None or not any(directory.glob("tokenizer*")):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise VllmcError(
-            "bad-tokenizer",
-            f"the tokenizer in {directory} cannot be loaded",
-            context={"cause": str(error).splitlines()[0]},
-            hint="give prompts as token ids: --prompt-ids 1,2,3",
-        ) from error
-    return tokenizer
-
-
-def _prompts(
-    generation: GenerationFlags, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[list[str], list[list[int]]]:
-    """What each prompt is called in the output, and its token ids."""
-    texts = generation.prompt or []
-    if texts and tokenizer is None:
-        raise VllmcError(
-            "no-tokenizer",
-            "the model has no tokenizer for the text of --prompt",
-            hint="give prompts as token ids: --prompt-ids 1,2,3",
-        )
-    names, prompts = list(texts), [list(tokenizer(t).input_ids) for t in texts if tokenizer]
-    for text in generation.prompt_ids or ([] if texts else [DEFAULT_PROMPT]):
-        names.append(text)
-        prompts.append(_ids(text))
-    return names, prompts
-
-
-def _ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(
-            "bad-value",
-            f"'{text}' is no list of token ids",
-            hint="separate them by commas: --prompt-ids 1,2,3",
-        ) from None

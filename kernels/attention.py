@@ -8,12 +8,19 @@ itself returns nothing. It has two overloads, which differ in how they take the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from vllmc.kernels.forward_context import SequenceSpan, current_layer
+from vllmc.kernels.forward_context import SequenceSpan, current_layer, current_whole_sequences
 from vllmc.kernels.kv_cache import LayerCache
 from vllmc.kernels.layer_name import LAYER_NAME_TYPE, LayerName
+
+_Read: TypeAlias = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
+"""From a range of a sequence's positions to its keys and values, as `LayerCache.read` has them."""
 
 # Queries are attended in blocks of this many rows, which bounds the mask and the score matrix.
 _QUERY_BLOCK = 1024
@@ -32,6 +39,7 @@ def unified_attention_with_output(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    causal: bool = True,
 ) -> None:
     """Stores the batch's keys and values, and lets each sequence attend to its own so far.
 
@@ -40,14 +48,22 @@ def unified_attention_with_output(
     are of the cache's floating dtype. Which rows belong to which sequence, and where the
     sequence's earlier tokens are, says the forward context.
 
-    Attention is causal. With `sliding_window` w a token sees itself and the w - 1 before it. Scores
-    are `scale * q.k`, then `softcap * tanh(scores / softcap)` (Gemma 2, arXiv:2408.00118), then
-    masked. `sinks` `[Hq]` is a logit per head that takes part in the softmax and is dropped (as in
-    gpt-oss; arXiv:2309.17453).
+    Attention is causal, or else goes both ways: then sequences are whole, and nothing is stored or
+    read. With `sliding_window` w a token sees itself and the w - 1 before it, and after it where
+    attention goes both ways. Scores are `scale * q.k`, then `softcap * tanh(scores / softcap)`
+    (Gemma 2, arXiv:2408.00118), then masked. `sinks` `[Hq]` is a logit per head that takes part in
+    the softmax and is dropped (as in gpt-oss; arXiv:2309.17453).
 
-    Raises `VllmcError`: `no-forward-context`, `unknown-layer`.
+    Raises `VllmcError`: `no-forward-context`, `unknown-layer`, `incomplete-sequence`.
     """
     name = layer_name.value if isinstance(layer_name, LayerName) else layer_name
+    if not causal:
+        for span in current_whole_sequences(name):
+            rows = slice(span.query_start, span.query_start + span.query_len)
+            read = partial(_read, key[:, rows].transpose(1, 2), value[:, rows].transpose(1, 2))
+            reach = (span.total_len if sliding_window is None else sliding_window) - 1
+            _attend_blocks(query, output, span, read, (reach, reach), scale, softcap, sinks)
+        return
     metadata, cache = current_layer(name)
     cache.write(metadata.slots, key.squeeze(0), value.squeeze(0))
     fused = softcap is None and sinks is None
@@ -61,7 +77,8 @@ def unified_attention_with_output(
             result = _attend(query[:, rows], keys, values, scale, is_causal=True)
             output[:, rows].copy_(result)
         else:
-            _attend_blocks(query, output, span, cache, window, scale, softcap, sinks)
+            read = partial(cache.read, span.table)
+            _attend_blocks(query, output, span, read, (window - 1, 0), scale, softcap, sinks)
 
 
 def _decode(
@@ -87,27 +104,38 @@ def _decode(
     output.select(1, row).view(heads).copy_(result)
 
 
+def _read(
+    keys: torch.Tensor, values: torch.Tensor, start: int, stop: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return keys[:, :, start:stop], values[:, :, start:stop]
+
+
 def _attend_blocks(
     query: torch.Tensor,
     output: torch.Tensor,
     span: SequenceSpan,
-    cache: LayerCache,
-    window: int,
+    read: _Read,
+    reach: tuple[int, int],
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> None:
-    """Attends block by block of queries, each to the keys that some query of the block sees."""
-    context = span.total_len - span.query_len
+    """Attends block by block of queries, each to the keys that some query of the block sees.
+
+    `reach` is how many tokens a token sees before itself, and after.
+    """
+    before, after = reach
+    context, total = span.total_len - span.query_len, span.total_len
     for begin in range(0, span.query_len, _QUERY_BLOCK):
         end = min(begin + _QUERY_BLOCK, span.query_len)
-        first_key = max(0, context + begin - window + 1)
-        keys, values = cache.read(span.table, first_key, context + end)
+        first, last = max(0, context + begin - before), min(total, context + end + after)
+        keys, values = read(first, last)
         mask = None
-        if end - begin > 1:
-            positions = torch.arange(first_key, context + end, device=query.device)
-            distance = positions[begin - end :, None] - positions[None, :]
-            mask = (distance >= 0) & (distance < window)
+        if end - begin > 1 and min(before, after) < total - 1:
+            positions = torch.arange(first, last, device=query.device)
+            own = positions[context + begin - first : context + end - first]
+            distance = own[:, None] - positions[None, :]
+            mask = (distance >= -after) & (distance <= before)
         rows = slice(span.query_start + begin, span.query_start + end)
         if softcap is None and sinks is None:
             result = _attend(query[:, rows], keys, values, scale, mask=mask)
@@ -182,7 +210,7 @@ def _define(overload: str, name_type: str) -> None:
     _LIBRARY.define(
         f"unified_attention_with_output{overload}(Tensor query, Tensor key, Tensor value, "
         f"Tensor(a!) output, {name_type} layer_name, float scale, int? sliding_window=None, "
-        "float? softcap=None, Tensor? sinks=None) -> ()",
+        "float? softcap=None, Tensor? sinks=None, bool causal=True) -> ()",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
     qualified = f"unified_attention_with_output{overload}"

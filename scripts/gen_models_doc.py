@@ -1,4 +1,4 @@
-"""Tries every family of tests/e2e/families.py and writes what came out to docs/models.md.
+"""Tries every family of the tests and writes what came out to docs/models.md.
 
     python scripts/gen_models_doc.py [--only NAME ...]
 
@@ -21,10 +21,12 @@ PAGE = ROOT / "docs" / "models.md"
 
 HEAD = """# Models
 
-<!-- Written by scripts/gen_models_doc.py: change tests/e2e/families.py, then run it. -->
+<!-- Written by scripts/gen_models_doc.py: change tests/e2e/families.py and
+tests/support/encoder_families.py, then run it. -->
 
-vllmc compiles decoder-only Transformers models whose attention goes through Transformers'
-attention interface (`ALL_ATTENTION_FUNCTIONS`). MODEL is one of:
+vllmc compiles decoder-only Transformers models, and encoders of the families below, whose
+attention goes through Transformers' attention interface (`ALL_ATTENTION_FUNCTIONS`). MODEL is one
+of:
 
 - `module.path:attribute`: a class, a factory without arguments, or an instance
 - a directory with a `config.json`; weights are optional
@@ -35,11 +37,24 @@ A model is refused (`unsupported-model`, with the module and line) where it coul
 layer that keeps state outside attention, a mask of its own, a keyword of the attention function
 that the attention op does not know, positions that are not the given ones.
 
-## What was tried
+## What generates
 
 Each row is a model of two or three layers with random weights in float32. **Same ids**: for
 batches of 1, 2 and 7 prompts of different length, the greedy token ids of the compiled program
 are those of Transformers' own `generate`, one prompt at a time with eager attention.
+"""
+
+ENCODERS = """
+## What embeds
+
+Encoders are run with `vllmc run --embed`: their prompts go whole through the program, as one batch
+without padding, each token attending to all of its own prompt. Their last compile range has no end
+(`1:inf`), since a prompt cannot be run in parts. Only the families below are taken for encoders:
+how positions are counted differs between them, and each was compared. One whose configuration says
+`is_decoder` is none.
+
+**Same embeddings**: for batches of 1, 2 and 7 prompts of different length, the mean of the last
+hidden states is that of eager Transformers, one prompt at a time, within 1e-5.
 """
 
 TAIL = """
@@ -70,6 +85,10 @@ def main() -> None:
     only = parser.parse_args().only
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     families = load_families()
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    import encoder_families
+
+    encoders = [f for f in encoder_families.ENCODERS if not only or f.name in only]
     tried = [f for f in families.FAMILIES if not only or f.name in only]
     refused = [f for f in families.REFUSED if not only or f.name in only]
     lines = [
@@ -78,6 +97,10 @@ def main() -> None:
         "| family | exercises | pieces | unique | Inductor | eager backend |",
         "|---|---|---:|---:|---|---|",
         *(report(tried_row(families, family)) for family in tried),
+        ENCODERS,
+        "| family | exercises | pieces | unique | Inductor | eager backend |",
+        "|---|---|---:|---:|---|---|",
+        *(report(encoder_row(encoder_families, family)) for family in encoders),
         "",
         "## What is refused",
         "",
@@ -137,6 +160,27 @@ def tried_row(families: Any, family: Any) -> str:
         verdicts["eager"],
     )
     return row(*cells)
+
+
+def encoder_row(families: Any, family: Any) -> str:
+    """Compiles the encoder with both backends and compares what they embed."""
+    with tempfile.TemporaryDirectory() as place:
+        directory, cache = Path(place) / "model", Path(place) / "cache"
+        model = families.save_encoder(family, directory)
+        verdicts = {}
+        for backend in ("inductor", "eager"):
+            job, ready = families.obtain_encoder(directory, cache, backend)
+            same = families.same_embeddings(model, families.embeddings(job, ready))
+            verdicts[backend] = "same embeddings" if same else "**other embeddings**"
+        pieces = ready.record.pieces
+    return row(
+        family.name,
+        family.exercises,
+        str(pieces["total"]),
+        str(pieces["unique"]),
+        verdicts["inductor"],
+        verdicts["eager"],
+    )
 
 
 def refused_row(families: Any, refusal: Any) -> str:

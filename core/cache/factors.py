@@ -275,7 +275,7 @@ def _spec(spec: CompileSpec, origins: Origins) -> Iterator[Factor]:
     values: Mapping[str, Callable[[CompileSpec], JsonValue]] = {
         "device": lambda s: s.device,
         "dtype": lambda s: s.dtype,
-        "ranges": lambda s: [f"{r.start}:{r.end}" for r in sorted(s.ranges)],
+        "ranges": lambda s: [str(r) for r in sorted(s.ranges)],
         "sizes": lambda s: [*sorted(set(s.sizes))],
         "dynamic_shapes": lambda s: s.dynamic_shapes,
         "layer_names": lambda s: s.layer_names,

@@ -225,6 +225,7 @@ def _attention_sites(graph: fx.Graph, inputs: Sequence[GraphInput]) -> tuple[Att
                 key_size=int(key_size),
                 value_size=int(value_size),
                 window=window,
+                causal=given.get("causal", True),
             )
         )
     return tuple(sites)

@@ -51,13 +51,17 @@ class GraphInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSite:
-    """A call of the attention op: the KV cache that its layer needs. Sizes in elements."""
+    """A call of the attention op: the KV cache that its layer needs. Sizes in elements.
+
+    Without `causal` tokens attend both ways, and nothing is cached.
+    """
 
     layer: str
     kv_heads: int
     key_size: int
     value_size: int
     window: int | None
+    causal: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -87,11 +87,19 @@ def _check_attention(model: Model, entry: torch.nn.Module, sites: Sequence[Atten
         raise _not_attending(model, attending, missing)
     seen: set[str] = set()
     for site in sites:
-        if site.layer in seen:
+        if site.causal != (info.encoder is None):
+            how = "only to what came before" if site.causal else "to tokens that are yet to come"
+            raise unsupported_model(
+                model.name,
+                f"its layer {site.layer} attends {how}",
+                place=_layer_place(entry, site.layer),
+            )
+        # One cache would hold the keys of both. An encoder has none.
+        if site.layer in seen and info.encoder is None:
             raise unsupported_model(
                 model.name,
                 f"its layer {site.layer} attends more than once in a step",
-                place=place_in_class(type(entry.get_submodule(site.layer))),
+                place=_layer_place(entry, site.layer),
             )
         seen.add(site.layer)
     check_windows(
@@ -176,6 +184,12 @@ def _not_attending(
         hint="every layer must call the function that ALL_ATTENTION_FUNCTIONS has for its "
         "configuration",
     )
+
+
+def _layer_place(entry: torch.nn.Module, name: str) -> Place | None:
+    """Where the layer attends; a module of the user's own may call it by any name."""
+    layer = dict(entry.named_modules()).get(name)
+    return None if layer is None else place_in_class(type(layer))
 
 
 def _mixer_place(layer: torch.nn.Module) -> Place | None:

@@ -1,9 +1,10 @@
 """The adapter between Transformers' attention interface and vllmc's attention op.
 
 A Transformers model whose configuration names `vllmc` as its attention implementation calls
-`attend` in each attention layer. Whatever the op cannot do is refused by name, never ignored:
-Transformers builds no mask for an implementation that it does not know, so a request that is
-dropped here would change the result silently.
+`attend` in each attention layer, an encoder that names `vllmc_encoder` calls `attend_both_ways`.
+Whatever the op cannot do is refused by name, never ignored: Transformers builds no mask for an
+implementation that it does not know, so a request that is dropped here would change the result
+silently.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from vllmc.kernels import attention as _attention_op  # noqa: F401  (defines the
 from vllmc.kernels.layer_name import LayerNameKind, encode
 
 ATTENTION_NAME = "vllmc"
-"""The attention implementation to name in a Transformers configuration."""
+"""The attention implementation to name in a Transformers configuration: causal attention."""
+
+ENCODER_ATTENTION_NAME = "vllmc_encoder"
+"""The one for encoders, in which each token attends to those before and after it."""
 
 LAYER_NAME_ATTRIBUTE = "vllmc_layer_name"
 """The attribute of an attention module that holds its layer name."""
@@ -42,8 +46,9 @@ _HARMLESS = frozenset(
 
 
 def register_attention() -> None:
-    """Makes the implementation `vllmc` known to Transformers. Registering again changes nothing."""
+    """Makes both implementations known to Transformers. Registering again changes nothing."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attend)
+    ALL_ATTENTION_FUNCTIONS.register(ENCODER_ATTENTION_NAME, attend_both_ways)
 
 
 def attend(
@@ -64,7 +69,55 @@ def attend(
     `VllmcError` (`unsupported-model`) for what the op does not do: a mask, attention that is not
     causal, cross attention, and every keyword that is neither known to be harmless nor unset.
     """
+    causal = kwargs.pop("is_causal", None)
+    if causal is None:
+        config = getattr(module, "config", None)
+        causal = getattr(module, "is_causal", True) and getattr(config, "is_causal", True)
+    if not causal:
+        _refuse(type(module), "is_causal", "its attention is not causal")
+    options = (scaling, sliding_window, softcap, s_aux)
+    return _call_op(module, query, key, value, attention_mask, options, kwargs, causal=True)
+
+
+def attend_both_ways(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """As `attend`, for an encoder: each token attends to those before and after it.
+
+    A window w reaches to the w - 1 tokens on either side. Raises `VllmcError`
+    (`unsupported-model`) for attention that is causal, and for what `attend` refuses besides.
+    """
+    causal = kwargs.pop("is_causal", None)
+    if causal is None:
+        causal = getattr(module, "is_causal", False)
+    if causal:
+        _refuse(type(module), "is_causal", "its attention is causal")
+    options = (scaling, sliding_window, softcap, s_aux)
+    return _call_op(module, query, key, value, attention_mask, options, kwargs, causal=False)
+
+
+def _call_op(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    options: tuple[float | None, int | None, float | None, torch.Tensor | None],
+    kwargs: dict[str, Any],
+    *,
+    causal: bool,
+) -> tuple[torch.Tensor, None]:
     _refuse_other_attention(module, query, key, attention_mask, kwargs)
+    scaling, *others = options
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     # Sizes one by one: a `torch.Size` in the graph could not cross a cut.
     output = torch.empty(
@@ -74,7 +127,7 @@ def attend(
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     packet = torch.ops.vllmc.unified_attention_with_output
     op = packet.str if isinstance(name, str) else packet.default
-    op(q, k, v, output, name, scale, sliding_window, softcap, s_aux)
+    op(q, k, v, output, name, scale, *others, causal)
     return output, None
 
 
@@ -87,12 +140,6 @@ def _refuse_other_attention(
 ) -> None:
     if attention_mask is not None:
         _refuse(type(module), "attention_mask", "it brings an attention mask of its own")
-    causal = kwargs.pop("is_causal", None)
-    config = getattr(module, "config", None)
-    if causal is None:
-        causal = getattr(module, "is_causal", True) and getattr(config, "is_causal", True)
-    if not causal:
-        _refuse(type(module), "is_causal", "its attention is not causal")
     if getattr(module, "is_cross_attention", False) or query.shape[2] != key.shape[2]:
         _refuse(type(module), "key", "it attends to other tokens than those of the batch")
     if query.shape[0] != 1:

@@ -5,19 +5,27 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils import logging as transformers_logging
 
 from vllmc.core.declare.declaration import declaration_of
 from vllmc.core.declare.decorator import support_torch_compile
 from vllmc.core.errors import VllmcError
-from vllmc.core.models.attention import ATTENTION_NAME, attach_layer_names, register_attention
+from vllmc.core.models.attention import (
+    ATTENTION_NAME,
+    ENCODER_ATTENTION_NAME,
+    attach_layer_names,
+    register_attention,
+)
+from vllmc.core.models.encoders import encoder_info
 from vllmc.core.models.errors import unsupported_model
-from vllmc.core.models.model import Weights
+from vllmc.core.models.model import EncoderInfo, Weights
 from vllmc.core.spec import LayerNames
 from vllmc.core.torch_compat.fake import fake_weights
 
@@ -79,6 +87,31 @@ class DecoderEntry(torch.nn.Module):
         return output.logits[0, logits_indices]
 
 
+def _encoder_inputs(_: torch.nn.Module) -> dict[str, torch.Tensor]:
+    ids, positions = torch.zeros(2, 1, 2, dtype=torch.int64)
+    return {"input_ids": ids, "position_ids": positions}
+
+
+@support_torch_compile(
+    dynamic_arg_dims={"input_ids": {1: "tokens"}, "position_ids": {1: "tokens"}},
+    is_encoder=True,
+    example_inputs=_encoder_inputs,
+)
+class EncoderEntry(torch.nn.Module):
+    """An encoder called on a flattened batch of whole sequences."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """`[1, T]`, `[1, T]` (int64) to the last layer's hidden states `[T, H]`.
+
+        Each sequence's positions begin where the model's own would (`EncoderInfo`).
+        """
+        return self.model(input_ids=input_ids, position_ids=position_ids).last_hidden_state[0]
+
+
 @_declares_a_decoder
 class PlainEntry(torch.nn.Module):
     """A module of the user's own: `forward(input_ids, position_ids) -> [1, T, vocab]`."""
@@ -108,13 +141,21 @@ def build_entry(model: torch.nn.Module, layer_names: LayerNames) -> torch.nn.Mod
     entry: torch.nn.Module
     if isinstance(model, PreTrainedModel):
         register_attention()
-        model.config._attn_implementation = ATTENTION_NAME
+        encodes = encoder_of(type(model).__name__, model) is not None
+        model.config._attn_implementation = ENCODER_ATTENTION_NAME if encodes else ATTENTION_NAME
         model.config._experts_implementation = EXPERTS_NAME
-        entry = DecoderEntry(model)
+        entry = EncoderEntry(model) if encodes else DecoderEntry(model)
     else:
         entry = PlainEntry(model)
     attach_layer_names(entry, layer_names)
     return entry
+
+
+def encoder_of(name: str, model: torch.nn.Module) -> EncoderInfo | None:
+    """As `encoder_info`, for a model that was made: one with a head on top is no encoder."""
+    if not isinstance(model, PreTrainedModel) or model.base_model is not model:
+        return None
+    return encoder_info(name, model.config)
 
 
 # What decides how weights are made is the process's, not the thread's: whether modules initialize
@@ -147,14 +188,17 @@ def initialize(
     """
     if getattr(config, "is_encoder_decoder", False):
         raise unsupported_model(name, f"{type(config).__name__} is an encoder-decoder")
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    auto, options = _auto_class(name, config)
+    if type(config) not in auto._model_mapping:
         raise unsupported_model(
-            name, f"Transformers has no causal language model for {type(config).__name__}"
+            name,
+            f"Transformers has no causal language model for {type(config).__name__}, and it is no "
+            "encoder that vllmc knows",
         )
 
     def make() -> torch.nn.Module:
         try:
-            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+            return auto.from_config(config, dtype=getattr(torch, dtype), **options)
         except (ValueError, ImportError) as error:
             raise unsupported_model(name, str(error).splitlines()[0]) from error
 
@@ -169,10 +213,17 @@ def load_weights(
 
     Raises `VllmcError` (`bad-weights`).
     """
+    auto, options = _auto_class(name, config)
+    encodes = encoder_info(name, config) is not None
     try:
-        with _MAKING:
-            return AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=getattr(torch, dtype), revision=revision or "main"
+        with _MAKING, _heads_unreported() if encodes else nullcontext():
+            model, report = auto.from_pretrained(
+                source,
+                config=config,
+                dtype=getattr(torch, dtype),
+                revision=revision or "main",
+                output_loading_info=True,
+                **options,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise VllmcError(
@@ -181,3 +232,33 @@ def load_weights(
             context={"cause": str(error).splitlines()[0]},
             hint="check that all files of the model are there; --weights fake needs none",
         ) from error
+    if encodes and (missing := sorted(report["missing_keys"])):
+        raise VllmcError(
+            "bad-weights",
+            f"the weights of {name} lack {len(missing)} of its tensors, {missing[0]} for one",
+            hint="an embedding by random weights says nothing: check the model's files, and that "
+            "--layers does not ask for more layers than they hold",
+        )
+    loaded: torch.nn.Module = model
+    return loaded
+
+
+@contextmanager
+def _heads_unreported() -> Iterator[None]:
+    """Keeps Transformers from listing the weights of heads, which an encoder goes without."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _auto_class(name: str, config: PretrainedConfig) -> tuple[Any, dict[str, bool]]:
+    """The class of Transformers that makes the model, and options for it."""
+    if encoder_info(name, config) is None:
+        return AutoModelForCausalLM, {}
+    made = AutoModel._model_mapping[type(config)]
+    # A pooler comes after what the entry returns, and most checkpoints lack its weights.
+    pools = "add_pooling_layer" in inspect.signature(made.__init__).parameters
+    return AutoModel, {"add_pooling_layer": False} if pools else {}

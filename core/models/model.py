@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
@@ -18,13 +20,38 @@ Weights: TypeAlias = Literal["fake", "real"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderInfo:
+    """How an encoder counts the positions of a sequence's tokens.
+
+    From 0 where `padding_id` is None. Else as RoBERTa does: from `padding_id + 1` on, where a
+    padding token has the position `padding_id` and is not counted.
+    """
+
+    padding_id: int | None = None
+
+    @property
+    def first_position(self) -> int:
+        """The position of a sequence's first token."""
+        return 0 if self.padding_id is None else self.padding_id + 1
+
+    def positions(self, token_ids: Sequence[int]) -> list[int]:
+        """The position of each token of a sequence."""
+        counted = itertools.accumulate(int(token != self.padding_id) for token in token_ids)
+        return [
+            self.first_position + count - 1 if token != self.padding_id else token
+            for token, count in zip(token_ids, counted, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """Facts for the engine.
 
     `layers` is the number of attention layers that a capture must show (None: unknown),
-    `layer_types` and `sliding_window` (tokens) what the configuration says of their windows,
-    `max_position` the longest sequence in tokens, `tokenizer` a directory that holds one. `device`
-    is where its weights are, of a model that is there already.
+    `layer_types` and `sliding_window` (tokens, with the token itself) what the configuration says
+    of their windows, `max_position` the longest sequence in tokens, `directory` where its tokenizer
+    would be. `device` is where its weights are, of a model that is there already. `encoder` is set
+    where every token attends to the whole of its sequence.
     """
 
     dtype: str
@@ -34,8 +61,9 @@ class ModelInfo:
     layer_types: tuple[str, ...] = ()
     sliding_window: int | None = None
     stop_token_ids: tuple[int, ...] = ()
-    tokenizer: Path | None = None
+    directory: Path | None = None
     device: str | None = None
+    encoder: EncoderInfo | None = None
 
 
 class Model(Protocol):
@@ -58,7 +86,7 @@ class Model(Protocol):
 
     @property
     def runs_in_engine(self) -> bool:
-        """Whether it is a language model that is called as the engine calls one.
+        """Whether it is a language model that is called as the engine calls one, or an encoder.
 
         Then what no batch of several sequences could be run with is refused.
         """
@@ -75,6 +103,7 @@ class Model(Protocol):
         """The entry module, of a class that says what it is called with.
 
         For the engine: `forward(input_ids, position_ids, logits_indices) -> logits`, `[1, T]`,
-        `[1, T]`, `[B]` (all int64) to `[B, vocab]`. Real weights are random ones, drawn from
-        `seed`, where the model has none of its own.
+        `[1, T]`, `[B]` (all int64) to `[B, vocab]`; of an encoder `forward(input_ids,
+        position_ids)`, to hidden states `[T, H]`. Real weights are random ones, drawn from `seed`,
+        where the model has none of its own.
         """

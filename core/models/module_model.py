@@ -16,8 +16,9 @@ from vllmc.core.cache.redaction import redact, scrub
 from vllmc.core.declare.calls import Call, example_call
 from vllmc.core.declare.declaration import Declaration, declaration_of
 from vllmc.core.errors import VllmcError
-from vllmc.core.models.building import build_entry, weights_of
+from vllmc.core.models.building import build_entry, encoder_of, weights_of
 from vllmc.core.models.described import class_digest, describe
+from vllmc.core.models.encoders import limits
 from vllmc.core.models.guarded import HOOKS
 from vllmc.core.models.model import ModelInfo, Weights
 from vllmc.core.spec import CompileSpec, LayerNames, open_ended
@@ -49,14 +50,17 @@ class ModuleModel:
         if transformers:
             config = self._sample.config.get_text_config(decoder=True)
         stop = getattr(config, "eos_token_id", None)
+        encoder = encoder_of(self._name, self._sample)
+        max_position, window = limits(config, encoder)
         return ModelInfo(
             dtype=str(dtype).removeprefix("torch."),
             vocab_size=getattr(config, "vocab_size", None),
-            max_position=getattr(config, "max_position_embeddings", None),
+            max_position=max_position,
             layers=getattr(config, "num_hidden_layers", None) if transformers else None,
             layer_types=tuple(getattr(config, "layer_types", None) or ()),
-            sliding_window=getattr(config, "sliding_window", None),
+            sliding_window=window,
             stop_token_ids=() if stop is None else tuple(stop if type(stop) is list else [stop]),
+            encoder=encoder,
         )
 
     def factors(self) -> tuple[Factor, ...]:
@@ -102,7 +106,7 @@ class ModuleModel:
     def adapt(self, spec: CompileSpec) -> CompileSpec:
         """See `Model.adapt`."""
         if self.runs_in_engine:
-            return spec
+            return open_ended(spec) if self.info.encoder is not None else spec
         if self._declaration().is_encoder:
             spec = open_ended(spec)
         call = self.call(self._sample)

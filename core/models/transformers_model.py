@@ -1,4 +1,4 @@
-"""Decoder-only Transformers models: from a preset, a directory or the hub."""
+"""Decoder-only and encoder-only Transformers models: from a preset, a directory or the hub."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.cache.redaction import redact, scrub
 from vllmc.core.errors import VllmcError
 from vllmc.core.models.config_classes import import_validators
+from vllmc.core.models.encoders import encoder_info, limits
 from vllmc.core.models.errors import unsupported_model
 from vllmc.core.models.model import ModelInfo, Weights
-from vllmc.core.spec import CompileSpec, LayerNames
+from vllmc.core.spec import CompileSpec, LayerNames, open_ended
 from vllmc.core.torch_compat.config_values import stable
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class ConfigSource:
 
 
 class TransformersModel:
-    """A causal language model that Transformers can build from a configuration."""
+    """A causal language model or encoder that Transformers can build from a configuration."""
 
     def __init__(
         self, name: str, config: PretrainedConfig, source: ConfigSource, layers: int | None
@@ -90,15 +91,18 @@ class TransformersModel:
         """What the configuration says."""
         config = self._config.get_text_config(decoder=True)
         dtype = getattr(self._config, "dtype", None)
+        encoder = encoder_info(self._name, self._config)
+        max_position, window = limits(config, encoder)
         return ModelInfo(
             dtype=str(dtype).removeprefix("torch.") if dtype is not None else "float32",
             vocab_size=getattr(config, "vocab_size", None),
-            max_position=getattr(config, "max_position_embeddings", None),
+            max_position=max_position,
             layers=getattr(config, "num_hidden_layers", None),
             layer_types=tuple(getattr(config, "layer_types", None) or ()),
-            sliding_window=getattr(config, "sliding_window", None),
+            sliding_window=window,
             stop_token_ids=self._stop_token_ids(),
-            tokenizer=self._source.directory,
+            directory=self._source.directory,
+            encoder=encoder,
         )
 
     def factors(self) -> tuple[Factor, ...]:
@@ -137,8 +141,8 @@ class TransformersModel:
         return True
 
     def adapt(self, spec: CompileSpec) -> CompileSpec:
-        """As it is."""
-        return spec
+        """See `Model.adapt`."""
+        return open_ended(spec) if self.info.encoder is not None else spec
 
     def call(self, entry: torch.nn.Module) -> Call:
         """See `Model.call`."""

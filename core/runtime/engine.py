@@ -170,17 +170,18 @@ def check_prompts(
             )
         total = len(prompt) + new_tokens
         if max_position is not None and total > max_position:
+            longer = f", with {new_tokens} new ones {total}" if new_tokens else ""
             raise VllmcError(
                 "prompt-too-long",
-                f"prompt {number} has {len(prompt)} tokens, with {new_tokens} new ones {total}; "
-                f"the model's maximum is {max_position}",
+                f"prompt {number} has {len(prompt)} tokens{longer}; the model's maximum is "
+                f"{max_position}",
                 context={
                     "prompt": number,
                     "prompt_tokens": len(prompt),
                     "new_tokens": new_tokens,
                     "max_position": max_position,
                 },
-                hint="shorten the prompt or generate fewer tokens",
+                hint="shorten the prompt" + (" or generate fewer tokens" if new_tokens else ""),
             )
 
 

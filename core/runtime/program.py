@@ -97,7 +97,8 @@ class Program:
             "size-out-of-range",
             f"no compiled range holds {tokens} tokens",
             context={"ranges": [str(r) for r in self.ranges]},
-            hint=f"compile one that does: --compile-range 1:{max(tokens, self.max_tokens)}",
+            hint="compile one that does: --compile-range "
+            f"{CompileRange(1, max(tokens, self.max_tokens))}",
         )
 
 

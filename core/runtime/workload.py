@@ -51,7 +51,7 @@ def run_workload(
 
     Raises what `Engine.generate` raises.
     """
-    batches = [_repeat(prompts, size) for size in batch_sizes] or [list(prompts)]
+    batches = [repeat(prompts, size) for size in batch_sizes] or [list(prompts)]
     engine = _engine(program, batches, params, limits)
     started = time.perf_counter()
     with watch_recompiles() as report:
@@ -64,7 +64,8 @@ def run_workload(
     )
 
 
-def _repeat(prompts: Sequence[Sequence[int]], size: int) -> list[Sequence[int]]:
+def repeat(prompts: Sequence[Sequence[int]], size: int) -> list[Sequence[int]]:
+    """`size` prompts: those given, over and over."""
     return list(itertools.islice(itertools.cycle(prompts), size))
 
 

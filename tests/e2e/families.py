@@ -437,10 +437,32 @@ REFUSED = (
     ),
     _refusal(
         "bert",
+        "an encoder that is to generate",
+        _COMMON,
+        architectures=["BertLMHeadModel"],
+        module="",
+        says="its configuration names BertLMHeadModel, and does not say is_decoder",
+    ),
+    _refusal(
+        "bert-generation",
         "attention to later tokens",
         _COMMON,
-        module="BertSelfAttention.forward",
+        module="BertGenerationSelfAttention.forward",
         says="its attention is not causal",
+    ),
+    _refusal(
+        "megatron-bert",
+        "an encoder with an attention of its own",
+        _COMMON,
+        module="MegatronBertAttention.forward",
+        says="0 of its 2 layers attend through Transformers' attention interface",
+    ),
+    _refusal(
+        "deberta-v2",
+        "an encoder with an attention of its own",
+        _COMMON,
+        module="",
+        says="Transformers has no causal language model for DebertaV2Config, and it is no encoder",
     ),
     _refusal(
         "bart",

@@ -187,9 +187,8 @@ def test_what_cannot_be_captured_is_refused_with_module_and_line(
     refusal: Any, tmp_path: Path
 ) -> None:
     families.save_config(refusal, tmp_path / "model")
-    job = families.job_of(tmp_path / "model", tmp_path / "cache")
     with pytest.raises(VllmcError) as caught:
-        families.obtain(job, tmp_path / "cache")
+        families.obtain(families.job_of(tmp_path / "model", tmp_path / "cache"), tmp_path / "cache")
     error = caught.value
     assert error.code == "unsupported-model"
     assert refusal.says in error.message

@@ -11,6 +11,7 @@ from vllmc.kernels.forward_context import (
     ForwardContext,
     SequenceSpan,
     forward_context,
+    whole_sequences,
 )
 from vllmc.kernels.kv_cache import BlockTable, LayerCache
 from vllmc.kernels.layer_name import LayerName
@@ -126,35 +127,47 @@ class Batch:
         return output
 
     def reference(self) -> torch.Tensor:
-        """One query and head at a time, in float64, from the definition."""
         case = self.case
         rows = []
         queries = iter(self.query[0].double())
         stored = zip(self.keys, self.values, case.sequences, strict=True)
         for keys, values, (context, new) in stored:
             for position in range(context, context + new):
+                seen = [
+                    p
+                    for p in range(position + 1)
+                    if case.window is None or position - p < case.window
+                ]
                 query = next(queries)
-                heads = []
-                for head in range(case.heads):
-                    group = head * case.kv_heads // case.heads
-                    logits = []
-                    seen = [
-                        p
-                        for p in range(position + 1)
-                        if case.window is None or position - p < case.window
-                    ]
-                    for p in seen:
-                        score = self.scale * float(query[head] @ keys[p, group].double())
-                        if case.softcap is not None:
-                            score = case.softcap * math.tanh(score / case.softcap)
-                        logits.append(score)
-                    total = sum(math.exp(x) for x in logits)
-                    if self.sinks is not None:
-                        total += math.exp(float(self.sinks[head]))
-                    weights = torch.tensor([math.exp(x) / total for x in logits]).double()
-                    heads.append(weights @ values[seen, group].double())
-                rows.append(torch.stack(heads))
+                rows.append(attended(case, query, keys, values, seen, self.scale, self.sinks))
         return torch.stack(rows)[None]
+
+
+def attended(
+    case: Case,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    seen: list[int],
+    scale: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """One query attending to the tokens `seen`, a head at a time, in float64."""
+    heads = []
+    for head in range(case.heads):
+        group = head * case.kv_heads // case.heads
+        logits = []
+        for p in seen:
+            score = scale * float(query[head] @ keys[p, group].double())
+            if case.softcap is not None:
+                score = case.softcap * math.tanh(score / case.softcap)
+            logits.append(score)
+        total = sum(math.exp(x) for x in logits)
+        if sinks is not None:
+            total += math.exp(float(sinks[head]))
+        weights = torch.tensor([math.exp(x) / total for x in logits]).double()
+        heads.append(weights @ values[seen, group].double())
+    return torch.stack(heads)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -174,6 +187,103 @@ def test_queries_of_several_blocks_give_the_same(
     monkeypatch.setattr(attention, "_QUERY_BLOCK", 3)
     batch = Batch(Case(sequences=((0, 10), (5, 8)), **feature), seed=0)
     torch.testing.assert_close(batch.run().double(), batch.reference(), rtol=2e-6, atol=2e-6)
+
+
+LENGTHS = (5, 1, 9, 2)
+BOTH_WAYS = {
+    "plain": Case(kv_heads=4),
+    "grouped heads": Case(),
+    "larger values": Case(value_size=20),
+    "window of one": Case(window=1),
+    "window": Case(window=3),
+    "window as long as a sequence": Case(window=5),
+    "window beyond every sequence": Case(window=1000),
+    "softcap and window": Case(softcap=1.5, window=4),
+    "sinks": Case(sinks=True),
+    "float64": Case(dtype=torch.float64, window=4),
+    "bfloat16": Case(dtype=torch.bfloat16, window=4),
+}
+
+
+class WholeBatch:
+    """Whole sequences of LENGTHS tokens, of which nothing is cached."""
+
+    def __init__(self, case: Case, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def rand(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.dtype)
+
+        self.case = case
+        self.scale = 0.7 / math.sqrt(case.key_size)
+        self.sinks = rand(case.heads) if case.sinks else None
+        self.query = rand(1, sum(LENGTHS), case.heads, case.key_size)
+        self.key = rand(1, sum(LENGTHS), case.kv_heads, case.key_size)
+        self.value = rand(1, sum(LENGTHS), case.kv_heads, case.value_size)
+
+    def run(self) -> torch.Tensor:
+        case = self.case
+        shape = (1, sum(LENGTHS), case.heads, case.value_size)
+        output = torch.full(shape, math.nan, dtype=case.dtype)
+        with forward_context(whole_sequences(LENGTHS)):
+            OP.default(
+                self.query, self.key, self.value, output, LAYER,
+                self.scale, case.window, case.softcap, self.sinks, False,
+            )  # fmt: skip
+        return output
+
+    def reference(self) -> torch.Tensor:
+        rows = []
+        parts = (t[0].split(LENGTHS) for t in (self.query, self.key, self.value))
+        for queries, keys, values in zip(*parts, strict=True):
+            for position, query in enumerate(queries.double()):
+                window = self.case.window or len(keys)
+                seen = [p for p in range(len(keys)) if abs(position - p) < window]
+                rows.append(attended(self.case, query, keys, values, seen, self.scale, self.sinks))
+        return torch.stack(rows)[None]
+
+
+@pytest.mark.parametrize("block", [1024, 4, 3])
+@pytest.mark.parametrize("case", BOTH_WAYS.values(), ids=BOTH_WAYS.keys())
+def test_attention_both_ways_sees_all_of_a_sequence_within_the_window_on_either_side(
+    case: Case, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_QUERY_BLOCK", block)
+    batch = WholeBatch(case)
+    tolerance = 3e-2 if case.dtype == torch.bfloat16 else 2e-6
+    torch.testing.assert_close(
+        batch.run().double(), batch.reference(), rtol=tolerance, atol=tolerance
+    )
+
+
+def test_attention_both_ways_takes_transposed_inputs_as_they_are() -> None:
+    batch = WholeBatch(Case(value_size=6, window=3))
+    expected = batch.run()
+    for name in ("query", "key", "value"):
+        tensor = getattr(batch, name)
+        setattr(batch, name, tensor.transpose(1, 2).contiguous().transpose(1, 2))
+    torch.testing.assert_close(batch.run(), expected)
+
+
+def test_attention_both_ways_refuses_a_part_of_a_sequence() -> None:
+    batch = Batch(Case(), seed=0)
+    output = torch.zeros(1, batch.query.shape[1], 4, 8)
+    context = ForwardContext(metadata=batch.metadata, caches={"layer": batch.cache})
+    args = (batch.query, batch.key, batch.value, output, LAYER, 1.0, None, None, None, False)
+    with forward_context(context), pytest.raises(VllmcError, match="1 of a sequence's 8") as caught:
+        OP.default(*args)
+    assert caught.value.code == "incomplete-sequence"
+    with pytest.raises(VllmcError) as caught:
+        OP.default(*args)
+    assert caught.value.code == "no-forward-context"
+
+
+def test_causal_attention_refuses_a_context_without_caches() -> None:
+    batch = WholeBatch(Case())
+    output = torch.zeros(1, sum(LENGTHS), 4, 8)
+    with forward_context(whole_sequences(LENGTHS)), pytest.raises(VllmcError) as caught:
+        OP.default(batch.query, batch.key, batch.value, output, LAYER, 1.0)
+    assert caught.value.code == "unknown-layer"
 
 
 def test_the_steps_keys_and_values_are_stored_where_the_metadata_says() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from vllmc.core.errors import VllmcError
@@ -131,6 +131,38 @@ class Stateful(Small):
     _is_stateful = True
 
 
+class SmallEncoder(BertModel):
+    def __init__(self) -> None:
+        super().__init__(
+            BertConfig(
+                vocab_size=64,
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+            ),
+            add_pooling_layer=False,
+        )
+
+
+class MixedEncoder(SmallEncoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder.layer[1].attention = OwnAttention()
+
+
+class CausalEncoder(SmallEncoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder.layer[1].attention.self.is_causal = True
+
+
+class CountingEncoder(SmallEncoder):
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        kwargs["position_ids"] = torch.arange(input_ids.shape[1])[None]
+        return super().forward(input_ids=input_ids, **kwargs)
+
+
 @pytest.mark.parametrize(
     ("kind", "says", "source"),
     [
@@ -146,6 +178,9 @@ class Stateful(Small):
         (Branching, "branches on the values of a tensor", "if input_ids.sum() > 3:"),
         (Sizing, "u0 > 40 (u0 is the number of tokens)", "if input_ids.shape[1] > 40:"),
         (Stateful, "keep state outside attention", "_is_stateful = True"),
+        (MixedEncoder, "1 of its 2 layers", "def forward(self, hidden_states: torch.Tensor"),
+        (CausalEncoder, "its attention is causal", "def forward("),
+        (CountingEncoder, "counts the tokens", "torch.arange(input_ids.shape[1])[None]"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
@@ -163,6 +198,15 @@ def test_a_model_that_does_none_of_it_is_captured() -> None:
         "model.model.layers.0.self_attn",
         "model.model.layers.1.self_attn",
     ]
+
+
+def test_an_encoder_that_does_none_of_it_is_captured() -> None:
+    sites = captured(SmallEncoder).attention
+    assert [site.layer for site in sites] == [
+        "model.encoder.layer.0.attention.self",
+        "model.encoder.layer.1.attention.self",
+    ]
+    assert not any(site.causal for site in sites)
 
 
 class Hybrid(Small):
@@ -194,3 +238,16 @@ class Ignorant(torch.nn.Module):
 
 def test_a_module_of_the_users_own_may_do_without_positions() -> None:
     assert len(captured(Ignorant).attention) == 1
+
+
+class Foreseeing(Ignorant):
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(input_ids).view(1, -1, 2, 8)
+        output = torch.empty_like(hidden)
+        op = torch.ops.vllmc.unified_attention_with_output.str
+        op(hidden, hidden, hidden, output, "inner", 1.0, causal=False)
+        return output.flatten(2)
+
+
+def test_a_language_model_cannot_attend_to_tokens_that_are_yet_to_come() -> None:
+    assert "its layer inner attends to tokens that are yet to come" in refusal(Foreseeing).message

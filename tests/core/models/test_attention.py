@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ from vllmc.core.models.attention import (
     LAYER_NAME_ATTRIBUTE,
     attach_layer_names,
     attend,
+    attend_both_ways,
     check_windows,
     register_attention,
 )
+from vllmc.kernels.forward_context import forward_context, whole_sequences
 from vllmc.kernels.layer_name import LayerName, LayerNameKind
 
 TINY = {
@@ -147,7 +150,7 @@ class FakeAttention(torch.nn.Module):
             setattr(self, name, value)
 
 
-def call(module: torch.nn.Module, **kwargs: Any) -> None:
+def call(module: torch.nn.Module, function: Callable[..., Any] = attend, **kwargs: Any) -> None:
     arguments: dict[str, Any] = {
         "query": torch.zeros(1, 4, 3, 8),
         "key": torch.zeros(1, 2, 3, 8),
@@ -155,7 +158,7 @@ def call(module: torch.nn.Module, **kwargs: Any) -> None:
         "attention_mask": None,
         **kwargs,
     }
-    attend(module, **arguments)
+    function(module, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +208,34 @@ def test_what_changes_nothing_reaches_the_op(arguments: dict[str, Any]) -> None:
     with pytest.raises(VllmcError) as caught:
         call(FakeAttention(), **arguments)
     assert caught.value.code == "no-forward-context"
+
+
+@pytest.mark.parametrize(
+    ("attributes", "arguments", "named"),
+    [
+        ({}, {"is_causal": True}, "is_causal"),
+        ({"is_causal": True}, {}, "is_causal"),
+        ({}, {"attention_mask": torch.zeros(1, 1, 3, 3)}, "attention_mask"),
+        ({}, {"position_bias": torch.zeros(1)}, "position_bias"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_encoder_s_attention_refuses_what_is_causal_and_what_it_does_not_know(
+    attributes: dict[str, Any], arguments: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(VllmcError, match="FakeAttention") as caught:
+        call(FakeAttention(**attributes), attend_both_ways, **arguments)
+    assert caught.value.code == "unsupported-model"
+    assert caught.value.context["argument"] == named
+
+
+@pytest.mark.parametrize("attributes", [{}, {"is_causal": False}], ids=str)
+def test_an_encoder_s_attention_reaches_the_op(attributes: dict[str, Any]) -> None:
+    with pytest.raises(VllmcError) as caught:
+        call(FakeAttention(**attributes), attend_both_ways)
+    assert caught.value.code == "no-forward-context"
+    with forward_context(whole_sequences((2, 1))):
+        call(FakeAttention(**attributes), attend_both_ways)
 
 
 def test_an_explicit_request_for_causal_attention_beats_the_module() -> None:

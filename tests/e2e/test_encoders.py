@@ -1,0 +1,24 @@
+"""Families of encoders: what vllmc makes of a tiny one of each, against Transformers itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from encoder_families import (
+    ENCODERS,
+    EncoderFamily,
+    embeddings,
+    obtain_encoder,
+    same_embeddings,
+    save_encoder,
+)
+
+
+@pytest.mark.parametrize("family", ENCODERS, ids=lambda family: family.name)
+def test_embeddings_are_those_of_transformers(family: EncoderFamily, tmp_path: Path) -> None:
+    model = save_encoder(family, tmp_path / "model")
+    job, ready = obtain_encoder(tmp_path / "model", tmp_path / "cache", "eager")
+    found = embeddings(job, ready)
+    assert same_embeddings(model, found)
+    assert not same_embeddings(model, {n: e + 1e-3 for n, e in found.items()})
