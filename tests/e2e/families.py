@@ -595,7 +595,7 @@ REFUSED = (
             "original_max_position_embeddings": 64,
         },
         module="longrope_frequency_update",
-        says="writes to the module's own tensor model.model.rotary_emb.inv_freq",
+        says="its forward changes self.model.model.rotary_emb.long_inv_freq",
     ),
     _refusal(
         "gemma4-shared",
