@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from vllmc.core.cache.key import JsonValue
-from vllmc.core.declare.containers import leaves
+from vllmc.core.declare.containers import containers, leaves
 from vllmc.core.declare.declaration import declaration_of
 from vllmc.core.declare.dims import Declared, dims_of
 from vllmc.core.declare.examples import example_values
@@ -20,7 +20,8 @@ from vllmc.core.graph.layout import Argument, size_names
 class Call:
     """The arguments of one call by name, and what of them is the same in every call like it.
 
-    Those are the tensors but for sizes that vary, and the `constants`, by path. The first size
+    Those are the tensors but for sizes that vary, and the `constants` by path, among them the
+    classes of containers. The first size
     that varies is the token count, which chooses the compile range; `unbacked` are the sizes that
     are declared to be so whatever the spec's kind.
     """
@@ -50,8 +51,12 @@ def describe_call(declared: Declared, values: Mapping[str, object]) -> Call:
         held = tuple(leaves(name, value))
         if name in declared.dims and _is_no_tensor([leaf for _, leaf in held]):
             raise _not_a_tensor(name, value)
+        for path, kind in containers(name, value):
+            constants[f"type({path})"] = f"{kind.__module__}.{kind.__qualname__}"
         for path, leaf in held:
             match leaf:
+                case torch.Tensor() if type(leaf) not in (torch.Tensor, torch.nn.Parameter):
+                    raise _bad_argument(path, leaf)
                 case torch.Tensor():
                     sizes = _sizes(declared, name, path, leaf)
                     tensors.append(_argument(path, leaf, sizes))

@@ -9,9 +9,10 @@ from typing import Any, Final
 
 import torch
 
-from vllmc.core.declare.containers import leaves
+from vllmc.core.declare.containers import containers, leaves
 from vllmc.core.declare.declaration import Declaration, declaration_of
 from vllmc.core.declare.dims import Declared, forward_parameters
+from vllmc.core.declare.held import Held
 from vllmc.core.declare.session import Session, current_session
 from vllmc.core.errors import VllmcError
 from vllmc.core.runtime.program import Program
@@ -35,6 +36,7 @@ class CompiledForward:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._programs: dict[Hashable, Program] = {}
+        self._held: Held | None = None
         self._bind: Callable[..., tuple[object, ...]] | None = None
         self._names: tuple[str, ...] = ()
         self._enabled: bool | None = None
@@ -50,7 +52,7 @@ class CompiledForward:
 
     def forget(self) -> None:
         """Drops all programs: the module's tensors are others from now on."""
-        self._programs = {}
+        self._programs, self._held = {}, None
 
     def __call__(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -68,11 +70,16 @@ class CompiledForward:
         kind = (module.training, kind)
         if any(getattr(module, name) for name in _HOOKS):
             raise _hooked(module)
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            raise _autocast(module)
+        if self._held is not None and not self._held.is_there():
+            self.forget()
         program = self._programs.get(kind)
         if program is None:
             with self._lock:
                 program = self._programs.get(kind) or self._open(module, values)
                 self._programs[kind] = program
+                self._held = self._held or Held(module)
         # Compiled for inference, in whatever mode the caller is.
         with torch.no_grad():
             return program(*tensors)
@@ -144,6 +151,8 @@ def _binder(module: torch.nn.Module) -> Callable[..., tuple[object, ...]]:
         else:
             defaults[f"_default_{index}"] = parameter.default
             parts.append(f"{parameter.name}=_default_{index}")
+    if by_place := sum(p.kind is p.POSITIONAL_ONLY for p in parameters):
+        parts.insert(by_place, "/")
     returned = "".join(f"{parameter.name}, " for parameter in parameters)
     exec(f"def forward({', '.join(parts)}): return ({returned})", defaults)
     bind: Callable[..., tuple[object, ...]] = defaults["forward"]
@@ -160,17 +169,20 @@ def _kind(
         if value is None:
             kind.append(None)
             continue
+        kind.extend(containers(name, value))
         for path, leaf in leaves(name, value):
             if isinstance(leaf, torch.Tensor):
                 tensors.append(leaf)
-                varying = declared.dims.get(name, ())
                 shape = [*leaf.shape]
-                for dynamic in varying:
+                for dynamic in declared.dims.get(name, ()):
                     if -len(shape) <= dynamic.dim < len(shape):
                         shape[dynamic.dim] = -1
-                kind.append((path, leaf.dtype, *shape))
+                kind.append((path, type(leaf), leaf.dtype, leaf.device, *shape))
+            elif isinstance(leaf, float):
+                # Not all that are equal are the same, and a nan does not equal itself.
+                kind.append((path, float, leaf.hex()))
             else:
-                # `1`, `1.0` and `True` are equal, and not the same constant.
+                # `1` and `True` are equal, and not the same constant.
                 kind.append((path, type(leaf), leaf if isinstance(leaf, Hashable) else id(leaf)))
     return tensors, tuple(kind)
 
@@ -181,4 +193,13 @@ def _hooked(module: torch.nn.Module) -> VllmcError:
         f"{type(module).__qualname__} has hooks of its own, which a compiled call would leave out",
         hint="register them on a module inside it, before its first call; or call it within "
         "vllmc.core.plainly()",
+    )
+
+
+def _autocast(module: torch.nn.Module) -> VllmcError:
+    return VllmcError(
+        "autocast",
+        f"{type(module).__qualname__} is called under autocast, which no compiled call looks at",
+        hint="convert the module, as by .to(torch.bfloat16), and call it outside of autocast; or "
+        "call it within vllmc.core.plainly()",
     )

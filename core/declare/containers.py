@@ -35,6 +35,23 @@ def leaves(path: str, value: object) -> Iterator[tuple[str, object]]:
         yield path, value
 
 
+def containers(path: str, value: object) -> Iterator[tuple[str, type]]:
+    """The containers that `value` is or holds, with their classes, each with its own path."""
+    if isinstance(value, torch.Tensor):
+        return
+    if names := _fields(value):
+        held = [(f"{path}.{name}", getattr(value, name)) for name in names]
+    elif isinstance(value, Mapping):
+        held = [(f"{path}[{key!r}]", item) for key, item in value.items()]
+    elif isinstance(value, (list, tuple)):
+        held = [(f"{path}[{index}]", item) for index, item in enumerate(value)]
+    else:
+        return
+    yield path, type(value)
+    for inner, item in held:
+        yield from containers(inner, item)
+
+
 def map_tensors(path: str, value: Any, make: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:
     """`value` with `make(path, tensor)` in the place of each tensor; containers are new ones."""
     if isinstance(value, torch.Tensor):
@@ -59,4 +76,6 @@ def map_tensors(path: str, value: Any, make: Callable[[str, torch.Tensor], torch
 
 
 def _fields(value: object) -> tuple[str, ...]:
-    return tuple(name for name in field_names(type(value)) if hasattr(value, name))
+    names = tuple(name for name in field_names(type(value)) if hasattr(value, name))
+    # Code may read whatever else lies beside the tensors.
+    return tuple(vars(value)) if names == ("tensors",) and "tensors" in vars(value) else names

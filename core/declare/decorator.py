@@ -5,6 +5,7 @@ After vLLM's decorator of that name (vllm/compilation/decorators.py), for plain 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final, TypeVar, overload
@@ -75,7 +76,7 @@ def support_torch_compile(
     A subclass is compiled as its base is; it can be decorated itself, or `ignore_torch_compile`d.
     While something else compiles or captures a module that holds this one, the forward is part of
     that. Raises `UsageError` (`unknown-argument`, `bad-dims`, `no-dynamic-dims`,
-    `not-a-module`), and `VllmcError` (`torch-too-old`) for shape ids on a torch without them.
+    `not-a-module`, `own-call`, `no-self`), and `VllmcError` (`torch-too-old`) for shape ids on a torch without them.
     """
     if cls is None:
         return partial(
@@ -104,21 +105,28 @@ def _decorated(
     **options: Any,
 ) -> ModuleClass:
     _check_class(cls, "support_torch_compile")
+    _check_methods(cls)
     declared = declare(
         cls.forward, dynamic_arg_dims, mark_unbacked_dims, shape_ids=supports_shape_ids()
     )
     if cls.__call__ is not _call:
-        cls.__new__ = _new  # type: ignore[assignment]
+        cls.__new__ = _making(cls.__new__)  # type: ignore[assignment]
         cls.__call__ = _call
-        cls._apply = _apply
+        cls._apply = _moving(cls._apply)
     setattr(cls, DECLARATION, Declaration(declared=declared, **options))
     return cls
 
 
-def _new(cls: type[torch.nn.Module], *_: object, **__: object) -> torch.nn.Module:
-    module: torch.nn.Module = torch.nn.Module.__new__(cls)
-    vars(module)[_STATE] = CompiledForward(current_session())
-    return module
+def _making(new: Callable[..., Any]) -> Callable[..., Any]:
+    """`__new__` of a class that has been declared, after `new`."""
+
+    def made(cls: type[torch.nn.Module], *args: object, **kwargs: object) -> torch.nn.Module:
+        given = (args, kwargs) if new is not object.__new__ else ((), {})
+        module: torch.nn.Module = new(cls, *given[0], **given[1])
+        vars(module)[_STATE] = CompiledForward(current_session())
+        return module
+
+    return made
 
 
 def _call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -128,10 +136,32 @@ def _call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return state(self, args, kwargs)
 
 
-def _apply(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
-    """Moves or converts the module's tensors, to which programs are bound."""
-    vars(self)[_STATE].forget()
-    return torch.nn.Module._apply(self, fn, recurse)
+def _moving(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """`_apply` of a class that has been declared: moves or converts what programs are bound to."""
+
+    def _apply(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
+        vars(self)[_STATE].forget()
+        moved: torch.nn.Module = apply(self, fn, recurse)
+        return moved
+
+    return _apply
+
+
+def _check_methods(cls: type[torch.nn.Module]) -> None:
+    """Refuses what a compiled call would pass by, or capture could not name."""
+    if cls.__call__ not in (torch.nn.Module.__call__, _call):
+        raise UsageError(
+            "own-call",
+            f"{cls.__qualname__} has a __call__ of its own, which a compiled call would leave out",
+            hint="do in its forward what it does",
+        )
+    first = next(iter(inspect.signature(cls.forward).parameters), None)
+    if first != "self":
+        raise UsageError(
+            "no-self",
+            f"the first parameter of {cls.__qualname__}.forward is {first}",
+            hint="call the module self: def forward(self, ...)",
+        )
 
 
 def _check_class(cls: object, name: str) -> None:

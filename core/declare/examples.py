@@ -15,6 +15,7 @@ from vllmc.core.declare.dims import forward_parameters
 from vllmc.core.declare.session import plainly
 from vllmc.core.errors import UsageError
 from vllmc.core.torch_compat.fake import like_weights
+from vllmc.core.torch_compat.forward import positional_and_named
 
 # Integers by what the field calls them.
 _INTEGERS: Final = re.compile(r"(^|_)(ids?|positions?|ind(ex|ices)|len(gth)?s?|slots?|types?)$")
@@ -96,7 +97,8 @@ def _runs(module: torch.nn.Module, values: Mapping[str, object]) -> bool:
     """Whether the forward takes `values`, of which only shapes and dtypes are looked at."""
     try:
         with torch.no_grad(), plainly():
-            module.forward(**values)
+            args, kwargs = positional_and_named(module, values)
+            module.forward(*args, **kwargs)
     except Exception:  # noqa: BLE001 - whatever a wrong guess makes the user's code raise
         return False
     return True

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from vllmc.core.declare.calls import Call, describe_call
+from vllmc.core.declare.containers import leaves
 from vllmc.core.errors import UsageError
 from vllmc.core.models.model import ModelInfo
 from vllmc.core.models.module_model import ModuleModel
@@ -28,8 +29,9 @@ class LiveModel(ModuleModel):
     @property
     def info(self) -> ModelInfo:
         """What the module is, and where."""
-        tensor = next(self._sample.parameters(), None)
-        device = "cpu" if tensor is None else str(tensor.device)
+        given = (leaf for name, value in self._values.items() for _, leaf in leaves(name, value))
+        tensors = (t for t in (*self._sample.parameters(), *given) if isinstance(t, torch.Tensor))
+        device = str(next((tensor.device for tensor in tensors), "cpu"))
         return replace(super().info, device=device)
 
     def adapt(self, spec: CompileSpec) -> CompileSpec:

@@ -29,8 +29,10 @@ from torch.fx.experimental import _config as symbolic_config
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from vllmc.core.spec import DynamicShapes
+from vllmc.core.torch_compat.forward import positional_and_named
 
 _GLOBAL = re.compile(r"\bG\['([^']+)'\]")
+_LOCAL = re.compile(r"\bL\['([^']+)'\]")
 _ARGUMENT = re.compile(r"\bL\['(?!self')")
 
 
@@ -96,6 +98,7 @@ def capture_full_graph(
     Parameters may be fake; tensors in `arguments` must be real, with their dimensions marked,
     because marks on fake tensors are not seen. Raises `CaptureError` naming the frames in the way.
     """
+    args, kwargs = positional_and_named(module, arguments)
     # What earlier captures of the same code saw would decide which sizes are dynamic here.
     reset_code_state()
     try:
@@ -109,7 +112,7 @@ def capture_full_graph(
             get_metrics_context(),
             dynamo_timed("fullgraph_capture"),
         ):
-            captured = convert_frame.fullgraph_capture(module.forward, (), dict(arguments))
+            captured = convert_frame.fullgraph_capture(module.forward, args, kwargs)
     except TorchDynamoException as error:
         raise CaptureError(_reason(error), _frames(error)) from error
     backend_input = captured.backend_input
@@ -126,7 +129,12 @@ def capture_full_graph(
         code=tuple(captured.graph_capture_output.traced_code),
         guards=_guards(backend_input.fake_mode.shape_env),
         guarded=tuple(
-            sorted({*_guarded(captured.graph_capture_output), *_methods(graph_module.graph)})
+            sorted(
+                {
+                    *_guarded(captured.graph_capture_output, _closure(module.forward)),
+                    *_methods(graph_module.graph),
+                }
+            )
         ),
         replay=lambda outputs: _replay(captured, module, arguments, outputs),
     )
@@ -144,7 +152,8 @@ def _replay(
         compiled_fn=lambda *_: tuple(outputs), extra_globals=dict(output.f_globals)
     )
     with torch.no_grad():
-        return call(module, **arguments)
+        args, kwargs = positional_and_named(module, arguments)
+        return call(module, *args, **kwargs)
 
 
 def _guards(shape_env: ShapeEnv | None) -> tuple[sympy.Basic, ...]:
@@ -153,9 +162,22 @@ def _guards(shape_env: ShapeEnv | None) -> tuple[sympy.Basic, ...]:
     return tuple(shape_env.replace(guard.expr) for guard in shape_env.guards)
 
 
-def _guarded(output: convert_frame.GraphCaptureOutput) -> Iterator[str]:
+def _closure(forward: Any) -> Mapping[str, str]:
+    """Expressions for the variables of functions around the forward, which Dynamo calls local."""
+    code = getattr(forward, "__code__", None)
+    return {
+        name: f"L['self'].forward.__closure__[{index}].cell_contents"
+        for index, name in enumerate(code.co_freevars if code else ())
+    }
+
+
+def _guarded(
+    output: convert_frame.GraphCaptureOutput, closure: Mapping[str, str]
+) -> Iterator[str]:
     for guard in output.output_graph.guards:
-        expression = _guarded_expression(guard)
+        expression = _LOCAL.sub(
+            lambda found: closure.get(found[1], found[0]), _guarded_expression(guard)
+        )
         # What the graph is given is not what it depends on.
         if expression and not _ARGUMENT.search(expression):
             yield _GLOBAL.sub(lambda found: _global(found[1], output), expression)
