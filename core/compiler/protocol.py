@@ -42,15 +42,18 @@ class Compiler(Protocol):
 
 
 def example_scope(unit: Unit, spec: CompileSpec) -> ShapeScope:
-    """Symbols for the unit's sizes: tokens within the range, others without an end.
+    """Symbols for the unit's sizes: tokens within the range, rows up to its end.
 
-    Only token counts are ever backed.
+    Where the token count plays no part the unit serves every range, so no end limits it. Only
+    token counts are ever backed.
     """
+    piece = unit.piece
+    end = unit.range.end if piece.depends_on_tokens else None
     ranges = []
-    for index, role in enumerate(unit.piece.roles):
-        low = {"tokens": unit.range.start, "other": 1, "data": 0}[role]
+    for index, role in enumerate(piece.roles):
+        low = {"tokens": unit.range.start, "rows": 1, "other": 1, "data": 0}[role]
         backed = role == "tokens" and spec.dynamic_shapes != "unbacked"
-        high = unit.range.end if role == "tokens" else None
+        high = end if role in ("tokens", "rows") else None
         ranges.append(SymbolRange(symbol=symbol(index), low=low, high=high, backed=backed))
     return ShapeScope(ranges)
 

@@ -21,15 +21,16 @@ class Call:
     """The arguments of one call by name, and what of them is the same in every call like it.
 
     Those are the tensors but for sizes that vary, and the `constants` by path, among them the
-    classes of containers. The first size
-    that varies is the token count, which chooses the compile range; `unbacked` are the sizes that
-    are declared to be so whatever the spec's kind.
+    classes of containers. The first size that varies is the token count, which chooses the compile
+    range; `unbacked` are the sizes that are declared to be so whatever the spec's kind, `bounded`
+    those that never exceed the token count.
     """
 
     values: Mapping[str, object]
     arguments: tuple[Argument, ...]
     constants: Mapping[str, JsonValue]
     unbacked: frozenset[str] = frozenset()
+    bounded: frozenset[str] = frozenset()
 
     @property
     def sizes(self) -> tuple[str, ...]:
@@ -68,7 +69,11 @@ def describe_call(declared: Declared, values: Mapping[str, object]) -> Call:
                 case _:
                     raise _bad_argument(path, leaf)
     return Call(
-        values=values, arguments=tuple(tensors), constants=constants, unbacked=frozenset(unbacked)
+        values=values,
+        arguments=tuple(tensors),
+        constants=constants,
+        unbacked=frozenset(unbacked),
+        bounded=declared.at_most_tokens.intersection(size_names(tensors)),
     )
 
 

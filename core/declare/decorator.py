@@ -6,7 +6,7 @@ After vLLM's decorator of that name (vllm/compilation/decorators.py), for plain 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Final, TypeVar, overload
 
@@ -34,6 +34,7 @@ def support_torch_compile(
     *,
     dynamic_arg_dims: Mapping[str, Dims] | None = None,
     mark_unbacked_dims: Mapping[str, Dims] | None = None,
+    at_most_tokens: Iterable[str] = (),
     enable_if: Callable[[CompileSpec], bool] | None = None,
     is_encoder: bool = False,
     example_inputs: ExampleInputs | None = None,
@@ -46,6 +47,7 @@ def support_torch_compile(
     *,
     dynamic_arg_dims: Mapping[str, Dims] | None = None,
     mark_unbacked_dims: Mapping[str, Dims] | None = None,
+    at_most_tokens: Iterable[str] = (),
     enable_if: Callable[[CompileSpec], bool] | None = None,
     is_encoder: bool = False,
     example_inputs: ExampleInputs | None = None,
@@ -67,6 +69,8 @@ def support_torch_compile(
       the first dimension of each argument annotated as a tensor (or as something that holds
       tensors) varies. The first size that varies is the token count: it chooses the compile range.
     - `mark_unbacked_dims`: dimensions that vary and are unbacked whatever the spec's kind is.
+    - `at_most_tokens`: shape ids of sizes that never exceed the token count, such as the number of
+      rows whose logits are wanted; a call in which one does is refused.
     - `enable_if`: asked with the `CompileSpec` whether to compile at all; where not, calls run the
       forward as it is.
     - `is_encoder`: a batch cannot be cut into chunks, so the last compile range has no end.
@@ -76,13 +80,15 @@ def support_torch_compile(
     A subclass is compiled as its base is; it can be decorated itself, or `ignore_torch_compile`d.
     While something else compiles or captures a module that holds this one, the forward is part of
     that. Raises `UsageError` (`unknown-argument`, `bad-dims`, `no-dynamic-dims`,
-    `not-a-module`, `own-call`, `no-self`), and `VllmcError` (`torch-too-old`) for shape ids on a torch without them.
+    `not-a-module`, `own-call`, `no-self`), and `VllmcError` (`torch-too-old`) for shape ids on a
+    torch without them.
     """
     if cls is None:
         return partial(
             _decorated,
             dynamic_arg_dims=dynamic_arg_dims,
             mark_unbacked_dims=mark_unbacked_dims,
+            at_most_tokens=at_most_tokens,
             enable_if=enable_if,
             is_encoder=is_encoder,
             example_inputs=example_inputs,
@@ -102,15 +108,20 @@ def _decorated(
     *,
     dynamic_arg_dims: Mapping[str, Dims] | None = None,
     mark_unbacked_dims: Mapping[str, Dims] | None = None,
+    at_most_tokens: Iterable[str] = (),
     **options: Any,
 ) -> ModuleClass:
     _check_class(cls, "support_torch_compile")
     _check_methods(cls)
     declared = declare(
-        cls.forward, dynamic_arg_dims, mark_unbacked_dims, shape_ids=supports_shape_ids()
+        cls.forward,
+        dynamic_arg_dims,
+        mark_unbacked_dims,
+        at_most_tokens,
+        shape_ids=supports_shape_ids(),
     )
     if cls.__call__ is not _call:
-        cls.__new__ = _making(cls.__new__)  # type: ignore[assignment]
+        cls.__new__ = _making(cls.__new__)
         cls.__call__ = _call
         cls._apply = _moving(cls._apply)
     setattr(cls, DECLARATION, Declaration(declared=declared, **options))

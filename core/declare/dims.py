@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TypeAlias
@@ -43,17 +43,20 @@ class DynamicDim:
 class Declared:
     """The dimensions that vary, by argument, in the order of the signature.
 
-    `inferred` says that they come from annotations.
+    `inferred` says that they come from annotations. Sizes of the shape ids `at_most_tokens` never
+    exceed the token count.
     """
 
     dims: Mapping[str, tuple[DynamicDim, ...]]
     inferred: bool
+    at_most_tokens: frozenset[str] = frozenset()
 
 
 def declare(
     forward: Callable[..., object],
     dynamic_arg_dims: Mapping[str, Dims] | None = None,
     mark_unbacked_dims: Mapping[str, Dims] | None = None,
+    at_most_tokens: Iterable[str] = (),
     *,
     shape_ids: bool,
 ) -> Declared:
@@ -83,7 +86,17 @@ def declare(
         raise _undeclared(forward, parameters)
     if not shape_ids:
         _check_no_shape_ids(dims)
-    return Declared(dims=MappingProxyType(dims), inferred=dynamic_arg_dims is None)
+    ids = {dim.shape_id for given in dims.values() for dim in given}
+    bounded = frozenset(at_most_tokens)
+    if strange := sorted(bounded - ids):
+        raise UsageError(
+            "bad-dims",
+            f"at_most_tokens names '{strange[0]}', which is the shape id of no dimension",
+            hint=f"the shape ids are {', '.join(sorted(filter(None, ids))) or 'none'}",
+        )
+    return Declared(
+        dims=MappingProxyType(dims), inferred=dynamic_arg_dims is None, at_most_tokens=bounded
+    )
 
 
 def dims_of(declared: Declared, name: str, tensor: torch.Tensor) -> dict[int, DynamicDim]:

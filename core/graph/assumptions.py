@@ -14,9 +14,11 @@ import sympy
 import torch
 import torch.fx as fx
 
+from vllmc.core.declare.calls import Call
 from vllmc.core.errors import VllmcError
-from vllmc.core.graph.call import symbols_of_sizes
+from vllmc.core.graph.call import role_of, symbols_of_sizes
 from vllmc.core.graph.normalize import value_of
+from vllmc.core.graph.piece import SymbolRole
 from vllmc.core.runtime.conditions import can_be_kept
 from vllmc.core.spec import OPEN_END, CompileRange, CompileSpec
 from vllmc.core.torch_compat.shapes import python_text, truth
@@ -39,25 +41,26 @@ def check_assumptions(
     graph: fx.Graph,
     guards: Iterable[sympy.Basic],
     taken: Sequence[tuple[str, sympy.Expr]],
-    sizes: Sequence[str],
+    call: Call,
     spec: CompileSpec,
 ) -> Assumptions:
     """Drops from `graph` the assertions about its inputs' sizes that hold for all of the spec.
 
-    `sizes` are those that vary, the token count first, and `taken` says what capture took them
-    for: a symbol, a number, or something that another size decides. Raises `VllmcError`
-    (`range-not-covered`) where an assertion about the token count, or a guard, fails somewhere in
-    the spec's ranges and sizes, or where a guard cannot be kept; `name` is the model's.
+    `taken` says what capture took the varying sizes of `call` for: a symbol, a number, or something
+    that another size decides. Raises `VllmcError` (`range-not-covered`) where an assertion about
+    the token count, or a guard, fails somewhere in the spec's ranges and sizes, or where a guard
+    cannot be kept; `name` is the model's.
     """
     ranges = (*(CompileRange(size, size) for size in spec.sizes), *spec.ranges)
     symbols = symbols_of_sizes(taken)
     # Each size by a symbol of its own name, where capture took it for something else.
-    named = {sympy.Symbol(size): size for size in sizes}
-    places = {s: sympy.Symbol(f"d{sizes.index(n)}") for s, n in (symbols | named).items()}
-    tokens = {symbol for symbol, size in (symbols | named).items() if size == sizes[0]}
+    named = symbols | {sympy.Symbol(size): size for size in call.sizes}
+    places = {s: sympy.Symbol(f"d{call.sizes.index(size)}") for s, size in named.items()}
+    roles = {symbol: role_of(size, call) for symbol, size in named.items()}
+    tokens = {symbol for symbol, role in roles.items() if role == "tokens"}
 
     def truths(condition: sympy.Basic) -> dict[CompileRange, bool | None]:
-        return {r: truth(condition, _bounds(places, tokens, r)) for r in ranges}
+        return {r: truth(condition, _bounds(roles, r)) for r in ranges}
 
     def judge(condition: sympy.Basic, *, demanded: bool) -> bool | None:
         """Whether the condition always holds; None where only a call can tell."""
@@ -73,7 +76,8 @@ def check_assumptions(
             return False
         return None
 
-    demands, promises = [], []
+    demands = [f"d{place} <= d0" for place, size in enumerate(call.sizes) if size in call.bounded]
+    promises = []
     for size, value in dict.fromkeys(taken):
         if symbols.get(value) == size:
             continue
@@ -110,13 +114,16 @@ def _entry_assertions(
 
 
 def _bounds(
-    symbols: Iterable[sympy.Symbol], tokens: set[sympy.Symbol], given: CompileRange
+    roles: Mapping[sympy.Symbol, SymbolRole], given: CompileRange
 ) -> dict[sympy.Symbol, tuple[int, int]]:
     """What the inputs' symbols may be in a call of the range `given`."""
-    return {
-        symbol: (given.start, given.end) if symbol in tokens else (1, OPEN_END)
-        for symbol in symbols
+    ends = {
+        "tokens": (given.start, given.end),
+        "rows": (1, given.end),
+        "other": (1, OPEN_END),
+        "data": (0, OPEN_END),
     }
+    return {symbol: ends[role] for symbol, role in roles.items()}
 
 
 def _not_covered(

@@ -74,5 +74,7 @@ def symbols_of_sizes(sizes: Iterable[tuple[str, sympy.Expr]]) -> dict[sympy.Symb
 
 
 def role_of(size: str, call: Call) -> SymbolRole:
-    """What the varying size called `size` plays for: the first one chooses the compile range."""
-    return "tokens" if size == call.sizes[0] else "other"
+    """What the varying size called `size` is: the first one chooses the compile range."""
+    if size == call.sizes[0]:
+        return "tokens"
+    return "rows" if size in call.bounded else "other"

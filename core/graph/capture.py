@@ -118,7 +118,7 @@ def trace(name: str, entry: torch.nn.Module, call: Call, spec: CompileSpec) -> C
         for node in graph.find_nodes(op="placeholder")
     )
     sizes = sizes_in(graph, inputs, call)
-    assumptions = check_assumptions(name, graph, raw.guards, sizes, call.sizes, spec)
+    assumptions = check_assumptions(name, graph, raw.guards, sizes, call, spec)
     functions: dict[str, set[str]] = {}
     for code in raw.code:
         functions.setdefault(code.co_filename, set()).add(code.co_qualname)

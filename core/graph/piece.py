@@ -18,7 +18,7 @@ from vllmc.core.graph.targets import custom_ops, target_name
 from vllmc.core.torch_compat.opaque import is_opaque_value, opaque_type_name, real_value
 from vllmc.core.torch_compat.ops import registrations
 
-SymbolRole: TypeAlias = Literal["tokens", "other", "data"]
+SymbolRole: TypeAlias = Literal["tokens", "rows", "other", "data"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +55,8 @@ class Piece:
 
     Two pieces with one `digest` are the same program, whatever layer they came from. `roles`
     says of each symbol (`s0`, `s1`, ... in order of appearance) what it is: the number of `tokens`,
-    which chooses the compile range; an `other` size of the arguments, at least 1; or `data`, which
-    only the values of tensors decide.
+    which chooses the compile range; `rows`, from 1 to that number; an `other` size of the
+    arguments, at least 1; or `data`, which only the values of tensors decide.
     """
 
     graph: fx.Graph

@@ -56,6 +56,7 @@ _declares_a_decoder = support_torch_compile(
         "position_ids": {1: "tokens"},
         "logits_indices": {0: "rows"},
     },
+    at_most_tokens=["rows"],
     example_inputs=_decoder_inputs,
 )
 

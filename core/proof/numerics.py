@@ -117,7 +117,7 @@ def _allocates(node: fx.Node) -> bool:
 
 
 def _sizes(piece: Piece, tokens: int) -> Sizes:
-    counts = {"tokens": tokens, "other": min(tokens, _ROWS), "data": _ROWS}
+    counts = {"tokens": tokens, "rows": min(tokens, _ROWS), "other": _ROWS, "data": _ROWS}
     return {symbol(index): counts[role] for index, role in enumerate(piece.roles)}
 
 

@@ -18,6 +18,7 @@ import torch
 
 from vllmc.core.errors import VllmcError
 from vllmc.core.runtime.sampler import Sampler, SamplingParams, TokenLogprobs
+from vllmc.core.spec import CompileRange
 from vllmc.kernels.forward_context import (
     AttentionMetadata,
     ForwardContext,
@@ -43,7 +44,8 @@ FinishReason: TypeAlias = Literal["length", "stop"]
 class EngineConfig:
     """The engine's limits, and where its caches are.
 
-    A step holds at most `max_tokens_per_step` tokens. A prompt and its continuation hold at most
+    A step holds at most `max_tokens_per_step` tokens, and a number that one of `token_counts` holds
+    (none: any) where there are enough tokens for one. A prompt and its continuation hold at most
     `max_position` tokens (None: no limit), each below `vocab_size`. The cache of each layer holds
     `num_blocks` blocks of `block_size` tokens, in `dtype` on `device`.
     """
@@ -51,6 +53,7 @@ class EngineConfig:
     vocab_size: int
     max_position: int | None
     max_tokens_per_step: int
+    token_counts: tuple[CompileRange, ...] = ()
     num_blocks: int
     block_size: int = 16
     dtype: torch.dtype = torch.float32
@@ -305,9 +308,10 @@ class _Run:
         logits_indices: list[int] = []
         sampled: list[_Sequence] = []
         prefill_tokens = 0
+        limit = self._step_tokens(sum(len(s.tokens) - s.computed for s in self._running))
         for sequence in self._running:
             begin = sequence.computed
-            count = min(len(sequence.tokens) - begin, self._config.max_tokens_per_step - len(ids))
+            count = min(len(sequence.tokens) - begin, limit - len(ids))
             if not count:
                 break
             end, table = begin + count, sequence.table
@@ -332,6 +336,12 @@ class _Run:
             sampled=tuple(sampled),
             prefill_tokens=prefill_tokens,
         )
+
+    def _step_tokens(self, new: int) -> int:
+        """How many of `new` tokens the next step takes: as many as a program is compiled for."""
+        most = min(new, self._config.max_tokens_per_step)
+        held = [min(r.end, most) for r in self._config.token_counts if r.start <= most]
+        return max(held, default=most)
 
     def _compute(self, batch: _Batch) -> None:
         """Runs the model on `batch` and appends the sampled tokens."""

@@ -94,6 +94,7 @@ def _engine(
             vocab_size=limits.vocab_size,
             max_position=limits.max_position,
             max_tokens_per_step=program.max_tokens,
+            token_counts=program.ranges,
             num_blocks=max(needed, 1),
             block_size=BLOCK_SIZE,
             dtype=limits.dtype,

@@ -41,7 +41,7 @@ def test_sizes_that_vary_have_names_and_all_else_is_fixed() -> None:
         Argument(path="z", dtype="int64", shape=(5, "z.shape[1]")),
     )
     assert call.sizes == ("t", "z.shape[1]")
-    assert call.constants == {"y['n']": 4}
+    assert call.constants == {"y['n']": 4, "type(y)": "builtins.dict"}
 
 
 def test_examples_are_new_tensors_with_sizes_of_their_own() -> None:

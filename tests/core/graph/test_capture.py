@@ -22,7 +22,7 @@ def test_the_token_count_is_the_first_thing_the_graph_is_given(trace_toy: Any, o
     assert {("activation", n) for n in ("input_ids", "position_ids", "logits_indices")} <= kinds
     weight = next(i for i in captured.inputs if i.name == "embedding.weight")
     assert (weight.dtype, weight.shape, weight.stride) == ("float32", (32, 8), (8, 1))
-    assert sorted(captured.roles.values()) == ["other", "tokens"]
+    assert sorted(captured.roles.values()) == ["rows", "tokens"]
 
 
 def test_ids_and_positions_share_one_symbol(trace_toy: Any, ops: Any) -> None:

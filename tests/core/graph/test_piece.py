@@ -113,7 +113,7 @@ def test_inputs_of_one_size_differ_from_inputs_of_two(pieces_of: Any, ops: Any) 
     same = pieces_of(function(lambda x, rows: x + 1))[-1]
     other = pieces_of(function(lambda x, rows: x[:, rows]))[-1]
     assert same.roles == ("tokens",)
-    assert sorted(other.roles) == ["other", "tokens"]
+    assert sorted(other.roles) == ["rows", "tokens"]
     assert same.digest != other.digest
 
 
@@ -122,7 +122,7 @@ def test_a_piece_knows_what_its_sizes_count(pieces_of: Any, ops: Any) -> None:
         return entry.linear(ops.cut(ops.cut(x)[0, rows])) * rows.shape[0]
 
     *_, last = pieces_of(function)
-    assert last.roles == ("other",)
+    assert last.roles == ("rows",)
     assert not last.depends_on_tokens
     assert {type(i) for i in last.inputs} <= {TensorInput, SizeInput}
 
