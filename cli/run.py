@@ -105,6 +105,8 @@ def run(
     settings = common.settings()
     output = common.output("run")
     job = jobs.make(settings, compile_request(settings, compilation, model))
+    if not job.model.runs_in_engine:
+        raise _declared(job.label)
 
     import torch
 
@@ -173,6 +175,15 @@ def run(
     }
     output.data(row, lambda: report.run(row))
     return CheckFailed.exit_code if fail_on_recompile and result.recompiles else 0
+
+
+def _declared(name: str) -> UsageError:
+    return UsageError(
+        "declared-class",
+        f"{name} declares its own arguments, and run brings token ids to a language model",
+        hint="call it from a program of your own, which takes what vllmc warm stored from the "
+        "cache; see docs/declare.md",
+    )
 
 
 def _vocabulary(info: ModelInfo, model: str) -> int:
