@@ -134,6 +134,8 @@ def run(
     output = common.output("run")
     embedding.check(generation.given)
     job = jobs.make(settings, compile_request(settings, compilation, model))
+    if not job.model.runs_in_engine:
+        raise _declared(job.label)
 
     from vllmc.core.obtain import Policy
     from vllmc.core.pipeline import obtain_program
@@ -172,6 +174,15 @@ def run(
     }
     output.data(row, lambda: report.run(row) if pooling is None else report.embeddings(row))
     return CheckFailed.exit_code if fail_on_recompile and row["recompiles"] else 0
+
+
+def _declared(name: str) -> UsageError:
+    return UsageError(
+        "declared-class",
+        f"{name} declares its own arguments, and run brings token ids to a language model",
+        hint="call it from a program of your own, which takes what vllmc warm stored from the "
+        "cache; see docs/declare.md",
+    )
 
 
 def _limits(job: Job) -> Limits:

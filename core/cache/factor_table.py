@@ -56,6 +56,7 @@ FACTORS: Final[Mapping[tuple[str, str], str]] = MappingProxyType(
         "under a fixed `cpp.march` few, under `native` all",
         ("system", "cxx_compiler"): "provenance: compared only when something must be compiled, "
         "so that a machine without a compiler still hits",
+        ("code", "core.declare"): "what of a call varies, and what it is captured with",
         ("code", "core.graph"): "splitting, passes, deduplication",
         ("code", "core.compiler"): "the backends",
         ("code", "core.models"): "how a model is built and its attention replaced",

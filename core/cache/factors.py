@@ -73,6 +73,7 @@ CUDA_ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType(
 # One factor each, so that a diff names the package. Relative to the directory of vllmc.core or
 # vllmc.kernels; what only displays, stores or explains is not here.
 _CODE: Final[Sequence[tuple[str, str, tuple[str, ...]]]] = (
+    ("core.declare", "vllmc.core", ("declare/**/*.py",)),
     ("core.graph", "vllmc.core", ("graph/**/*.py",)),
     ("core.compiler", "vllmc.core", ("compiler/**/*.py",)),
     ("core.models", "vllmc.core", ("models/**/*.py",)),

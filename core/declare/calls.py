@@ -56,8 +56,6 @@ def describe_call(declared: Declared, values: Mapping[str, object]) -> Call:
             constants[f"type({path})"] = f"{kind.__module__}.{kind.__qualname__}"
         for path, leaf in held:
             match leaf:
-                case torch.Tensor() if type(leaf) not in (torch.Tensor, torch.nn.Parameter):
-                    raise _bad_argument(path, leaf)
                 case torch.Tensor():
                     sizes = _sizes(declared, name, path, leaf)
                     tensors.append(_argument(path, leaf, sizes))
@@ -67,7 +65,7 @@ def describe_call(declared: Declared, values: Mapping[str, object]) -> Call:
                 case torch.dtype() | torch.device():
                     constants[path] = str(leaf)
                 case _:
-                    raise _bad_argument(path, leaf)
+                    raise bad_argument(path, leaf)
     return Call(
         values=values,
         arguments=tuple(tensors),
@@ -120,7 +118,8 @@ def _not_a_tensor(name: str, value: object) -> UsageError:
     )
 
 
-def _bad_argument(path: str, value: object) -> UsageError:
+def bad_argument(path: str, value: object) -> UsageError:
+    """Says that what `path` reads is of no kind that a call can bring."""
     return UsageError(
         "bad-argument",
         f"the argument {path} is a {type(value).__name__}, which no compiled call can bring",

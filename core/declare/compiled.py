@@ -119,9 +119,11 @@ class CompiledForward:
             policy=Policy(may_compile=session.may_compile),
         )
         _LOGGER.info("%s: %s, %.1f s", job.label, ready.outcome, ready.seconds.total)
-        for c in ready.miss.changes if ready.miss is not None else ():
-            told = (job.label, c.kind, c.group, c.name, c.before, c.after)
-            _LOGGER.info("%s: not stored so far, %s: %s %s, %s before and %s now", *told)
+        # What another model has otherwise says nothing of this one.
+        if ready.miss is not None and ready.miss.nearest_model is None:
+            for c in ready.miss.changes:
+                told = (job.label, c.kind, c.group, c.name, c.before, c.after)
+                _LOGGER.info("%s: not stored so far, %s: %s %s, %s before and %s now", *told)
         return open_program(ready, module)
 
 

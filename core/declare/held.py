@@ -38,8 +38,8 @@ class Held:
 def _entries(module: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str, object]]:
     own = vars(module)
     for name, value in own.items():
-        # Whether it is trained makes a kind of call of its own.
-        if not name.startswith("_") and name != "training":
+        # Whether it is in training makes a kind of call of its own.
+        if name != "training":
             yield own, name, value
     for inner in module.modules():
         for table in (vars(inner)[name] for name in _TABLES):

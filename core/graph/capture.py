@@ -60,7 +60,8 @@ class Capture:
 
     `arguments` are what a call brings, `result` what it returns (see `results.describe`). `inputs`
     describes the placeholders in order. `roles` says what the symbols among their sizes are, and
-    `assumptions` what is taken for granted of them. `functions` are the qualified names of the
+    `assumptions` what is taken for granted of them. `written` are the arguments, by path, that it
+    writes to. `functions` are the qualified names of the
     traced functions by their source file, and `guarded` the expressions of the Python values that
     the graph depends on.
     """
@@ -72,6 +73,7 @@ class Capture:
     assumptions: Assumptions
     roles: Mapping[sympy.Symbol, SymbolRole]
     attention: tuple[AttentionSite, ...]
+    written: tuple[str, ...]
     functions: Mapping[str, tuple[str, ...]]
     guarded: tuple[str, ...]
 
@@ -111,11 +113,17 @@ def trace(name: str, entry: torch.nn.Module, call: Call, spec: CompileSpec) -> C
     graph = raw.module.graph
     _refuse_uncuttable(name, graph)
     result = _result(name, entry, examples, raw)
+    changed = {node.name for node in graph.find_nodes(op="placeholder") if _is_written(node)}
     normalize(graph)
     paths = {argument.path for argument in call.arguments}
     inputs = tuple(
         _resolve(entry, read_source(raw.sources[node.name], paths))
         for node in graph.find_nodes(op="placeholder")
+    )
+    written = tuple(
+        given.name
+        for node, given in zip(graph.find_nodes(op="placeholder"), inputs, strict=True)
+        if given.kind == "activation" and node.name in changed
     )
     sizes = sizes_in(graph, inputs, call)
     assumptions = check_assumptions(name, graph, raw.guards, sizes, call, spec)
@@ -134,6 +142,7 @@ def trace(name: str, entry: torch.nn.Module, call: Call, spec: CompileSpec) -> C
         assumptions=assumptions,
         roles={symbol: role_of(size, call) for symbol, size in symbols_of_sizes(sizes).items()},
         attention=_attention_sites(graph, inputs),
+        written=written,
         functions={file: tuple(sorted(names)) for file, names in sorted(functions.items())},
         guarded=(*raw.guarded, *(f"O[{name_of_op!r}]" for name_of_op in ops)),
     )
@@ -199,6 +208,12 @@ def _outputs_in(result: JsonValue) -> Iterator[int]:
             yield from (i for value in result.values() for i in _outputs_in(value))
         case list():
             yield from (i for value in result for i in _outputs_in(value))
+
+
+def _is_written(node: fx.Node) -> bool:
+    value = value_of(node)
+    # Views count with what they are views of.
+    return isinstance(value, torch.Tensor) and value._version > 0
 
 
 def _attention_sites(graph: fx.Graph, inputs: Sequence[GraphInput]) -> tuple[AttentionSite, ...]:

@@ -90,6 +90,7 @@ class Layout:
     `pieces` names each unique piece by the first piece that is it, in the order in which steps
     count them; `ranges` are the token counts (`A:B` or `N`) for which it was compiled. Of the
     sizes of a call, `demands` must hold, and `promises` are taken for granted: see `conditions`.
+    `written` are the arguments that the program writes to, by path.
     """
 
     arguments: tuple[Argument, ...]
@@ -101,6 +102,7 @@ class Layout:
     attention: tuple[AttentionSite, ...]
     demands: tuple[str, ...] = ()
     promises: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> tuple[str, ...]:
@@ -139,6 +141,7 @@ class Layout:
                 attention=tuple(AttentionSite(**row) for row in data["attention"]),
                 demands=tuple(data["demands"]),
                 promises=tuple(data["promises"]),
+                written=tuple(data["written"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UnsafeCacheError(

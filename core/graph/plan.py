@@ -82,6 +82,7 @@ def make_plan(captured: Capture, spec: CompileSpec) -> Plan:
             attention=captured.attention,
             demands=captured.assumptions.demands,
             promises=captured.assumptions.promises,
+            written=captured.written,
             **_steps(captured, cuts, {name: order[d] for name, d in digests.items()}),
         ),
     )

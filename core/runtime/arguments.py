@@ -31,13 +31,16 @@ class ArgumentCheck:
             )
             for argument in layout.arguments
         ]
+        paths = [argument.path for argument in layout.arguments]
+        self._written = [paths.index(path) for path in layout.written]
         self._demands = [(text, read_condition(text, len(places))) for text in layout.demands]
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> list[int]:
         """The sizes that vary, in the order of `layout.sizes`.
 
         Raises `VllmcError`: `bad-input` for a tensor that is not as compiled, `size-mismatch` where
-        two sizes differ that are one, or a demand of the model's does not hold.
+        two sizes differ that are one, or a demand of the model's does not hold, `shared-memory` for
+        an argument that is written to and lies in the memory of another.
         """
         sizes = [-1] * len(self._names)
         for index, (dtype, fixed, varying, dims) in enumerate(self._rows):
@@ -62,7 +65,23 @@ class ArgumentCheck:
         for text, holds in self._demands:
             if sizes[0] and not holds(*sizes):
                 raise self._demanded(text, tensors)
+        if self._written:
+            self._check_memory(tensors)
         return sizes
+
+    def _check_memory(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Compiled code reads and writes in an order of its own."""
+        places = [tensor.untyped_storage().data_ptr() for tensor in tensors]
+        for index in self._written:
+            if places[index] and places.count(places[index]) > 1:
+                others = [place for place in range(len(places)) if place != index]
+                other = next(i for i in others if places[i] == places[index])
+                names = [self._arguments[i].path for i in (index, other)]
+                raise VllmcError(
+                    "shared-memory",
+                    f"{names[0]} is written to, and lies in the same memory as {names[1]}",
+                    hint=f"pass a copy: {names[1]}.clone()",
+                )
 
     def _bad_input(self, wanted: Argument, tensor: torch.Tensor) -> VllmcError:
         sizes = ", ".join(map(str, wanted.shape))
@@ -71,7 +90,7 @@ class ArgumentCheck:
             "bad-input",
             f"{wanted.path} is {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} "
             f"with the strides {list(tensor.stride())} on {tensor.device}",
-            hint=f"it is a contiguous {wanted.dtype} tensor [{sizes}]{on}",
+            hint=f"pass a contiguous {wanted.dtype} tensor [{sizes}]{on}",
         )
 
     def _mismatch(self, place: int, tensors: Sequence[torch.Tensor]) -> VllmcError:
