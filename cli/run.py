@@ -10,7 +10,7 @@ import typer
 
 from vllmc.cli import job as jobs
 from vllmc.cli import report
-from vllmc.cli.options import CommonFlags, CompileFlags, command, compile_request
+from vllmc.cli.options import CommonFlags, CompileFlags, choice, command, compile_request
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import CheckFailed, UsageError, VllmcError
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vllmc.core.runtime.workload import WorkloadResult
 
 DEFAULT_PROMPT = "1,2,3"
+GUARDS = ("check", "drop")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,12 +83,24 @@ def run(
         ),
     ] = None,
     fail_on_recompile: Annotated[
-        bool, typer.Option("--fail-on-recompile", help="Exit 3 when something compiled again.")
+        bool,
+        typer.Option(
+            "--fail-on-recompile",
+            help="Exit 3 when something compiled again, or would have; implies --guards check.",
+        ),
     ] = False,
     fail_on_miss: Annotated[
         bool,
         typer.Option("--fail-on-miss", help="Exit 3 rather than compile, 4 on what is corrupt."),
     ] = False,
+    guards: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(GUARDS),
+            show_default="drop",
+            help="Whether each step is held against what capture assumed.",
+        ),
+    ] = None,
 ) -> int:
     """Generate with the compiled program, and report each recompile with cause and fix.
 
@@ -95,15 +108,24 @@ def run(
     than the last compile range are computed in parts. --fail-on-miss is decided before anything
     is compiled.
 
+    A program runs without guards. With --guards check, what capture assumed is evaluated before
+    each step: guards on sizes that do not follow from the compile ranges, and, of a model that
+    Python code makes (module:attribute), the Python values that it read. What fails is reported
+    among the recompiles, with dropped set, and the program runs on as it was compiled: what it
+    gives may then be wrong. A token count in no compile range, a tensor with another dtype or
+    layout than compiled for, and sizes that differ where they are one, are errors in any case.
+
     With --json: model, key, outputs (prompt, token_ids, text or null, finish_reason: length or
     stop; with --logprobs logprobs: token_id, logprob, rank and top for each token), counts (hit,
     dup, compiled units), recompiles (frame, class, guard, subject, expected, observed, count,
-    limit_hit, cost_seconds, pattern, fix; as recompiles has them), seconds (load, first_token,
-    total), tokens_per_second (prefill, decode). With several --batch-size, outputs are those of
-    the last.
+    limit_hit, cost_seconds, pattern, dropped, fix; as recompiles has them), seconds (load,
+    first_token, total), tokens_per_second (prefill, decode). With several --batch-size, outputs are
+    those of the last.
     """
     settings = common.settings()
     output = common.output("run")
+    given = settings.find("guards", () if guards is None else (guards,), default=("drop",))
+    checked = choice("guards", given, GUARDS) == "check" or fail_on_recompile
     job = jobs.make(settings, compile_request(settings, compilation, model))
 
     import torch
@@ -112,6 +134,7 @@ def run(
     from vllmc.core.obtain import Policy
     from vllmc.core.pipeline import obtain_program, open_program
     from vllmc.core.runtime.engine import check_prompts
+    from vllmc.core.runtime.guards import GuardCheck
     from vllmc.core.runtime.memory import require_memory
     from vllmc.core.runtime.sampler import SamplingParams
     from vllmc.core.runtime.workload import Limits, run_workload
@@ -140,13 +163,15 @@ def run(
         ready = obtain_program(
             job, Store(settings.cache_dir), observer, policy=Policy(may_compile=not fail_on_miss)
         )
-        require_memory(Layout.from_json(ready.record.program), spec.device)
+        layout = Layout.from_json(ready.record.program)
+        require_memory(layout, spec.device)
         observer.stage("load")
         started = time.perf_counter()
         entry = job.model.build(
             "real", device=spec.device, dtype=spec.dtype, layer_names=spec.layer_names, seed=0
         )
-        program = open_program(ready, entry)
+        check = GuardCheck(layout, ready.record.guarded, entry) if checked else None
+        program = open_program(ready, entry, check)
         load = time.perf_counter() - started
     result = run_workload(
         program,
@@ -160,6 +185,7 @@ def run(
         ),
         batch_sizes=generation.batch_size or [],
     )
+    recompiles = result.recompiles + (check.broken if check is not None else ())
     row = {
         "model": job.model.name,
         "key": job.key,
@@ -168,11 +194,11 @@ def run(
             for index, generated in enumerate(result.outputs)
         ],
         "counts": {name: ready.count(name) for name in ("hit", "dup", "compiled")},
-        "recompiles": [recompile.to_json() for recompile in result.recompiles],
+        "recompiles": [recompile.to_json() for recompile in recompiles],
         **_speed(result, load),
     }
     output.data(row, lambda: report.run(row))
-    return CheckFailed.exit_code if fail_on_recompile and result.recompiles else 0
+    return CheckFailed.exit_code if fail_on_recompile and recompiles else 0
 
 
 def _vocabulary(info: ModelInfo, model: str) -> int:

@@ -117,6 +117,11 @@ def build_entry(model: torch.nn.Module, layer_names: LayerNames) -> torch.nn.Mod
     return entry
 
 
+def model_of(entry: torch.nn.Module) -> torch.nn.Module:
+    """The module that `build_entry` was given."""
+    return entry.model if isinstance(entry, (DecoderEntry, PlainEntry)) else entry
+
+
 # What decides how weights are made is the process's, not the thread's: whether modules initialize
 # their parameters, and the state of the random number generator.
 _MAKING = threading.RLock()
