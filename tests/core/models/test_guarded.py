@@ -221,7 +221,9 @@ def test_a_global_is_watched_where_it_stands(settings: Any) -> None:
 def test_what_was_recorded_of_another_entry_has_changed_from_the_start() -> None:
     entry = Entry()
     entry.scale = 5.0
-    values = GuardedValues({"L['self'].scale": 2.0, "L['self'].mode": read("L['self'].mode")}, entry)
+    values = GuardedValues(
+        {"L['self'].scale": 2.0, "L['self'].mode": read("L['self'].mode")}, entry
+    )
     assert values.changed() == {"L['self'].scale": (2.0, 5.0)}
     entry.scale = 2.0
     assert values.changed() == {}
