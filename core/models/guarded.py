@@ -11,6 +11,7 @@ import ast
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from operator import is_
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any, Final
 
@@ -42,6 +43,9 @@ _BY_VALUE: Final = (
     *(torch.dtype, torch.device, torch.layout),
 )
 _CONTAINERS: Final = (list, tuple, dict, set)
+# Containers deeper than this are not looked into: `describe` does not tell what they hold.
+_DEEP: Final = 6
+_END: Final = object()
 _LONG: Final = 200
 
 
@@ -87,22 +91,21 @@ def read_guarded(expressions: Iterable[str], entry: torch.nn.Module) -> dict[str
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Watched:
-    """A value as it was at first; `told` is what it should be, where its identity cannot tell."""
+    """A value that should be as `told`, and is while it consists of `objects` (empty: never)."""
 
     expression: str
     place: int
     name: str
-    value: object
-    told: JsonValue = None
-    by_identity: bool = False
+    objects: list[object]
+    told: JsonValue
 
 
 class GuardedValues:
     """The values of a record's expressions in `entry`, to be read again while a program runs.
 
     `recorded` is what `read_guarded` told when the program was captured. A reading takes a fraction
-    of the time that `read_guarded` takes: what is the same object is not told again, unless it is
-    a container. Attributes of objects have expressions of their own.
+    of the time that `read_guarded` takes: nothing is told again of what is the same object, or a
+    container of the same objects. Attributes of objects have expressions of their own.
     """
 
     def __init__(self, recorded: Mapping[str, JsonValue], entry: torch.nn.Module) -> None:
@@ -113,11 +116,10 @@ class GuardedValues:
         values, failed = self._lookups.read()
         self._watched = []
         for expression, place in places.items():
-            name, value = _name_of(known[expression]), values[place]
-            as_recorded = alike(now.get(expression), recorded[expression])
-            by_identity = as_recorded and place not in failed and not isinstance(value, _CONTAINERS)
-            told = recorded[expression]
-            if as_recorded and place not in failed and not by_identity:
+            name, value, told = _name_of(known[expression]), values[place], recorded[expression]
+            objects = []
+            if place not in failed and alike(now.get(expression), told):
+                objects = _objects(value)
                 # Without the names of others that it may be one with.
                 told = _shown(name, value)
             self._watched.append(
@@ -125,9 +127,8 @@ class GuardedValues:
                     expression=expression,
                     place=place,
                     name=name,
-                    value=value,
+                    objects=objects,
                     told=told,
-                    by_identity=by_identity,
                 )
             )
 
@@ -137,13 +138,31 @@ class GuardedValues:
         found: dict[str, tuple[JsonValue, JsonValue]] = {}
         for watched in self._watched:
             value, missing = values[watched.place], watched.place in failed
-            if watched.by_identity and value is watched.value and not missing:
+            if watched.objects and not missing and _consists_of(value, watched.objects):
                 continue
-            told = _shown(watched.name, watched.value) if watched.by_identity else watched.told
             now = UNREADABLE if missing else _shown(watched.name, value)
-            if not alike(told, now):
-                found[watched.expression] = (told, now)
+            if not alike(watched.told, now):
+                found[watched.expression] = (watched.told, now)
         return found
+
+
+def _consists_of(value: object, objects: list[object]) -> bool:
+    if not isinstance(value, _CONTAINERS):
+        return value is objects[0]
+    found = _objects(value)
+    return len(found) == len(objects) and all(map(is_, found, objects))
+
+
+def _objects(value: object, depth: int = _DEEP) -> list[object]:
+    """The value; of a container its type and what is in it, as what it is may be made anew."""
+    if not depth or not isinstance(value, _CONTAINERS):
+        return [value]
+    found: list[object] = [type(value)]
+    if isinstance(value, dict):
+        found += value
+    for item in value.values() if isinstance(value, dict) else value:
+        found += _objects(item, depth - 1) if isinstance(item, _CONTAINERS) else (item,)
+    return [*found, _END]
 
 
 def _tensors(entry: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

@@ -242,3 +242,11 @@ def test_of_a_secret_not_even_the_change_is_told() -> None:
     values = watched(entry, "L['self'].api_key", f"L['self'].keys['{TOKEN}']")
     entry.api_key = "hunter3"
     assert values.changed() == {}
+
+
+def test_a_container_that_holds_the_same_in_another_order_has_changed() -> None:
+    entry = Entry()
+    entry.notes = [1, [2], 3]
+    values = watched(entry, "L['self'].notes")
+    entry.notes[:] = [1, [2, 3]]
+    assert values.changed() == {"L['self'].notes": ([1, [2], 3], [1, [2, 3]])}
