@@ -34,8 +34,9 @@ def recompiles(
     With --json: recompiles (frame, class: shape-0-1, shape, dtype, layout, int, string, object-id,
     global-state, index-width, type or other; guard, subject, expected, observed: of the first;
     count, with the attempt that hit the limit; limit_hit: the frame ran eager afterwards;
-    cost_seconds: of all, or null; pattern: how the values went on, or empty; fix), graph_breaks
-    and first_compilations (no recompiles: their number, null where it is not known) and notes.
+    cost_seconds: of all, or null; pattern: how the values went on, or empty; dropped: false, see
+    run; fix), graph_breaks and first_compilations (no recompiles: their number, null where it is
+    not known) and notes.
     """
     found = read_recompiles(path)
     row: dict[str, Any] = {

@@ -293,4 +293,6 @@ def _recompile(row: Row) -> RenderableType:
         lines.append(
             ("limit", "the recompile limit was hit: eager since then (fullgraph=True: an error)")
         )
+    if row["dropped"]:
+        lines.append(("dropped", "nothing compiled again: steps that broke it may be wrong"))
     return facts(*lines, ("fix", row["fix"]))

@@ -11,10 +11,10 @@ import typer
 from vllmc.cli import job as jobs
 from vllmc.cli import report
 from vllmc.cli.embed import EmbeddingFlags, embed
-from vllmc.cli.options import CommonFlags, CompileFlags, command, compile_request
+from vllmc.cli.options import CommonFlags, CompileFlags, choice, command, compile_request
 from vllmc.cli.prompts import PromptFlags, Prompts, load_tokenizer
 from vllmc.core.cache.store import Store
-from vllmc.core.errors import CheckFailed, VllmcError
+from vllmc.core.errors import CheckFailed, UsageError, VllmcError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from vllmc.core.job import Job
     from vllmc.core.pipeline import Ready
     from vllmc.core.runtime.engine import Output as Generated
+    from vllmc.core.runtime.guards import GuardCheck
     from vllmc.core.runtime.program import Program
     from vllmc.core.runtime.sampler import SamplingParams
     from vllmc.core.runtime.workload import Limits, WorkloadResult
 
 DEFAULT_NEW_TOKENS = 16
+GUARDS = ("check", "drop")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,12 +111,24 @@ def run(
         ),
     ] = None,
     fail_on_recompile: Annotated[
-        bool, typer.Option("--fail-on-recompile", help="Exit 3 when something compiled again.")
+        bool,
+        typer.Option(
+            "--fail-on-recompile",
+            help="Exit 3 when something compiled again, or would have; implies --guards check.",
+        ),
     ] = False,
     fail_on_miss: Annotated[
         bool,
         typer.Option("--fail-on-miss", help="Exit 3 rather than compile, 4 on what is corrupt."),
     ] = False,
+    guards: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(GUARDS),
+            show_default="drop",
+            help="Whether each step is held against what capture assumed.",
+        ),
+    ] = None,
 ) -> int:
     """Generate or embed with the compiled program, and report each recompile with cause and fix.
 
@@ -122,17 +136,26 @@ def run(
     than the last compile range are computed in parts; an encoder (--embed) runs them whole, and
     its last compile range has no end. --fail-on-miss is decided before anything is compiled.
 
+    A program runs without guards. With --guards check, what capture assumed is evaluated before
+    each step: guards on sizes that do not follow from the compile ranges, and, of a model that
+    Python code makes (module:attribute), the Python values that it read. What fails is reported
+    among the recompiles, with dropped set, and the program runs on as it was compiled: what it
+    gives may then be wrong. A token count in no compile range, a tensor with another dtype or
+    layout than compiled for, and sizes that differ where they are one, are errors in any case.
+
     With --json: model, key, outputs (prompt, token_ids, text or null, finish_reason: length or
     stop; with --logprobs logprobs: token_id, logprob, rank and top for each token), counts (hit,
     dup, compiled units), recompiles (frame, class, guard, subject, expected, observed, count,
-    limit_hit, cost_seconds, pattern, fix; as recompiles has them), seconds (load, first_token,
-    total), tokens_per_second (prefill, decode). With several --batch-size, outputs are those of
-    the last. With --embed, in place of outputs: pooling and embeddings (prompt, tokens: how many,
+    limit_hit, cost_seconds, pattern, dropped, fix; as recompiles has them), seconds (load,
+    first_token, total), tokens_per_second (prefill, decode). With several --batch-size, outputs are
+    those of the last. With --embed, in place of outputs: pooling and embeddings (prompt, tokens: how many,
     embedding); seconds has load and total, and tokens_per_second is one number.
     """
     settings = common.settings()
     output = common.output("run")
     embedding.check(generation.given)
+    asked = settings.find("guards", () if guards is None else (guards,), default=("drop",))
+    checked = choice("guards", asked, GUARDS) == "check" or fail_on_recompile
     job = jobs.make(settings, compile_request(settings, compilation, model))
     if not job.model.runs_in_engine:
         raise _declared(job.label)
@@ -160,16 +183,18 @@ def run(
             job, Store(settings.cache_dir), observer, policy=Policy(may_compile=not fail_on_miss)
         )
         observer.stage("load")
-        program, load = _load(job, ready)
+        program, check, load = _load(job, ready, checked=checked)
     if pooling is None:
         done = _generate(program, prompts, params, limits, tokenizer)
     else:
         done = embed(job, program, prompts, pooling, embedding.embed_output)
+    broken = check.broken if check is not None else ()
     row = {
         "model": job.model.name,
         "key": job.key,
         "counts": {name: ready.count(name) for name in ("hit", "dup", "compiled")},
         **done,
+        "recompiles": [*done["recompiles"], *(guard.to_json() for guard in broken)],
         "seconds": {"load": round(load, 4), **done["seconds"]},
     }
     output.data(row, lambda: report.run(row) if pooling is None else report.embeddings(row))
@@ -205,19 +230,22 @@ def _limits(job: Job) -> Limits:
     )
 
 
-def _load(job: Job, ready: Ready) -> tuple[Program, float]:
-    """The program with the model's weights, and how many seconds that took."""
+def _load(job: Job, ready: Ready, *, checked: bool) -> tuple[Program, GuardCheck | None, float]:
+    """The program with the model's weights, its guards if `checked`, and how long that took."""
     from vllmc.core.graph.layout import Layout
     from vllmc.core.pipeline import open_program
+    from vllmc.core.runtime.guards import GuardCheck
     from vllmc.core.runtime.memory import require_memory
 
-    spec = job.spec
-    require_memory(Layout.from_json(ready.record.program), spec.device)
+    spec, layout = job.spec, Layout.from_json(ready.record.program)
+    require_memory(layout, spec.device)
     started = time.perf_counter()
     entry = job.model.build(
         "real", device=spec.device, dtype=spec.dtype, layer_names=spec.layer_names, seed=0
     )
-    return open_program(ready, entry), time.perf_counter() - started
+    check = GuardCheck(layout, ready.record.guarded, entry) if checked else None
+    program = open_program(ready, entry, check)
+    return program, check, time.perf_counter() - started
 
 
 def _generate(

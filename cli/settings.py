@@ -54,6 +54,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="layers", kind="integer"),
     Option(name="backend"),
     Option(name="weights"),
+    Option(name="guards"),
     Option(name="summary"),
 )
 

@@ -27,7 +27,7 @@ class Observer(Protocol):
         """The compile unit `name` is done, after `seconds` of wall time."""
 
     def warning(self, code: str, message: str, hint: str = "") -> None:
-        """Something went wrong that was put right; `code` is kebab-case, as in `VllmcError`."""
+        """What a person should know of and went on; `code` is kebab-case, as in `VllmcError`."""
 
     def waiting(self, what: str) -> None:
         """Nothing happens until someone else is done: `another process compiles this model`."""

@@ -25,8 +25,9 @@ from vllmc.core.layer_names import LayerNameCost, cost_of
 from vllmc.core.models.model import Weights
 from vllmc.core.obtain import Policy, Reader, UnitResult, obtain, range_name
 from vllmc.core.prediction import ANY_RANGE, Found, Miss, explain_miss
+from vllmc.core.runtime.conditions import spoken
 from vllmc.core.runtime.loader import load_artifact
-from vllmc.core.runtime.program import Program, Variant, link
+from vllmc.core.runtime.program import Guards, Program, Variant, link
 from vllmc.core.spec import CompileRange
 
 if TYPE_CHECKING:
@@ -104,8 +105,11 @@ def obtain_program(
         return _build(job, reader, observer, policy, weights, started)
 
 
-def open_program(ready: Ready, entry: torch.nn.Module) -> Program:
-    """Loads the artifacts, each once, and links them with the tensors of `entry`."""
+def open_program(ready: Ready, entry: torch.nn.Module, guards: Guards | None = None) -> Program:
+    """Loads the artifacts, each once, and links them with the tensors of `entry`.
+
+    `guards` looks at each call, as a `GuardCheck` does.
+    """
     layout = Layout.from_json(ready.record.program)
     artifacts = {unit.artifact: unit.data for unit in ready.units}
     loaded = {digest: load_artifact(data) for digest, data in artifacts.items()}
@@ -119,7 +123,7 @@ def open_program(ready: Ready, entry: torch.nn.Module) -> Program:
         )
         for name in layout.ranges
     ]
-    return link(layout, entry, variants)
+    return link(layout, entry, variants, guards)
 
 
 def capture_model(job: Job, weights: Weights = "fake") -> Capture:
@@ -170,6 +174,7 @@ def _build(
         captured = capture_model(job, weights)
         plan = make_plan(captured, job.spec)
         captured_at = time.perf_counter()
+        _warn_of_promises(plan.layout, observer)
         results = obtain_units(plan, job, reader, observer, policy)
     named = find_named_pieces(plan.unique)
     record = ProgramRecord(
@@ -204,6 +209,16 @@ def _build(
             store=finished - captured_at - compiling,
         ),
     )
+
+
+def _warn_of_promises(layout: Layout, observer: Observer) -> None:
+    if layout.promises:
+        conditions = " and ".join(spoken(text, layout.sizes) for text in layout.promises)
+        observer.warning(
+            "guards-dropped",
+            f"the captured graph is right only where {conditions}: the program does not check it",
+            "vllmc run --guards check does; --dynamic-shapes unbacked assumes nothing",
+        )
 
 
 def _hit(job: Job, store: Store, found: Found, started: float) -> Ready:

@@ -13,6 +13,7 @@ from vllmc.core.diagnose.guards import Guard
 
 _SUBJECT_DIM = re.compile(r"^(?P<tensor>.+)\.(?:size|stride)\(\)\[(?P<dim>\d+)\]$")
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<name>.+)_at_(?P<line>\d+)")
+_ATTRIBUTE = re.compile(r".+\.(?P<name>[^\W\d]\w*)")
 _NUMBER_TYPES: Final = ("int", "float", "bool")
 _DTYPES: Final = {
     "Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16",
@@ -69,6 +70,32 @@ def fix_for(guard: Guard, frame: str) -> str:
             return _type(guard, where)
         case _:
             return _other(guard, frame, where)
+
+
+def fix_for_dropped(guard: Guard, frame: str) -> str:
+    """What to paste or do so that what was captured of `frame` holds for every call."""
+    subject = guard.subject
+    if ".size()" in subject:
+        return (
+            f"--dynamic-shapes unbacked  # it assumes nothing of {subject}, and names the line "
+            f"that branches on it, which is to be taken out of {_called(frame)}"
+        )
+    attribute = _ATTRIBUTE.fullmatch(subject)
+    if attribute and guard.klass in ("int", "other") and _is_number(guard.expected):
+        name = attribute["name"]
+        if subject.startswith("self."):
+            return (
+                f"self.{name} = torch.tensor(self.{name})  # once, where {subject} is first set; "
+                "after that change it in place, as += does"
+            )
+        return (
+            f'self.register_buffer("{name}", torch.tensor({subject}), persistent=False)  # in the '
+            f"module that reads {subject}: read self.{name} there, and change it in place"
+        )
+    return (
+        f"hold {subject} at {guard.expected} while the program runs: it is a constant of the "
+        "program, and every other value needs a program of its own"
+    )
 
 
 def _shape(guard: Guard, tensor: str, dim: str, frame: str) -> str:
@@ -170,6 +197,14 @@ def _other(guard: Guard, frame: str, where: str) -> str:
     if guard.expected:
         return f"{subject} = torch.tensor({subject})  {where}"
     return f"hold what this guard of {called} asks for the same at every call"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _called(frame: str) -> str:

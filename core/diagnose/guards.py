@@ -126,8 +126,8 @@ def read_guard(reason: str) -> Guard:
     return replace(
         guard,
         entry=entry,
-        text=_short(_ADDRESS.sub("ID", plain)),
-        expected=_short(guard.expected),
+        text=shortened(_ADDRESS.sub("ID", plain)),
+        expected=shortened(guard.expected),
         nearness=guard.nearness or _NEARNESS[guard.klass],
     )
 
@@ -272,5 +272,6 @@ def _is_secret(guard: Guard) -> bool:
     return redact(names[-1] if names else "", guard.expected) == REDACTED
 
 
-def _short(text: str) -> str:
+def shortened(text: str) -> str:
+    """`text` as far as a report shows it."""
     return text if len(text) <= _MAX_LENGTH else text[: _MAX_LENGTH - 1] + "…"

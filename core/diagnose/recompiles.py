@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePath
 from typing import Any, Final
 
-from vllmc.core.diagnose.fixes import fix_for
+from vllmc.core.diagnose.fixes import fix_for, fix_for_dropped
 from vllmc.core.diagnose.foreign_files import clean
 from vllmc.core.diagnose.guards import Guard, RecompileClass, begins_entry, deciding, read_guard
 from vllmc.core.diagnose.recompile_patterns import pattern
@@ -58,6 +58,7 @@ class Recompile:
     limit_hit: bool = False
     cost_seconds: float | None = None
     pattern: str = ""
+    dropped: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The RECOMPILE row of docs/cli.md."""
@@ -98,6 +99,17 @@ def summarize(events: Iterable[Event]) -> tuple[Recompile, ...]:
             group = groups[identity] = _Group(frame=event.frame, guard=guard)
         group.add(guard, event.seconds)
     return tuple(group.row(limit_hit=group.frame in limited) for group in groups.values())
+
+
+def tally(frame: str, broken: Iterable[Guard]) -> tuple[Recompile, ...]:
+    """One row for each guard that was dropped and that calls of `frame` have broken, counted."""
+    groups: dict[str, _Group] = {}
+    for guard in broken:
+        groups.setdefault(guard.text, _Group(frame=frame, guard=guard)).add(guard, None)
+    return tuple(
+        replace(group.row(limit_hit=False), dropped=True, fix=fix_for_dropped(group.guard, frame))
+        for group in groups.values()
+    )
 
 
 @dataclass(slots=True, kw_only=True)

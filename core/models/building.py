@@ -159,6 +159,14 @@ def encoder_of(name: str, model: torch.nn.Module) -> EncoderInfo | None:
     return encoder_info(name, model.config)
 
 
+_ENTRIES = (DecoderEntry, EncoderEntry, PlainEntry)
+
+
+def model_of(entry: torch.nn.Module) -> torch.nn.Module:
+    """The module that `build_entry` was given."""
+    return entry.model if isinstance(entry, _ENTRIES) else entry
+
+
 # What decides how weights are made is the process's, not the thread's: whether modules initialize
 # their parameters, and the state of the random number generator.
 _MAKING = threading.RLock()

@@ -1,37 +1,30 @@
 """The Python values that a captured graph depends on, read again without capturing anything.
 
 Dynamo guards on them: attributes of modules, globals, closures, default arguments. A stored program
-has no guards, so a model that Python code makes is looked at before its program is used. Only
-lookups are evaluated: a record is data, and no expression in it may do anything.
+has no guards, so a model that Python code makes is looked at before its program is used, and while
+it runs if one asks for it.
 """
 
 from __future__ import annotations
 
 import ast
-import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
+from operator import is_
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any, Final
 
 import torch
 
+from vllmc.core.cache.explain import alike
 from vllmc.core.cache.key import REDACTED, JsonValue, canonical_json, sha256_hex
 from vllmc.core.cache.record import UNREADABLE
 from vllmc.core.cache.redaction import redact, scrub
 from vllmc.core.models.described import describe
+from vllmc.core.models.lookups import Lookups
 from vllmc.core.syntax import parse_expression
-from vllmc.core.torch_compat.ops import registrations
 
-_CALLS: Final[Mapping[str, Callable[[Any], Any]]] = {
-    "type": type,
-    "vars": vars,
-    "dict": dict,
-    "list": list,
-    "tuple": tuple,
-    "len": len,
-}
 HOOKS: Final = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -49,6 +42,10 @@ _BY_VALUE: Final = (
     *(FunctionType, BuiltinFunctionType, MethodType, ModuleType),
     *(torch.dtype, torch.device, torch.layout),
 )
+_CONTAINERS: Final = (list, tuple, dict, set)
+# Containers deeper than this are not looked into: `describe` does not tell what they hold.
+_DEEP: Final = 6
+_END: Final = object()
 _LONG: Final = 200
 
 
@@ -68,20 +65,20 @@ def read_guarded(expressions: Iterable[str], entry: torch.nn.Module) -> dict[str
     known: dict[int, tuple[str, Any]] = {
         id(tensor): (f"self.{name}", tensor) for name, tensor in _tensors(entry)
     }
+    lookups = Lookups(entry)
+    places: dict[str, tuple[ast.expr, int]] = {}
     for expression in sorted(set(map(scrub, expressions))):
         if REDACTED in expression:
             found[expression] = REDACTED
-            continue
-        tree = parse_expression(expression)
-        root = _root(tree)
-        if _of_the_tree(tree):
-            continue
-        try:
-            value = _look_up(tree, entry)
-        except (LookupError, AttributeError, TypeError, ValueError, ImportError):
+        elif not _of_the_tree(tree := parse_expression(expression)):
+            places[expression] = (tree, lookups.add(tree))
+    values, failed = lookups.read()
+    for expression, (tree, place) in places.items():
+        value = values[place]
+        if place in failed:
             found[expression] = UNREADABLE
             continue
-        if not root and isinstance(value, torch.nn.Module):
+        if not _root(tree) and isinstance(value, torch.nn.Module):
             continue
         shown = _shown(_name_of(tree), value)
         if shown != REDACTED and not isinstance(value, _BY_VALUE):
@@ -90,6 +87,82 @@ def read_guarded(expressions: Iterable[str], entry: torch.nn.Module) -> dict[str
             shown = shown if same == expression else f"<{same}>"
         found[expression] = shown
     return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Watched:
+    """A value that should be as `told`, and is while it consists of `objects` (empty: never)."""
+
+    expression: str
+    place: int
+    name: str
+    objects: list[object]
+    told: JsonValue
+
+
+class GuardedValues:
+    """The values of a record's expressions in `entry`, to be read again while a program runs.
+
+    `recorded` is what `read_guarded` told when the program was captured. A reading takes a fraction
+    of the time that `read_guarded` takes: nothing is told again of what is the same object, or a
+    container of the same objects. Attributes of objects have expressions of their own.
+    """
+
+    def __init__(self, recorded: Mapping[str, JsonValue], entry: torch.nn.Module) -> None:
+        self._lookups = Lookups(entry)
+        known = {e: parse_expression(e) for e in recorded if REDACTED not in e}
+        places = {e: self._lookups.add(tree) for e, tree in known.items()}
+        now = read_guarded(known, entry)
+        values, failed = self._lookups.read()
+        self._watched = []
+        for expression, place in places.items():
+            name, value, told = _name_of(known[expression]), values[place], recorded[expression]
+            objects = []
+            if place not in failed and alike(now.get(expression), told):
+                objects = _objects(value)
+                # Without the names of others that it may be one with.
+                told = _shown(name, value)
+            self._watched.append(
+                _Watched(
+                    expression=expression,
+                    place=place,
+                    name=name,
+                    objects=objects,
+                    told=told,
+                )
+            )
+
+    def changed(self) -> dict[str, tuple[JsonValue, JsonValue]]:
+        """What is not as recorded: by its expression what it was, and what it is now."""
+        values, failed = self._lookups.read()
+        found: dict[str, tuple[JsonValue, JsonValue]] = {}
+        for watched in self._watched:
+            value, missing = values[watched.place], watched.place in failed
+            if watched.objects and not missing and _consists_of(value, watched.objects):
+                continue
+            now = UNREADABLE if missing else _shown(watched.name, value)
+            if not alike(watched.told, now):
+                found[watched.expression] = (watched.told, now)
+        return found
+
+
+def _consists_of(value: object, objects: list[object]) -> bool:
+    if not isinstance(value, _CONTAINERS):
+        return value is objects[0]
+    found = _objects(value)
+    return len(found) == len(objects) and all(map(is_, found, objects))
+
+
+def _objects(value: object, depth: int = _DEEP) -> list[object]:
+    """The value; of a container its type and what is in it, as what it is may be made anew."""
+    if not depth or not isinstance(value, _CONTAINERS):
+        return [value]
+    found: list[object] = [type(value)]
+    if isinstance(value, dict):
+        found += value
+    for item in value.values() if isinstance(value, dict) else value:
+        found += _objects(item, depth - 1) if isinstance(item, _CONTAINERS) else (item,)
+    return [*found, _END]
 
 
 def _tensors(entry: torch.nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
@@ -130,40 +203,6 @@ def _is_module(node: ast.expr) -> bool:
         case ast.Subscript(value=ast.Attribute(value=owner, attr="_modules"), slice=ast.Constant()):
             return _is_module(owner)
     return False
-
-
-def _look_up(node: ast.expr, entry: torch.nn.Module) -> Any:
-    match node:
-        case ast.Constant(value=value):
-            return value
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int(value))):
-            return -value
-        case ast.Subscript(value=ast.Name(id="L"), slice=ast.Constant(value="self")):
-            return entry
-        case ast.Subscript(value=ast.Name(id="O"), slice=ast.Constant(value=str(name))):
-            return [f"{Path(file).name}:{line}" for file, line in registrations(name)]
-        case ast.Subscript(value=ast.Name(id="M"), slice=ast.Constant(value=str(name))):
-            return importlib.import_module(name)
-        case ast.Subscript(value=value, slice=key):
-            return _look_up(value, entry)[_look_up(key, entry)]
-        case ast.Attribute(value=value, attr=name):
-            return getattr(_look_up(value, entry), name)
-        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _CALLS:
-            return _CALLS[name](_look_up(argument, entry))
-        case ast.Call(
-            func=ast.Attribute(value=ast.Name(id="dict"), attr="__getitem__"), args=[value, key]
-        ):
-            return dict.__getitem__(_look_up(value, entry), _look_up(key, entry))
-        case ast.Call(func=ast.Attribute(value=ast.Name(id="dict"), attr="keys"), args=[value]):
-            return dict.keys(_look_up(value, entry))
-        case ast.Call(func=ast.Name(id="hasattr"), args=[value, ast.Constant(value=str(name))]):
-            return hasattr(_look_up(value, entry), name)
-        case ast.Compare(left=ast.Constant(value=name), ops=[ast.In()], comparators=[value]):
-            return name in _look_up(value, entry)
-        case ast.Compare(left=value, ops=[ast.Is()], comparators=[other]):
-            return _look_up(value, entry) is _look_up(other, entry)
-        case _:
-            raise LookupError(ast.unparse(node))
 
 
 def _shown(name: str, value: Any) -> JsonValue:

@@ -54,7 +54,8 @@ def read_condition(text: str, sizes: int) -> Condition:
 
 def spoken(text: str, sizes: Sequence[str]) -> str:
     """The condition with the names of the `sizes`, for a person."""
-    return _SIZE.sub(lambda found: sizes[int(found[1])], text)
+    plain = ast.unparse(parse_expression(text))
+    return _SIZE.sub(lambda found: sizes[int(found[1])], plain)
 
 
 def read_by(text: str) -> tuple[int, ...]:

@@ -27,6 +27,9 @@ from vllmc.kernels.layer_name import LayerName
 Step: TypeAlias = Callable[..., Any]
 """Takes the tensors of `Layout.arguments`, in their order."""
 
+Guards: TypeAlias = Callable[[Sequence[int]], None]
+"""Takes the sizes that vary, in the order of `Layout.sizes`."""
+
 _VALUE = re.compile(r"[apv]\d+")
 
 
@@ -42,14 +45,20 @@ class Program:
     """A compiled module: called with the tensors of `layout.arguments`, in their order.
 
     Returns what the module does. The token count, the first of the sizes that vary, chooses the
-    variant: a size beats a range. Where nothing varies there is one variant.
+    variant: a size beats a range. Where nothing varies there is one variant. `guards` is called
+    with the sizes that vary before each call that runs.
     """
 
     def __init__(
-        self, layout: Layout, device: torch.device, steps: Sequence[tuple[CompileRange, Step]]
+        self,
+        layout: Layout,
+        device: torch.device,
+        steps: Sequence[tuple[CompileRange, Step]],
+        guards: Guards | None = None,
     ) -> None:
         self.layout = layout
         self._check = ArgumentCheck(layout, device)
+        self._guards = guards
         self._static = steps[0][1] if not layout.sizes else None
         self._sizes = {r.start: step for r, step in steps if r.is_size}
         self._ranges = tuple((r, step) for r, step in steps if not r.is_size)
@@ -70,6 +79,8 @@ class Program:
         # Compiled code reads memory as it was told to: what it is given is checked here.
         sizes = self._check(arguments)
         step = self._static or self.variant(sizes[0])
+        if self._guards is not None:
+            self._guards(sizes)
         return step(*arguments)
 
     def variant(self, tokens: int) -> Step:
@@ -102,7 +113,12 @@ class Program:
         )
 
 
-def link(layout: Layout, entry: torch.nn.Module, variants: Sequence[Variant]) -> Program:
+def link(
+    layout: Layout,
+    entry: torch.nn.Module,
+    variants: Sequence[Variant],
+    guards: Guards | None = None,
+) -> Program:
     """Binds `layout` to the tensors of `entry` and to the functions of each variant.
 
     Raises `VllmcError` (`weights-mismatch`) where `entry` lacks a tensor or has it otherwise.
@@ -122,7 +138,7 @@ def link(layout: Layout, entry: torch.nn.Module, variants: Sequence[Variant]) ->
         namespace: dict[str, Any] = {}
         exec(code, namespace)
         steps.append((variant.range, namespace["bind"](**bound, **targets, **pieces)))
-    return Program(layout, device, steps)
+    return Program(layout, device, steps, guards)
 
 
 def _bind(entry: torch.nn.Module, given: GraphInput) -> object:

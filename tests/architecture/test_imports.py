@@ -172,6 +172,7 @@ def test_linking_and_running_import_no_compiler() -> None:
         "vllmc.core.runtime.loader",
         "vllmc.core.runtime.program",
         "vllmc.core.runtime.engine",
+        "vllmc.core.runtime.guards",
         "vllmc.core.runtime.workload",
         "vllmc.kernels.attention",
     )

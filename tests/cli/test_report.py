@@ -349,10 +349,12 @@ def test_a_run_explains_each_recompile() -> None:
         "limit_hit": False,
         "cost_seconds": 0.5,
         "pattern": "one per size",
+        "dropped": False,
         "fix": "mark it",
     }
     bare = recompile | {
         "observed": "", "expected": "", "pattern": "", "cost_seconds": None, "limit_hit": True,
+        "dropped": True,
     }  # fmt: skip
     text = lines(report.run(ran(recompile, bare)))
     assert "recompiles   4" in text
@@ -367,5 +369,8 @@ def test_a_run_explains_each_recompile() -> None:
         "cost      500 ms",
         "fix       mark it",
     ]
-    assert "limit  the recompile limit was hit: eager since then (fullgraph=True: an error)" in text
+    assert (
+        "limit    the recompile limit was hit: eager since then (fullgraph=True: an error)" in text
+    )
+    assert text.count("dropped  nothing compiled again: steps that broke it may be wrong") == 1
     assert "\n".join(text).count("expected  ") == 1

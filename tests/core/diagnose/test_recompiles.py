@@ -232,7 +232,7 @@ def test_a_frame_that_hit_the_limit_did_so_with_all_its_rows() -> None:
 def test_a_row_has_the_fields_of_the_contract() -> None:
     assert set(explained("0/0: k == 3").to_json()) == {
         "frame", "class", "guard", "subject", "expected", "observed", "count", "limit_hit",
-        "cost_seconds", "fix", "pattern",
+        "cost_seconds", "fix", "pattern", "dropped",
     }  # fmt: skip
 
 

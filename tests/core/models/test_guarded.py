@@ -11,7 +11,7 @@ import torch
 from vllmc.core.cache.key import REDACTED
 from vllmc.core.cache.record import UNREADABLE
 from vllmc.core.models.described import class_digest
-from vllmc.core.models.guarded import read_guarded
+from vllmc.core.models.guarded import GuardedValues, read_guarded
 
 TOKEN = "hf_" + "aB3" * 11
 
@@ -148,3 +148,105 @@ def test_a_tensor_that_was_told_is_told_by_where() -> None:
         "L['self'].row": "<torch.float32 [3]>",
         "L['self'].rows[1]": "<L['self'].row>",
     }
+
+
+def watched(entry: Entry, *expressions: str) -> GuardedValues:
+    return GuardedValues(read_guarded(expressions, entry), entry)
+
+
+def make_adder(number: int) -> Any:
+    return lambda x: x + number
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "before", "after"),
+    [
+        ("scale", 3.0, 2.0, 3.0),
+        ("scale", 2, 2.0, 2),
+        ("mode", Mode.SLOW, f"<{__name__}.Mode.FAST>", f"<{__name__}.Mode.SLOW>"),
+        ("table", {"a": 2}, {"a": 1, "b": [True, None]}, {"a": 2}),
+        ("row", torch.ones(4), "<torch.float32 [3]>", "<torch.float32 [4]>"),
+    ],
+)
+def test_a_value_that_is_set_anew_has_changed_until_it_is_as_before(
+    attribute: str, value: object, before: object, after: object
+) -> None:
+    entry, expression = Entry(), f"L['self'].{attribute}"
+    values = watched(entry, expression, "L['self'].long")
+    assert values.changed() == {}
+    old = getattr(entry, attribute)
+    setattr(entry, attribute, value)
+    assert values.changed() == {expression: (before, after)}
+    assert values.changed() == {expression: (before, after)}
+    setattr(entry, attribute, old)
+    assert values.changed() == {}
+
+
+def test_a_container_that_is_changed_in_place_has_changed() -> None:
+    entry = Entry()
+    values = watched(entry, "L['self'].table", "len(L['self'].table['b'])")
+    entry.table["b"].append(3)
+    assert values.changed() == {
+        "L['self'].table": ({"a": 1, "b": [True, None]}, {"a": 1, "b": [True, None, 3]}),
+        "len(L['self'].table['b'])": (2, 3),
+    }
+
+
+def test_what_is_made_anew_and_alike_has_not_changed() -> None:
+    entry = Entry()
+    entry.mode = make_adder(1)
+    values = watched(entry, "L['self'].table", "L['self'].long", "L['self'].mode")
+    entry.table = {"a": 1, "b": [True, None]}
+    entry.long = "".join(["x"] * 500)
+    entry.mode = make_adder(1)
+    assert values.changed() == {}
+    entry.mode = make_adder(2)
+    assert [*values.changed()] == ["L['self'].mode"]
+
+
+def test_a_value_that_is_gone_and_what_is_read_of_it_have_changed() -> None:
+    entry = Entry()
+    values = watched(entry, "L['self'].table", "type(L['self'].table['a'])", "L['self'].scale")
+    del entry.table
+    found = {expression: after for expression, (_, after) in values.changed().items()}
+    assert found == {"L['self'].table": UNREADABLE, "type(L['self'].table['a'])": UNREADABLE}
+
+
+def test_a_global_is_watched_where_it_stands(settings: Any) -> None:
+    values = watched(Entry(), "M['guarded_settings'].GAIN")
+    settings.GAIN = 5
+    assert values.changed() == {"M['guarded_settings'].GAIN": (3, 5)}
+
+
+def test_what_was_recorded_of_another_entry_has_changed_from_the_start() -> None:
+    entry = Entry()
+    entry.scale = 5.0
+    values = GuardedValues(
+        {"L['self'].scale": 2.0, "L['self'].mode": read("L['self'].mode")}, entry
+    )
+    assert values.changed() == {"L['self'].scale": (2.0, 5.0)}
+    entry.scale = 2.0
+    assert values.changed() == {}
+
+
+def test_two_that_were_one_object_are_told_by_what_they_hold() -> None:
+    entry = Entry()
+    entry.notes = entry.table
+    values = watched(entry, "L['self'].notes", "L['self'].table")
+    entry.table = {"a": 2}
+    assert values.changed() == {"L['self'].table": ({"a": 1, "b": [True, None]}, {"a": 2})}
+
+
+def test_of_a_secret_not_even_the_change_is_told() -> None:
+    entry = Entry()
+    values = watched(entry, "L['self'].api_key", f"L['self'].keys['{TOKEN}']")
+    entry.api_key = "hunter3"
+    assert values.changed() == {}
+
+
+def test_a_container_that_holds_the_same_in_another_order_has_changed() -> None:
+    entry = Entry()
+    entry.notes = [1, [2], 3]
+    values = watched(entry, "L['self'].notes")
+    entry.notes[:] = [1, [2, 3]]
+    assert values.changed() == {"L['self'].notes": ([1, [2], 3], [1, [2, 3]])}

@@ -373,3 +373,14 @@ def test_a_piece_without_results_is_run() -> None:
     ids, positions, rows = batch(3)
     assert link(given, entry(), [variant(1, 8, piece)])(ids, positions, rows) is ids
     assert calls == [3]
+
+
+def test_guards_are_given_the_sizes_of_each_call_that_runs() -> None:
+    seen: list[list[int]] = []
+    program = link(layout(), entry(), [variant(1, 8)], lambda sizes: seen.append([*sizes]))
+    ids, rows = torch.ones(1, 4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    program(ids, ids, rows)
+    long = torch.ones(1, 9, dtype=torch.int64)
+    with pytest.raises(VllmcError, match="no compiled range holds 9 tokens"):
+        program(long, long, rows)
+    assert seen == [[4, 2]]
