@@ -147,9 +147,9 @@ def run(
     stop; with --logprobs logprobs: token_id, logprob, rank and top for each token), counts (hit,
     dup, compiled units), recompiles (frame, class, guard, subject, expected, observed, count,
     limit_hit, cost_seconds, pattern, dropped, fix; as recompiles has them), seconds (load,
-    first_token, total), tokens_per_second (prefill, decode). With several --batch-size, outputs are
-    those of the last. With --embed, in place of outputs: pooling and embeddings (prompt, tokens: how many,
-    embedding); seconds has load and total, and tokens_per_second is one number.
+    first_token, total), tokens_per_second (prefill, decode). With several --batch-size, outputs
+    are those of the last. With --embed, in place of outputs: pooling and embeddings (prompt,
+    tokens: how many, embedding); seconds has load and total, and tokens_per_second is one number.
     """
     settings = common.settings()
     output = common.output("run")
