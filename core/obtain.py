@@ -102,6 +102,11 @@ def range_name(unit: Unit) -> str:
     return str(unit.range) if unit.piece.depends_on_tokens else ANY_RANGE
 
 
+def in_words(unit: Unit) -> str:
+    """What the unit serves: `2:64 tokens`, `1 token`, `any number of tokens`."""
+    return unit.range.tokens if unit.piece.depends_on_tokens else "any number of tokens"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """`force` compiles what is stored already; without `may_compile` nothing is compiled."""
@@ -138,7 +143,7 @@ def obtain(
     if not policy.may_compile:
         raise CheckFailed(
             "would-miss",
-            f"{pieces[0]} for {range_name(unit)} tokens is not stored, so it would be compiled",
+            f"{pieces[0]} for {in_words(unit)} is not stored, so it would be compiled",
             context={"unit_key": key},
             hint="vllmc warm compiles it; vllmc inspect-key says what the cache lacks",
         )

@@ -23,7 +23,7 @@ from vllmc.core.graph.layout import Layout
 from vllmc.core.job import Job
 from vllmc.core.layer_names import LayerNameCost, cost_of
 from vllmc.core.models.model import Weights
-from vllmc.core.obtain import Policy, Reader, UnitResult, obtain, range_name
+from vllmc.core.obtain import Policy, Reader, UnitResult, in_words, obtain
 from vllmc.core.prediction import ANY_RANGE, Found, Miss, explain_miss
 from vllmc.core.runtime.conditions import spoken
 from vllmc.core.runtime.loader import load_artifact
@@ -152,7 +152,7 @@ def obtain_units(
     units = plan_units(plan, job.spec)
     results = []
     for index, (names, unit) in enumerate(units):
-        label = f"{names[0]} for {range_name(unit)} tokens"
+        label = f"{names[0]} for {in_words(unit)}"
         observer.unit_started(label, index, len(units))
         result = obtain(unit, names, job, reader, compiler, policy)
         observer.unit_finished(label, result.outcome, result.seconds)

@@ -187,9 +187,9 @@ def _predict_units(job: Job, store: Store, miss: Miss) -> Prediction:
     if not stored:
         return Prediction(outcome="miss", reason=why, miss=miss)
     # A language model has pieces whose code depends on the token count: attention's inputs do.
-    lacking = [str(given) for given in unit_ranges(job.spec) if str(given) not in stored]
+    lacking = [given for given in unit_ranges(job.spec) if str(given) not in stored]
     if lacking and job.model.runs_in_engine:
-        what = f"nothing is stored for {lacking[0]} tokens"
+        what = f"nothing is stored for {lacking[0].tokens}"
         return Prediction(outcome="miss", reason=f"{why}; {what}", miss=miss)
     twin = _captured_alike(job, store)
     units = None if twin is None else _foresee(job, store, twin)

@@ -58,6 +58,11 @@ class CompileRange:
         """Whether the range holds a single token count."""
         return self.start == self.end
 
+    @property
+    def tokens(self) -> str:
+        """The range in words: `1 token`, `2:64 tokens`."""
+        return f"{self} token{'' if self == CompileRange(1, 1) else 's'}"
+
     def __contains__(self, tokens: object) -> bool:
         return isinstance(tokens, int) and self.start <= tokens <= self.end
 

@@ -142,7 +142,7 @@ def test_a_range_that_nothing_is_stored_for_is_a_miss(store: Store) -> None:
     put(store, make_job())
     predicted = predict(make_job(sizes=(1,)), store)
     assert predicted.outcome == "miss"
-    assert "for 1 tokens" in predicted.reason
+    assert "for 1 token" in predicted.reason
 
 
 def test_another_option_of_the_compiler_is_foreseen_unit_by_unit(store: Store) -> None:

@@ -583,7 +583,7 @@ def _warm(job: Job, prediction: Prediction, store: Path) -> Attempt:
             prediction=prediction,
             ready=ready,
             result=open_program(ready, entry)(*args),
-            expected=entry(*args),
+            expected=entry.forward(*args),
         )
 
 
