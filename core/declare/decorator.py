@@ -76,7 +76,8 @@ def support_torch_compile(
     A subclass is compiled as its base is; it can be decorated itself, or `ignore_torch_compile`d.
     While something else compiles or captures a module that holds this one, the forward is part of
     that. Raises `UsageError` (`unknown-argument`, `bad-dims`, `no-dynamic-dims`,
-    `not-a-module`, `own-call`, `no-self`), and `VllmcError` (`torch-too-old`) for shape ids on a torch without them.
+    `not-a-module`, `own-call`, `no-self`), and `VllmcError` (`torch-too-old`) for shape ids on a
+    torch without them.
     """
     if cls is None:
         return partial(
@@ -110,7 +111,7 @@ def _decorated(
         cls.forward, dynamic_arg_dims, mark_unbacked_dims, shape_ids=supports_shape_ids()
     )
     if cls.__call__ is not _call:
-        cls.__new__ = _making(cls.__new__)  # type: ignore[assignment]
+        cls.__new__ = _making(cls.__new__)
         cls.__call__ = _call
         cls._apply = _moving(cls._apply)
     setattr(cls, DECLARATION, Declaration(declared=declared, **options))

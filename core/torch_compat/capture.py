@@ -171,9 +171,7 @@ def _closure(forward: Any) -> Mapping[str, str]:
     }
 
 
-def _guarded(
-    output: convert_frame.GraphCaptureOutput, closure: Mapping[str, str]
-) -> Iterator[str]:
+def _guarded(output: convert_frame.GraphCaptureOutput, closure: Mapping[str, str]) -> Iterator[str]:
     for guard in output.output_graph.guards:
         expression = _LOCAL.sub(
             lambda found: closure.get(found[1], found[0]), _guarded_expression(guard)
