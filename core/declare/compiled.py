@@ -11,7 +11,7 @@ import torch
 
 from vllmc.core.declare.containers import containers, leaves
 from vllmc.core.declare.declaration import Declaration, declaration_of
-from vllmc.core.declare.dims import Declared, forward_parameters
+from vllmc.core.declare.dims import Declared, DynamicDim, forward_parameters
 from vllmc.core.declare.held import Held
 from vllmc.core.declare.session import Session, current_session
 from vllmc.core.errors import VllmcError
@@ -171,15 +171,16 @@ def _kind(
         if value is None:
             kind.append(None)
             continue
+        varying = declared.dims.get(name, ())
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+            kind.append((name, *_same_of_tensor(value, varying)))
+            continue
         kind.extend(containers(name, value))
         for path, leaf in leaves(name, value):
             if isinstance(leaf, torch.Tensor):
                 tensors.append(leaf)
-                shape = [*leaf.shape]
-                for dynamic in declared.dims.get(name, ()):
-                    if -len(shape) <= dynamic.dim < len(shape):
-                        shape[dynamic.dim] = -1
-                kind.append((path, type(leaf), leaf.dtype, leaf.device, *shape))
+                kind.append((path, *_same_of_tensor(leaf, varying)))
             elif isinstance(leaf, float):
                 # Not all that are equal are the same, and a nan does not equal itself.
                 kind.append((path, float, leaf.hex()))
@@ -187,6 +188,14 @@ def _kind(
                 # `1` and `True` are equal, and not the same constant.
                 kind.append((path, type(leaf), leaf if isinstance(leaf, Hashable) else id(leaf)))
     return tensors, tuple(kind)
+
+
+def _same_of_tensor(tensor: torch.Tensor, varying: Sequence[DynamicDim]) -> tuple[Hashable, ...]:
+    shape = [*tensor.shape]
+    for dynamic in varying:
+        if -len(shape) <= dynamic.dim < len(shape):
+            shape[dynamic.dim] = -1
+    return (type(tensor), tensor.dtype, tensor.device, *shape)
 
 
 def _hooked(module: torch.nn.Module) -> VllmcError:

@@ -24,6 +24,7 @@ class Named:
         self.info = ModelInfo(dtype="float32", vocab_size=8, max_position=8, layers=1)
 
     made_by_code = False
+    runs_in_engine = True
 
     def factors(self) -> tuple[Factor, ...]:
         raise AssertionError("a prediction builds no factors")

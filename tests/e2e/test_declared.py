@@ -49,7 +49,7 @@ class Misnamed(torch.nn.Module):
 """
 
 CALLS = {
-    "Decoder": "(torch.arange(n), torch.arange(n))",
+    "Decoder": "(torch.arange(n) % 32, torch.arange(n))",
     "Given": "({'x': torch.randn(n, 3, 2)}, 'twice')",
 }
 

@@ -288,6 +288,6 @@ def test_a_forward_calls_its_module_self() -> None:
         def forward(this, x: Tensor) -> Tensor:  # noqa: N805
             return x
 
-    with pytest.raises(UsageError, match=r"parameter of .*Odd\.forward is this") as caught:
+    with pytest.raises(UsageError, match=r"Odd\.forward is this") as caught:
         support_torch_compile(Odd)
     assert caught.value.code == "no-self"
