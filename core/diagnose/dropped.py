@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from vllmc.core.cache.expressions import spoken
 from vllmc.core.cache.key import REDACTED, JsonValue, canonical_json
@@ -21,15 +22,7 @@ def size_guard(condition: str, sizes: Mapping[str, int]) -> Guard:
     """The guard on sizes that `condition` is, over `x.size()[0]`, where `sizes` break it."""
     (_, only), *others = sizes.items()
     observed = str(only) if not others else ", ".join(f"{s} = {n}" for s, n in sizes.items())
-    guard = read_guard(condition)
-    return Guard(
-        entry="",
-        text=guard.text,
-        klass=guard.klass,
-        subject=guard.subject,
-        expected=guard.expected,
-        observed=observed,
-    )
+    return replace(read_guard(condition), observed=observed)
 
 
 def value_guard(expression: str, before: JsonValue, after: JsonValue) -> Guard:

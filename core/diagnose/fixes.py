@@ -77,8 +77,8 @@ def fix_for_dropped(guard: Guard, frame: str) -> str:
     subject = guard.subject
     if ".size()" in subject:
         return (
-            f"--dynamic-shapes unbacked  # it assumes nothing of {subject}, and names the line "
-            f"that branches on it, which is to be taken out of {_called(frame)}"
+            f"--dynamic-shapes unbacked  # it assumes nothing of {subject}: compiling then names "
+            f"the line below {_called(frame)} that branches on it, which is to be taken out"
         )
     attribute = _ATTRIBUTE.fullmatch(subject)
     if attribute and guard.klass in ("int", "other") and _is_number(guard.expected):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -331,3 +333,16 @@ def test_what_inductor_compiled_is_held_against_its_record_too(vllmc: Run, spawn
 def test_a_model_of_transformers_alone_breaks_nothing(warmed: Any, eager: Run) -> None:
     done = eager("run", "--max-new-tokens", "3", "--batch-size", "3", "--fail-on-recompile")
     assert done.code == 0
+
+
+def test_the_page_shows_a_model_and_its_report(eager: Run, workplace: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recompiles.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Guards that were dropped\n")[2]
+    model, typed, report = re.findall(r"(?s)```(?:python)?\n(.*?)```", section)[:3]
+    (workplace / "counted.py").write_text(model)
+    done = eager(*shlex.split(typed.replace("\\\n", " "))[1:])
+    lines = [line.rstrip() for line in done.out.splitlines()]
+    printed = "\n".join(lines[lines.index("recompiles   5") + 2 :])
+    # Where Transformers' forward stands is a matter of its version.
+    place = re.compile(r"modeling_llama\.py:\d+")
+    assert place.sub("", printed) == place.sub("", report.rstrip())
