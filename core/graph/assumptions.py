@@ -8,7 +8,7 @@ cannot be decided beforehand becomes part of the program's layout.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -21,6 +21,7 @@ from vllmc.core.graph.normalize import value_of
 from vllmc.core.graph.piece import SymbolRole
 from vllmc.core.runtime.conditions import can_be_kept
 from vllmc.core.spec import OPEN_END, CompileRange, CompileSpec
+from vllmc.core.torch_compat.capture import SizeGuard
 from vllmc.core.torch_compat.shapes import python_text, truth
 
 
@@ -39,7 +40,7 @@ class Assumptions:
 def check_assumptions(
     name: str,
     graph: fx.Graph,
-    guards: Iterable[sympy.Basic],
+    guards: Iterable[SizeGuard],
     taken: Sequence[tuple[str, sympy.Expr]],
     call: Call,
     spec: CompileSpec,
@@ -59,12 +60,11 @@ def check_assumptions(
     roles = {symbol: role_of(size, call) for symbol, size in named.items()}
     tokens = {symbol for symbol, role in roles.items() if role == "tokens"}
 
-    def truths(condition: sympy.Basic) -> dict[CompileRange, bool | None]:
-        return {r: truth(condition, _bounds(roles, r)) for r in ranges}
-
-    def judge(condition: sympy.Basic, *, demanded: bool) -> bool | None:
+    def judge(
+        condition: sympy.Basic, *, demanded: bool, within: Sequence[CompileRange] = ranges
+    ) -> bool | None:
         """Whether the condition always holds; None where only a call can tell."""
-        found = truths(condition)
+        found = {r: truth(condition, _bounds(roles, r)) for r in within}
         failing = [r for r, holds in found.items() if holds is False]
         if failing and not (demanded and condition.free_symbols - tokens):
             raise _not_covered(name, condition, symbols, failing[0])
@@ -85,8 +85,12 @@ def check_assumptions(
         if judge(equal, demanded=not value.is_number) is None:
             demands.append(python_text(equal, places))
     for guard in dict.fromkeys(guards):
-        if judge(guard, demanded=False) is None:
-            promises.append(python_text(guard, places))
+        # What an op of torch asks of one token says how it is laid out there, where pieces are
+        # compiled by themselves: no other result comes of it.
+        apart = guard.of_op and spec.dynamic_shapes == "backed"
+        within = [_beyond_one(r) for r in ranges if r.end > 1] if apart else ranges
+        if judge(guard.condition, demanded=False, within=within) is None:
+            promises.append(python_text(guard.condition, places))
     for node, condition in list(_entry_assertions(graph, symbols)):
         always = judge(condition, demanded=True)
         if always:
@@ -111,6 +115,10 @@ def _entry_assertions(
         expr = sympy.sympify(condition)
         if expr.free_symbols <= symbols.keys():
             yield node, expr
+
+
+def _beyond_one(given: CompileRange) -> CompileRange:
+    return replace(given, start=max(given.start, 2))
 
 
 def _bounds(

@@ -37,6 +37,18 @@ _ARGUMENT = re.compile(r"\bL\['(?!self')")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SizeGuard:
+    """A condition on backed sizes that capture took for granted.
+
+    `of_op` says that an op of torch asked for it, as for the strides of its result, and no branch
+    of the model.
+    """
+
+    condition: sympy.Basic
+    of_op: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RawCapture:
     """What Dynamo made of one call.
 
@@ -51,7 +63,7 @@ class RawCapture:
     module: fx.GraphModule
     sources: dict[str, str]
     code: tuple[CodeType, ...]
-    guards: tuple[sympy.Basic, ...]
+    guards: tuple[SizeGuard, ...]
     guarded: tuple[str, ...]
     replay: Callable[[Sequence[object]], object]
 
@@ -156,10 +168,17 @@ def _replay(
         return call(module, *args, **kwargs)
 
 
-def _guards(shape_env: ShapeEnv | None) -> tuple[sympy.Basic, ...]:
+def _guards(shape_env: ShapeEnv | None) -> tuple[SizeGuard, ...]:
     if shape_env is None:
         return ()
-    return tuple(shape_env.replace(guard.expr) for guard in shape_env.guards)
+    return tuple(
+        SizeGuard(
+            condition=shape_env.replace(guard.expr),
+            # Dynamo asks for the model's Python, all other places in torch for an op.
+            of_op="_dynamo/" not in str(guard.sloc.framework_loc),
+        )
+        for guard in shape_env.guards
+    )
 
 
 def _closure(forward: Any) -> Mapping[str, str]:
