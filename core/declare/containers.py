@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -69,6 +70,9 @@ def map_tensors(path: str, value: Any, make: Callable[[str, torch.Tensor], torch
         for key, item in value.items():
             made[key] = map_tensors(f"{path}[{key!r}]", item, make)
         return made
+    if isinstance(value, MappingProxyType):
+        held = {key: map_tensors(f"{path}[{key!r}]", item, make) for key, item in value.items()}
+        return MappingProxyType(held)
     if isinstance(value, (list, tuple)):
         items = [map_tensors(f"{path}[{i}]", item, make) for i, item in enumerate(value)]
         return items if isinstance(value, list) else tuple(items)
