@@ -15,15 +15,10 @@ from vllmc.core.declare.dims import Declared, DynamicDim, forward_parameters
 from vllmc.core.declare.held import Held
 from vllmc.core.declare.session import Session, current_session
 from vllmc.core.errors import VllmcError
+from vllmc.core.models.guarded import HOOKS
 from vllmc.core.runtime.program import Program
 
 _LOGGER: Final = logging.getLogger("vllmc")
-_HOOKS: Final = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 class CompiledForward:
@@ -68,7 +63,7 @@ class CompiledForward:
         values = self._bind(*args, **kwargs)
         tensors, kind = _kind(_declaration(module).declared, self._names, values)
         kind = (module.training, kind)
-        if any(getattr(module, name) for name in _HOOKS):
+        if any(getattr(module, name) for name in HOOKS):
             raise _hooked(module)
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise _autocast(module)

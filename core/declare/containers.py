@@ -21,36 +21,33 @@ def leaves(path: str, value: object) -> Iterator[tuple[str, object]]:
     Dynamo's name for it is the same with `L['batch']` for `batch`, checked with torch 2.11 and
     2.13, except in subclasses of `dict` and `list`, and for keys that are not literals.
     """
-    if isinstance(value, torch.Tensor):
+    parts = _parts(path, value)
+    if parts is None:
         yield path, value
-    elif names := _fields(value):
-        for name in names:
-            yield from leaves(f"{path}.{name}", getattr(value, name))
-    elif isinstance(value, Mapping):
-        for key, held in value.items():
-            yield from leaves(f"{path}[{key!r}]", held)
-    elif isinstance(value, (list, tuple)):
-        for index, held in enumerate(value):
-            yield from leaves(f"{path}[{index}]", held)
-    else:
-        yield path, value
+    for inner, item in parts or ():
+        yield from leaves(inner, item)
 
 
 def containers(path: str, value: object) -> Iterator[tuple[str, type]]:
     """The containers that `value` is or holds, with their classes, each with its own path."""
-    if isinstance(value, torch.Tensor):
-        return
-    if names := _fields(value):
-        held = [(f"{path}.{name}", getattr(value, name)) for name in names]
-    elif isinstance(value, Mapping):
-        held = [(f"{path}[{key!r}]", item) for key, item in value.items()]
-    elif isinstance(value, (list, tuple)):
-        held = [(f"{path}[{index}]", item) for index, item in enumerate(value)]
-    else:
-        return
-    yield path, type(value)
-    for inner, item in held:
+    parts = _parts(path, value)
+    if parts is not None:
+        yield path, type(value)
+    for inner, item in parts or ():
         yield from containers(inner, item)
+
+
+def _parts(path: str, value: object) -> list[tuple[str, object]] | None:
+    """What a container holds, each with its own path; None where `value` is none."""
+    if isinstance(value, torch.Tensor):
+        return None
+    if names := _fields(value):
+        return [(f"{path}.{name}", getattr(value, name)) for name in names]
+    if isinstance(value, Mapping):
+        return [(f"{path}[{key!r}]", item) for key, item in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [(f"{path}[{index}]", item) for index, item in enumerate(value)]
+    return None
 
 
 def map_tensors(path: str, value: Any, make: Callable[[str, torch.Tensor], torch.Tensor]) -> Any:

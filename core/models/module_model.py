@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ class ModuleModel:
             return open_ended(spec) if self.info.encoder is not None else spec
         if self._declaration().is_encoder:
             spec = open_ended(spec)
-        call = self.call(self._sample)
+        call = self._sample_call
         if call.sizes and call.sizes[0] in call.unbacked:
             spec = replace(spec, dynamic_shapes="unbacked")
         return spec
@@ -118,6 +119,11 @@ class ModuleModel:
         """See `Model.call`."""
         return example_call(self.name, entry)
 
+    @cached_property
+    def _sample_call(self) -> Call:
+        """The call that is compiled: to guess one runs the forward."""
+        return self.call(self._sample)
+
     def _declaration(self) -> Declaration:
         declaration = declaration_of(self._sample)
         assert declaration is not None
@@ -125,7 +131,7 @@ class ModuleModel:
 
     def _describe_call(self) -> JsonValue:
         """What a declared class is called with; `model` stands for the dtype of its weights."""
-        call = self.call(self._sample)
+        call = self._sample_call
         dtype = self.info.dtype
         tensors: list[JsonValue] = [
             [a.path, "model" if a.dtype == dtype else a.dtype, *a.shape] for a in call.arguments

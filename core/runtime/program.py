@@ -52,7 +52,7 @@ class Program:
     def __init__(
         self,
         layout: Layout,
-        device: torch.device,
+        device: torch.device | None,
         steps: Sequence[tuple[CompileRange, Step]],
         guards: Guards | None = None,
     ) -> None:
