@@ -80,14 +80,14 @@ def _guesses(
 
     def tensor(name: str, width: int) -> torch.Tensor:
         dims = [d.dim for d in declaration.declared.dims.get(name, ())]
-        leading = max((d + 1 for d in dims if d >= 0), default=1)
-        shape = [1] * leading
+        integers = _INTEGERS.search(name) is not None
+        shape = [1] * max((d + 1 for d in dims if d >= 0), default=1)
+        if not integers:
+            shape.append(width)
         for dim in dims:
-            if dim >= 0:
+            if -len(shape) <= dim:
                 shape[dim] = _SIZE
-        if _INTEGERS.search(name):
-            return torch.zeros(shape, dtype=torch.int64)
-        return torch.zeros([*shape, width], dtype=dtype)
+        return torch.zeros(shape, dtype=torch.int64 if integers else dtype)
 
     for width in widths or (1,):
         yield {name: tensor(name, width) for name in needed}
