@@ -7,8 +7,26 @@ import os
 import platform
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Headline:
+    """One line of the suite's table: a measured ratio (or number) beside what it is to be.
+
+    `value` is the median, `low` and `high` the smallest and largest sample; `figures` are the
+    numbers behind it, in words (`0.12 s of 7.6 s`). `at_most` is the target, None for a number
+    that is only reported.
+    """
+
+    what: str
+    value: float
+    low: float
+    high: float
+    figures: str
+    at_most: float | None = None
 
 
 def summary(samples: Sequence[dict[str, float]]) -> dict[str, Any]:
@@ -21,9 +39,16 @@ def summary(samples: Sequence[dict[str, float]]) -> dict[str, Any]:
     return row
 
 
-def write_report(path: Path, runs: int, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes the rows, and what they depend on, as JSON."""
-    report = {"machine": machine(), "runs": runs, "rows": rows}
+def write_report(
+    path: Path, runs: int, rows: Sequence[dict[str, Any]], headlines: Sequence[Headline] = ()
+) -> None:
+    """Writes the rows, what they depend on, and what the suite shows of them, as JSON."""
+    report = {
+        "machine": machine(),
+        "runs": runs,
+        "headlines": [asdict(headline) for headline in headlines],
+        "rows": rows,
+    }
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
