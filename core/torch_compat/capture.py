@@ -30,6 +30,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 
 from vllmc.core.spec import DynamicShapes
 from vllmc.core.torch_compat.forward import positional_and_named
+from vllmc.core.torch_compat.stand_ins import is_own_code, without_own
 
 _GLOBAL = re.compile(r"\bG\['([^']+)'\]")
 _LOCAL = re.compile(r"\bL\['([^']+)'\]")
@@ -138,12 +139,12 @@ def capture_full_graph(
             for node in graph_module.graph.nodes
             if node.op == "placeholder"
         },
-        code=tuple(captured.graph_capture_output.traced_code),
+        code=tuple(c for c in captured.graph_capture_output.traced_code if not is_own_code(c)),
         guards=_guards(backend_input.fake_mode.shape_env),
         guarded=tuple(
             sorted(
                 {
-                    *_guarded(captured.graph_capture_output, _closure(module.forward)),
+                    *without_own(_guarded(captured.graph_capture_output, _closure(module.forward))),
                     *_methods(graph_module.graph),
                 }
             )

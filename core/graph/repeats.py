@@ -1,0 +1,444 @@
+"""Capture of models whose layers repeat: what is alike is traced once.
+
+Dynamo's time grows with the layers, and most of them give the same nodes. So the first of those
+that look alike is traced, each of the others becomes one node (`torch_compat.stand_ins`), and what
+was traced takes that node's place. That this is the graph which a full capture gives follows from
+what Dynamo says itself, and is checked before anything is copied:
+
+- the layers have the same classes, and tensors of the same form;
+- every Python value that Dynamo guarded on in the layer that it traced is the same in the other,
+  where the other has it: had the other been traced, each decision would have been the same;
+- both are called in the same way: the same constants, tensors of the same form, equal to each
+  other and sharing memory in the same places, under the same state of torch;
+- what was traced reads nothing else that lies in between, makes no number of its own that is known
+  only when it runs, and no one looks into it.
+
+What fails a check is traced by itself; where too much fails, all of it is.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+import torch.fx as fx
+
+from vllmc.core.cache.key import JsonValue
+from vllmc.core.errors import VllmcError
+from vllmc.core.graph.aliases import memory_of, written_memory
+from vllmc.core.graph.inputs import find_attribute, read_source
+from vllmc.core.graph.normalize import is_symbolic, symbols_of, value_of
+from vllmc.core.models.guarded import HOOKS, read_guarded
+from vllmc.core.spec import DynamicShapes
+from vllmc.core.torch_compat.capture import CaptureError, RawCapture, capture_full_graph
+from vllmc.core.torch_compat.stand_ins import (
+    Traced,
+    begins,
+    call_of,
+    ends,
+    result_of,
+    standing_in,
+    stands_for,
+)
+
+_ATTEMPTS: Final = 3
+_PLAIN: Final = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layers:
+    """Modules that repeat, by path below the entry, and the number of the first one like each.
+
+    A layer that is like no other before it is its own first.
+    """
+
+    paths: tuple[str, ...]
+    modules: tuple[torch.nn.Module, ...]
+    first: tuple[int, ...]
+
+    @property
+    def models(self) -> dict[int, int]:
+        """The layers that need not be traced, and which is traced in their stead."""
+        return {number: first for number, first in enumerate(self.first) if number != first}
+
+    def regrouped(self, tell: Callable[[int], Hashable]) -> Layers:
+        """With layers that `tell` tells apart no longer taken for alike."""
+        seen: dict[Hashable, int] = {}
+        first = tuple(
+            seen.setdefault((old, tell(number)), number) for number, old in enumerate(self.first)
+        )
+        return replace(self, first=first)
+
+
+def capture_repeating(
+    entry: torch.nn.Module, arguments: Mapping[str, object], kind: DynamicShapes
+) -> RawCapture:
+    """As `capture_full_graph`, tracing one of the layers that are alike. Raises what it raises."""
+    layers = find_layers(entry)
+    for _ in range(_ATTEMPTS):
+        if not layers.models:
+            break
+        try:
+            with standing_in(layers.modules, layers.models) as traced:
+                raw = capture_full_graph(entry, arguments, kind)
+        except CaptureError:
+            # The layers are not in its frames: the whole capture says what is in the way.
+            break
+        found = _Trace(entry, raw, layers, traced)
+        if (better := found.regrouped()) == layers:
+            return found.expanded()
+        layers = better
+    return capture_full_graph(entry, arguments, kind)
+
+
+def find_layers(entry: torch.nn.Module) -> Layers:
+    """The members of all lists of modules that lie in no other list, grouped by what they are."""
+    paths: list[str] = []
+    modules: list[torch.nn.Module] = []
+    first: list[int] = []
+    for path, members in _lists(entry):
+        looks = _looks(members)
+        seen: dict[Hashable, int] = {}
+        for name, module in members.items():
+            first.append(seen.setdefault(looks[name], len(modules)))
+            paths.append(f"{path}.{name}" if path else name)
+            modules.append(module)
+    return Layers(paths=tuple(paths), modules=tuple(modules), first=tuple(first))
+
+
+def _lists(entry: torch.nn.Module) -> Iterator[tuple[str, dict[str, torch.nn.Module]]]:
+    taken: set[int] = set()
+    done: tuple[str, ...] = ()
+    for path, module in entry.named_modules():
+        if not isinstance(module, torch.nn.ModuleList) or path.startswith(done):
+            continue
+        done = (*done, f"{path}.")
+        members = dict(module.named_children())
+        inner = [id(m) for member in members.values() for m in member.modules()]
+        # Of what is found in two places Dynamo tells one only.
+        if len(members) == len(module) and len({*inner}) == len(inner) and taken.isdisjoint(inner):
+            taken.update(inner)
+            yield path, members
+
+
+def _looks(members: Mapping[str, torch.nn.Module]) -> dict[str, Hashable]:
+    """What each layer looks like, without what no two of them share, such as their number."""
+    values = {name: dict(_values(member)) for name, member in members.items()}
+    told: dict[Hashable, set[Hashable]] = defaultdict(set)
+    for found in values.values():
+        for place, value in found.items():
+            told[place].add(value)
+    own = {place for place, all_ in told.items() if len(all_) == len(members) > 1}
+    return {
+        name: (
+            _form(members[name]),
+            frozenset((place, value) for place, value in found.items() if place not in own),
+        )
+        for name, found in values.items()
+    }
+
+
+def _values(layer: torch.nn.Module) -> Iterator[tuple[Hashable, Hashable]]:
+    """The attributes of a layer's modules that are plain values, by place."""
+    for path, module in layer.named_modules():
+        for name, value in vars(module).items():
+            if type(value) in _PLAIN:
+                yield (path, name), (type(value), value)
+
+
+def _form(layer: torch.nn.Module) -> Hashable:
+    """The classes of a layer's modules, and the form of its tensors.
+
+    Where a layer has hooks, or a module of it a forward of its own, it is like no other.
+    """
+    modules = dict(layer.named_modules())
+    own = (*HOOKS, "forward")
+    if any(vars(module).get(name) for module in modules.values() for name in own):
+        return id(layer)
+    return tuple(
+        (
+            path,
+            type(module),
+            *((n, _look(t)) for n, t in (module._parameters | module._buffers).items()),
+        )
+        for path, module in modules.items()
+    )
+
+
+def _look(value: object) -> Hashable:
+    """What a tensor is, but for its contents; of another value its type."""
+    if isinstance(value, torch.SymInt):
+        return str(value.node.expr)
+    if not isinstance(value, torch.Tensor):
+        return type(value)
+    return (
+        *(type(value), value.dtype, value.device, value.layout, value.requires_grad),
+        *(str(sizes) for sizes in (tuple(value.shape), tuple(value.stride()))),
+        str(value.storage_offset()),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Body:
+    """A layer that was traced: its nodes, what they take from around them, and where it ends."""
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    end: fx.Node
+
+
+class _Trace:
+    """A capture in which layers are stood in for."""
+
+    def __init__(
+        self, entry: torch.nn.Module, raw: RawCapture, layers: Layers, traced: Traced
+    ) -> None:
+        self._entry, self._layers, self._traced = entry, layers, traced
+        self._raw, self._graph = raw, raw.module.graph
+        self._bodies = _bodies(self._graph)
+        self._written = written_memory(self._graph)
+        self._firsts = frozenset(layers.models.values())
+        self._sources = {number: source_of_module(path) for number, path in enumerate(layers.paths)}
+        # What the graph takes from each traced layer, in the order of the graph's inputs.
+        self._taken = {first: self._placeholders_of(first) for first in self._firsts}
+
+    def regrouped(self) -> Layers:
+        """The layers as they must be grouped for each group to be traced alike."""
+        calls: dict[int, set[Hashable]] = defaultdict(set)
+        for node in self._graph.nodes:
+            number = ends(node) if stands_for(node) is None else stands_for(node)
+            if number is not None:
+                calls[number].add(_told(call_of(node), self._written))
+        values = self._guarded_values()
+        sound = {first for first in self._firsts if self._is_sound(first)}
+
+        def tell(number: int) -> Hashable:
+            first = self._layers.first[number]
+            if first not in self._firsts or number not in calls:
+                return None
+            if first not in sound:
+                return number
+            state = frozenset(self._traced.states[number])
+            inputs = tuple(_look(tensor) for tensor in self._inputs(number))
+            return frozenset(calls[number]), state, inputs, values[number]
+
+        return self._layers.regrouped(tell)
+
+    def _is_sound(self, first: int) -> bool:
+        """Whether what was traced of a layer can stand for others."""
+        body = self._bodies.get(first)
+        if body is None or self._sources[first] not in self._raw.guarded:
+            return False
+        given, results = _nodes(call_of(body.end)), _nodes(result_of(body.end))
+        inner, held = {*body.nodes}, _memory((*body.inputs, *given))
+        sizes = {s for n in (*body.inputs, *given) for s in symbols_of(value_of(n))}
+        members = [n for n, first_ in enumerate(self._layers.first) if first_ == first]
+        inputs = [id(tensor) for number in members for tensor in self._inputs(number)]
+        return (
+            all(node in given or node.op == "placeholder" for node in body.inputs)
+            and inner.isdisjoint(given)
+            and inner.issuperset(results)
+            and all(inner.issuperset(n.users) for n in body.nodes if n not in results)
+            and held.isdisjoint(_memory(results))
+            and self._written.isdisjoint(held | _memory(results))
+            and all(symbols_of(value_of(node)) <= sizes for node in body.nodes)
+            and len({*inputs}) == len(inputs)
+        )
+
+    def _placeholders_of(self, number: int) -> tuple[fx.Node, ...]:
+        source = self._sources[number]
+        return tuple(
+            node
+            for node in self._graph.find_nodes(op="placeholder")
+            if self._raw.sources[node.name].startswith((f"{source}.", f"{source}["))
+        )
+
+    def _inputs(self, number: int) -> list[object]:
+        """What the graph takes from a layer, or would if it had been traced. None: not there."""
+        return [
+            _attribute(self._entry, self._source(node, number))
+            for node in self._taken[self._layers.first[number]]
+        ]
+
+    def _source(self, node: fx.Node, number: int) -> str:
+        """Where layer `number` has what a traced layer has for the placeholder `node`."""
+        old = self._sources[self._layers.first[number]]
+        return self._sources[number] + self._raw.sources[node.name].removeprefix(old)
+
+    def _guarded_values(self) -> dict[int, Hashable]:
+        """What the values are, in each layer, on which the trace of the first one like it hangs."""
+        wanted = {
+            number: self._guarded(first, number)
+            for number, first in enumerate(self._layers.first)
+            if first in self._firsts
+        }
+        found = read_guarded((e for own in wanted.values() for e in own), self._entry)
+        return {
+            number: tuple(self._unplaced(found.get(e), number) for e in own)
+            for number, own in wanted.items()
+        }
+
+    def _guarded(self, first: int, number: int) -> list[str]:
+        """The expressions that the trace of `first` hangs on, as they are of layer `number`."""
+        old, new = self._sources[first], self._sources[number]
+        return [e.replace(old, new) for e in self._raw.guarded if old in e]
+
+    def _unplaced(self, value: JsonValue, number: int) -> str:
+        """A value without the path of its layer, by which it may say what it is one with."""
+        text = value if isinstance(value, str) else repr(value)
+        return text.replace(self._sources[number], "@").replace(
+            f"self.{self._layers.paths[number]}.", "@."
+        )
+
+    def expanded(self) -> RawCapture:
+        """The capture with what was traced in place of each node that stands for a layer."""
+        sources, guarded = dict(self._raw.sources), {*self._raw.guarded}
+        places = _Places(self._graph)
+        marks = []
+        for node in list(self._graph.nodes):
+            number = stands_for(node)
+            if number is not None:
+                first = self._layers.first[number]
+                taken = self._taken[first]
+                added = places.add([(n, self._source(n, number)) for n in taken])
+                sources.update(
+                    (new.name, self._source(n, number)) for n, new in zip(taken, added, strict=True)
+                )
+                _expand(node, self._bodies[first], dict(zip(taken, added, strict=True)))
+                # Of a class, which both have, Dynamo tells once.
+                told = f"type({self._sources[number]}"
+                guarded.update(e for e in self._guarded(first, number) if told not in e)
+            elif begins(node) is None and ends(node) is None:
+                places.use(node)
+                continue
+            marks.append(node)
+        for node in reversed(marks):
+            self._graph.erase_node(node)
+        for node in self._graph.find_nodes(op="placeholder"):
+            # An argument that the layers are given and that none of them uses.
+            if not node.users and isinstance(value_of(node), torch.Tensor):
+                self._graph.erase_node(node)
+        return replace(self._raw, sources=sources, guarded=tuple(sorted(guarded)))
+
+
+class _Places:
+    """Where the inputs of a layer belong among those of a graph: in the order of first use."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        self._rank = {n: (i, 0) for i, n in enumerate(graph.find_nodes(op="placeholder"))}
+        self._last = next(iter(self._rank))
+
+    def use(self, node: fx.Node) -> None:
+        """Notes that the graph has come to `node`. Conditions on sizes stand before their turn."""
+        for source in node.all_input_nodes:
+            if source.op == "placeholder" and not is_symbolic(source):
+                self._last = max(self._last, source, key=self._rank.__getitem__)
+
+    def add(self, wanted: Sequence[tuple[fx.Node, str]]) -> list[fx.Node]:
+        """New placeholders like those given, with sources of their own."""
+        added = []
+        for like, source in wanted:
+            with self._graph.inserting_after(self._last):
+                node = self._graph.placeholder(re.sub(r"\W+", "_", source).lower())
+            node.meta, node.type = dict(like.meta), like.type
+            index, count = self._rank[self._last]
+            self._rank[node] = (index, count + 1)
+            self._last = node
+            added.append(node)
+        return added
+
+
+def source_of_module(path: str) -> str:
+    """How Dynamo names the module at the dotted `path` below the entry."""
+    return "L['self']" + "".join(f"._modules[{name!r}]" for name in path.split("."))
+
+
+def _attribute(entry: torch.nn.Module, source: str) -> object:
+    try:
+        found = find_attribute(entry, read_source(source).name)
+    except (KeyError, VllmcError):
+        return None
+    return found
+
+
+def _bodies(graph: fx.Graph) -> dict[int, _Body]:
+    """The layers that were traced once."""
+    open_: dict[int, list[fx.Node]] = {}
+    bodies: dict[int, list[_Body]] = defaultdict(list)
+    for node in graph.nodes:
+        if (number := begins(node)) is not None:
+            open_[number] = []
+        elif (number := ends(node)) is not None:
+            nodes = open_.pop(number)
+            inputs = dict.fromkeys(n for inner in nodes for n in inner.all_input_nodes)
+            outer = tuple(n for n in inputs if n not in {*nodes})
+            bodies[number].append(_Body(nodes=tuple(nodes), inputs=outer, end=node))
+        else:
+            for nodes in open_.values():
+                nodes.append(node)
+    return {number: found[0] for number, found in bodies.items() if len(found) == 1}
+
+
+def _expand(node: fx.Node, body: _Body, inputs: Mapping[fx.Node, fx.Node]) -> None:
+    """Puts a copy of `body` before `node`, with other `inputs`, and lets it replace `node`."""
+    copies = dict(zip(_nodes(call_of(body.end)), _nodes(call_of(node)), strict=True))
+    copies = {n: n for n in body.inputs} | copies | dict(inputs)
+    with node.graph.inserting_before(node):
+        for inner in body.nodes:
+            copies[inner] = node.graph.node_copy(inner, copies.__getitem__)
+    _replace(node, fx.node.map_arg(result_of(body.end), copies.__getitem__))
+
+
+def _replace(node: fx.Node, result: Any) -> None:
+    if isinstance(result, fx.Node):
+        node.replace_all_uses_with(result)
+    for user in list(node.users):
+        # What is not used as it is was taken apart.
+        assert user.target is operator.getitem, user
+        _replace(user, result[user.args[1]])
+        node.graph.erase_node(user)
+
+
+def _nodes(value: Any) -> list[fx.Node]:
+    """The nodes in nested arguments, in order, as often as they occur."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(value, found.append)
+    return found
+
+
+def _memory(nodes: Iterable[fx.Node]) -> frozenset[int]:
+    return frozenset(memory for node in nodes for memory in memory_of(node))
+
+
+def _told(call: Any, written: frozenset[int]) -> Hashable:
+    """A call's arguments as a layer can tell them apart."""
+    nodes = list(dict.fromkeys(_nodes(call)))
+    memory = list(dict.fromkeys(m for node in nodes for m in sorted(memory_of(node))))
+
+    def tell(value: Any) -> Hashable:
+        match value:
+            case fx.Node():
+                own = memory_of(value)
+                return (
+                    nodes.index(value),
+                    # Which of the graph's inputs it is plays a part where the layer looks itself.
+                    value.name if value.op == "placeholder" else None,
+                    _look(value_of(value)),
+                    frozenset(map(memory.index, own)),
+                    own.isdisjoint(written),
+                )
+            case tuple() | list():
+                return type(value), *map(tell, value)
+            case dict():
+                return dict, *((name, tell(item)) for name, item in value.items())
+            case slice():
+                return slice, tell(value.start), tell(value.stop), tell(value.step)
+        return type(value), repr(value)
+
+    return tell(call)
