@@ -20,6 +20,7 @@ from vllmc.core.graph.inputs import find_attribute, read_source
 from vllmc.core.graph.layout import Argument, AttentionSite, GraphInput
 from vllmc.core.graph.normalize import normalize, value_of
 from vllmc.core.graph.piece import SymbolRole
+from vllmc.core.graph.repeats import capture_repeating
 from vllmc.core.graph.results import NumberMark, describe
 from vllmc.core.graph.side_effects import left_behind
 from vllmc.core.graph.suitability import check_graph, check_module, place_of_node
@@ -31,7 +32,6 @@ from vllmc.core.spec import ATTENTION_OP, CompileSpec
 from vllmc.core.torch_compat.capture import (
     CaptureError,
     RawCapture,
-    capture_full_graph,
     freezes_weights,
 )
 from vllmc.core.torch_compat.ops import registrations
@@ -107,7 +107,7 @@ def trace(name: str, entry: torch.nn.Module, call: Call, spec: CompileSpec) -> C
         )
     examples = example_arguments(call, spec)
     try:
-        raw = capture_full_graph(entry, examples, spec.dynamic_shapes)
+        raw = capture_repeating(entry, examples, spec.dynamic_shapes)
     except CaptureError as error:
         raise unsupported_model(name, error.reason, place=place_of_frames(error.frames)) from error
     graph = raw.module.graph
@@ -130,7 +130,7 @@ def trace(name: str, entry: torch.nn.Module, call: Call, spec: CompileSpec) -> C
     functions: dict[str, set[str]] = {}
     for code in raw.code:
         functions.setdefault(code.co_filename, set()).add(code.co_qualname)
-    ops = {name: places for name in custom_ops(graph) if (places := registrations(name))}
+    ops = {name: places for name in custom_ops(graph.nodes) if (places := registrations(name))}
     for name_of_op, places in ops.items():
         for file, _ in places:
             functions.setdefault(file, set()).add(name_of_op)

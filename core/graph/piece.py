@@ -91,10 +91,9 @@ def canonical_piece(cut: Cut, roles: Mapping[sympy.Symbol, SymbolRole]) -> Piece
     symbols = _Symbols(roles)
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    inputs: list[PieceInput] = []
+    inputs = tuple(_describe(node, symbols) for node in cut.inputs)
     for index, node in enumerate(cut.inputs):
         env[node] = graph.placeholder(f"a{index}")
-        inputs.append(_describe(node, symbols))
     for index, node in enumerate(cut.nodes):
         fresh = graph.node_copy(node, lambda n: env[n])
         fresh._rename(f"n{index}")
@@ -103,11 +102,18 @@ def canonical_piece(cut: Cut, roles: Mapping[sympy.Symbol, SymbolRole]) -> Piece
     graph.output(tuple(env[node] for node in cut.outputs))
     return Piece(
         graph=graph,
-        inputs=tuple(inputs),
+        inputs=inputs,
         roles=tuple(symbols.roles),
         outputs=len(cut.outputs),
-        digest=digest_of(graph, inputs, symbols.roles),
+        digest=_digest(cut.inputs, cut.nodes, cut.outputs, inputs, symbols.roles),
     )
+
+
+def digest_of_cut(cut: Cut, roles: Mapping[sympy.Symbol, SymbolRole]) -> str:
+    """The digest of `canonical_piece(cut, roles)`, which is not made: most are there already."""
+    symbols = _Symbols(roles)
+    inputs = [_describe(node, symbols) for node in cut.inputs]
+    return _digest(cut.inputs, cut.nodes, cut.outputs, inputs, symbols.roles)
 
 
 class _Symbols:
@@ -149,30 +155,42 @@ def _describe(node: fx.Node, symbols: _Symbols) -> PieceInput:
 
 
 def digest_of(graph: fx.Graph, inputs: Sequence[PieceInput], roles: Sequence[SymbolRole]) -> str:
-    """The digest of a piece's graph: ops and wiring, constants, and what the inputs are."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    nodes = [
-        [node.op, target_name(node), _text(node.args, order), _text(node.kwargs, order)]
-        for node in graph.nodes
-        if node.op != "placeholder"
-    ]
+    """The digest of a piece that has this graph."""
+    placeholders = graph.find_nodes(op="placeholder")
+    nodes = [node for node in graph.nodes if node.op not in {"placeholder", "output"}]
+    return _digest(placeholders, nodes, graph.output_node().args[0], inputs, roles)
+
+
+def _digest(
+    placeholders: Sequence[fx.Node],
+    nodes: Sequence[fx.Node],
+    outputs: object,
+    inputs: Sequence[PieceInput],
+    roles: Sequence[SymbolRole],
+) -> str:
+    """The digest of a piece: ops and wiring, constants, and what the inputs are."""
+    order = {node: index for index, node in enumerate((*placeholders, *nodes))}
     told: dict[str, object] = {
         "inputs": [_row(i) for i in inputs],
         "roles": list(roles),
-        "nodes": nodes,
+        "nodes": [
+            [node.op, target_name(node), _text(node.args, order), _text(node.kwargs, order)]
+            for node in nodes
+        ],
+        "outputs": _text(outputs, order),
     }
-    if ops := _implementations(graph):
+    if ops := _implementations(nodes):
         told["ops"] = ops
     return sha256_hex(canonical_json(told))
 
 
-def _implementations(graph: fx.Graph) -> dict[str, object]:
+def _implementations(nodes: Iterable[fx.Node]) -> dict[str, object]:
     """Of each custom op, the digests of the files that implement it in Python, and the lines.
 
     A compiler may put an implementation into its code, and relies on what the fake one says.
     """
     found: dict[str, object] = {}
-    for name in custom_ops(graph):
+    for name in custom_ops(nodes):
         if places := registrations(name):
             found[name] = [[sha256_hex(Path(f).read_bytes()), line] for f, line in places]
     return found

@@ -15,7 +15,7 @@ from vllmc.core.errors import VllmcError
 from vllmc.core.graph.capture import Capture
 from vllmc.core.graph.layout import Layout, OpStep, UnitStep
 from vllmc.core.graph.normalize import value_of
-from vllmc.core.graph.piece import Piece, canonical_piece
+from vllmc.core.graph.piece import Piece, canonical_piece, digest_of_cut
 from vllmc.core.graph.split import Cut, split, splits_at
 from vllmc.core.graph.targets import nearest_names, target_name
 from vllmc.core.spec import ATTENTION_OP, CompileSpec, unit_ranges
@@ -65,10 +65,11 @@ def make_plan(captured: Capture, spec: CompileSpec) -> Plan:
     digests: dict[str, str] = {}
     for cut in cuts:
         if not cut.splitting:
-            piece = canonical_piece(cut, captured.roles)
-            pieces.setdefault(piece.digest, piece)
-            names.setdefault(piece.digest, []).append(cut.name)
-            digests[cut.name] = piece.digest
+            digest = digest_of_cut(cut, captured.roles)
+            if digest not in pieces:
+                pieces[digest] = canonical_piece(cut, captured.roles)
+            names.setdefault(digest, []).append(cut.name)
+            digests[cut.name] = digest
     order = {digest: index for index, digest in enumerate(pieces)}
     return Plan(
         pieces=len(cuts),

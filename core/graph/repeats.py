@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -33,8 +33,10 @@ from vllmc.core.errors import VllmcError
 from vllmc.core.graph.aliases import memory_of, written_memory
 from vllmc.core.graph.inputs import find_attribute, read_source
 from vllmc.core.graph.normalize import is_symbolic, symbols_of, value_of
-from vllmc.core.models.guarded import HOOKS, read_guarded
+from vllmc.core.models.guarded import HOOKS, is_of_the_tree, read_guarded
+from vllmc.core.models.lookups import Lookups
 from vllmc.core.spec import DynamicShapes
+from vllmc.core.syntax import parse_expression
 from vllmc.core.torch_compat.capture import CaptureError, RawCapture, capture_full_graph
 from vllmc.core.torch_compat.stand_ins import (
     Traced,
@@ -47,6 +49,7 @@ from vllmc.core.torch_compat.stand_ins import (
 )
 
 _ATTEMPTS: Final = 3
+_SELF: Final = "L['self']"
 _PLAIN: Final = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -106,24 +109,28 @@ def find_layers(entry: torch.nn.Module) -> Layers:
         seen: dict[Hashable, int] = {}
         for name, module in members.items():
             first.append(seen.setdefault(looks[name], len(modules)))
-            paths.append(f"{path}.{name}" if path else name)
+            paths.append(f"{path}.{name}")
             modules.append(module)
     return Layers(paths=tuple(paths), modules=tuple(modules), first=tuple(first))
 
 
 def _lists(entry: torch.nn.Module) -> Iterator[tuple[str, dict[str, torch.nn.Module]]]:
-    taken: set[int] = set()
+    times = Counter(map(id, _held(entry)))
     done: tuple[str, ...] = ()
     for path, module in entry.named_modules():
         if not isinstance(module, torch.nn.ModuleList) or path.startswith(done):
             continue
         done = (*done, f"{path}.")
-        members = dict(module.named_children())
-        inner = [id(m) for member in members.values() for m in member.modules()]
-        # Of what is found in two places Dynamo tells one only.
-        if len(members) == len(module) and len({*inner}) == len(inner) and taken.isdisjoint(inner):
-            taken.update(inner)
-            yield path, members
+        # Of what is found in two places Dynamo names one only.
+        if all(times[id(held)] == 1 for held in _held(module)):
+            yield path, dict(module.named_children())
+
+
+def _held(module: torch.nn.Module) -> Iterator[object]:
+    """The modules and tensors in a tree of modules, each as often as some module holds it."""
+    for owner in module.modules():
+        tables = (owner._modules, owner._parameters, owner._buffers)
+        yield from (held for table in tables for held in table.values() if held is not None)
 
 
 def _looks(members: Mapping[str, torch.nn.Module]) -> dict[str, Hashable]:
@@ -170,12 +177,12 @@ def _form(layer: torch.nn.Module) -> Hashable:
     )
 
 
-def _look(value: object) -> Hashable:
+def _look(value: Any) -> Hashable:
     """What a tensor is, but for its contents; of another value its type."""
     if isinstance(value, torch.SymInt):
         return str(value.node.expr)
     if not isinstance(value, torch.Tensor):
-        return type(value)
+        return type(value).__qualname__
     return (
         *(type(value), value.dtype, value.device, value.layout, value.requires_grad),
         *(str(sizes) for sizes in (tuple(value.shape), tuple(value.stride()))),
@@ -272,28 +279,45 @@ class _Trace:
 
     def _guarded_values(self) -> dict[int, Hashable]:
         """What the values are, in each layer, on which the trace of the first one like it hangs."""
-        wanted = {
-            number: self._guarded(first, number)
-            for number, first in enumerate(self._layers.first)
-            if first in self._firsts
-        }
+        wanted: dict[int, list[str]] = {}
+        for first in self._firsts:
+            group = [number for number, model in enumerate(self._layers.first) if model == first]
+            differing = self._differing(first, group)
+            wanted |= {n: [self._of(e, first, n) for e in differing] for n in group}
         found = read_guarded((e for own in wanted.values() for e in own), self._entry)
         return {
             number: tuple(self._unplaced(found.get(e), number) for e in own)
             for number, own in wanted.items()
         }
 
-    def _guarded(self, first: int, number: int) -> list[str]:
-        """The expressions that the trace of `first` hangs on, as they are of layer `number`."""
-        old, new = self._sources[first], self._sources[number]
-        return [e.replace(old, new) for e in self._raw.guarded if old in e]
+    def _differing(self, first: int, group: Sequence[int]) -> list[str]:
+        """The expressions in the trace of `first` whose values are not one object in all layers."""
+        source, layers = self._sources[first], self._layers.modules
+        # What `_form` has seen to be alike is not looked at again.
+        asked = [e for e in self._guarded(first) if not is_of_the_tree(parse_expression(e))]
+        lookups = Lookups(layers[first])
+        places = [lookups.add(parse_expression(e.replace(source, _SELF))) for e in asked]
+        readings = [lookups.read(layers[number]) for number in group]
+        return [
+            expression
+            for expression, place in zip(asked, places, strict=True)
+            # Within the layer nothing else can be looked up.
+            if _SELF in expression.replace(source, "")
+            or len({(id(values[place]), place in failed) for values, failed in readings}) > 1
+        ]
+
+    def _guarded(self, first: int) -> list[str]:
+        """The expressions in which the trace of a layer looked at that layer."""
+        return [e for e in self._raw.guarded if self._sources[first] in e]
+
+    def _of(self, expression: str, first: int, number: int) -> str:
+        return expression.replace(self._sources[first], self._sources[number])
 
     def _unplaced(self, value: JsonValue, number: int) -> str:
         """A value without the path of its layer, by which it may say what it is one with."""
         text = value if isinstance(value, str) else repr(value)
-        return text.replace(self._sources[number], "@").replace(
-            f"self.{self._layers.paths[number]}.", "@."
-        )
+        dotted = f"self.{self._layers.paths[number]}."
+        return text.replace(self._sources[number], "@").replace(dotted, "@.")
 
     def expanded(self) -> RawCapture:
         """The capture with what was traced in place of each node that stands for a layer."""
@@ -311,8 +335,9 @@ class _Trace:
                 )
                 _expand(node, self._bodies[first], dict(zip(taken, added, strict=True)))
                 # Of a class, which both have, Dynamo tells once.
-                told = f"type({self._sources[number]}"
-                guarded.update(e for e in self._guarded(first, number) if told not in e)
+                told = f"type({self._sources[first]}"
+                own = (e for e in self._guarded(first) if told not in e)
+                guarded.update(self._of(e, first, number) for e in own)
             elif begins(node) is None and ends(node) is None:
                 places.use(node)
                 continue
@@ -356,7 +381,7 @@ class _Places:
 
 def source_of_module(path: str) -> str:
     """How Dynamo names the module at the dotted `path` below the entry."""
-    return "L['self']" + "".join(f"._modules[{name!r}]" for name in path.split("."))
+    return _SELF + "".join(f"._modules[{name!r}]" for name in path.split("."))
 
 
 def _attribute(entry: torch.nn.Module, source: str) -> object:

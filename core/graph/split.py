@@ -10,7 +10,7 @@ those it needs.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -78,13 +78,12 @@ def split(graph: fx.Graph, is_splitting: Callable[[fx.Node], bool]) -> tuple[Cut
     name_written_tensors_once(graph)
     anew = taken_anew(graph)
     groups = _merge(_runs(graph, is_splitting, anew))
-    position = {node: index for index, node in enumerate(graph.nodes)}
     ends = graph.output_node().all_input_nodes
     drafts = []
     for index, (splitting, nodes) in enumerate(groups):
         roots = [*nodes, *(n for n in ends if n in anew and index == len(groups) - 1)]
         again, inputs = _reach(roots, frozenset(nodes), anew)
-        drafts.append((splitting, sorted({*nodes, *again}, key=position.__getitem__), inputs))
+        drafts.append((splitting, _in_order(roots, again), inputs))
     needed = {*ends, *(node for _, _, inputs in drafts for node in inputs)}
     cuts = tuple(
         Cut(
@@ -182,6 +181,25 @@ def _reach(
         else:
             visit(root)
     return again, tuple(inputs)
+
+
+def _in_order(roots: Iterable[fx.Node], again: Container[fx.Node]) -> list[fx.Node]:
+    """`roots`, and before the first use of each what is taken anew.
+
+    Dynamo computes a size once, in the first of all layers that want it. Were it to come where it
+    stood in the graph, that layer's piece would differ from those of the others.
+    """
+    found: dict[fx.Node, None] = {}
+
+    def put(node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            if source in again and source not in found:
+                put(source)
+        found[node] = None
+
+    for root in roots:
+        put(root)
+    return list(found)
 
 
 def _refuse_foreign_values(cuts: Iterable[Cut]) -> None:

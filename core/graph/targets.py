@@ -35,9 +35,9 @@ def schemas_of(target: object) -> tuple[torch._C.FunctionSchema, ...]:
     return ()
 
 
-def custom_ops(graph: fx.Graph) -> tuple[str, ...]:
-    """The `namespace::name` of each registered op that `graph` calls, sorted."""
-    found = {name.partition(".")[0] for node in graph.nodes for name in op_names(node.target)}
+def custom_ops(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
+    """The `namespace::name` of each registered op that the nodes call, sorted."""
+    found = {name.partition(".")[0] for node in nodes for name in op_names(node.target)}
     return tuple(sorted(found))
 
 

@@ -70,7 +70,7 @@ def read_guarded(expressions: Iterable[str], entry: torch.nn.Module) -> dict[str
     for expression in sorted(set(map(scrub, expressions))):
         if REDACTED in expression:
             found[expression] = REDACTED
-        elif not _of_the_tree(tree := parse_expression(expression)):
+        elif not is_of_the_tree(tree := parse_expression(expression)):
             places[expression] = (tree, lookups.add(tree))
     values, failed = lookups.read()
     for expression, (tree, place) in places.items():
@@ -179,7 +179,7 @@ def _root(tree: ast.expr) -> str:
     return ""
 
 
-def _of_the_tree(tree: ast.expr) -> bool:
+def is_of_the_tree(tree: ast.expr) -> bool:
     """Whether an expression reads the tables, tensors or hooks of a module of the model's tree.
 
     Also whether such a module has a forward of its own, which is one of its attributes.

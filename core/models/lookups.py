@@ -38,20 +38,20 @@ class Lookups:
 
     def __init__(self, entry: torch.nn.Module) -> None:
         self._entry = entry
-        # A function, and the places of the values that it is called with.
+        # A function, and the places of the values that it is called with. The entry has place 0.
         self._steps: list[tuple[_Function, tuple[int, ...]]] = []
-        self._places: dict[object, int] = {}
+        self._places: dict[object, int] = {"self": 0}
 
     def add(self, tree: ast.expr) -> int:
         """The place at which `read` gives the value of an expression."""
         return self._add(tree)
 
-    def read(self) -> tuple[list[Any], set[int]]:
+    def read(self, entry: torch.nn.Module | None = None) -> tuple[list[Any], set[int]]:
         """The values as they are now, by their places, and the places of those that have none.
 
-        Imports the modules that are named.
+        With `entry` they are those of another module. Imports the modules that are named.
         """
-        values: list[Any] = []
+        values: list[Any] = [self._entry if entry is None else entry]
         failed: set[int] = set()
         for function, operands in self._steps:
             try:
@@ -68,8 +68,8 @@ class Lookups:
         operands = tuple(self._add(tree) for tree in trees)
         key = (what, operands)
         if key not in self._places:
-            self._places[key] = len(self._steps)
             self._steps.append((function, operands))
+            self._places[key] = len(self._steps)
         return self._places[key]
 
     def _constant(self, value: object) -> int:
@@ -82,7 +82,7 @@ class Lookups:
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int(value))):
                 return self._constant(-value)
             case ast.Subscript(value=ast.Name(id="L"), slice=ast.Constant(value="self")):
-                return self._step("self", lambda: self._entry)
+                return self._places["self"]
             case ast.Subscript(value=ast.Name(id="O"), slice=ast.Constant(value=str(name))):
                 return self._step(("op", name), lambda: _implementations(name))
             case ast.Subscript(value=ast.Name(id="M"), slice=ast.Constant(value=str(name))):
