@@ -247,10 +247,10 @@ class _Trace:
         members = [n for n, first_ in enumerate(self._layers.first) if first_ == first]
         inputs = [id(tensor) for number in members for tensor in self._inputs(number)]
         return (
-            all(node in given or node.op == "placeholder" for node in body.inputs)
+            all(n in given or n.op == "placeholder" or is_symbolic(n) for n in body.inputs)
             and inner.isdisjoint(given)
             and inner.issuperset(results)
-            and all(inner.issuperset(n.users) for n in body.nodes if n not in results)
+            and all(inner.issuperset(n.users) or n in results or is_symbolic(n) for n in body.nodes)
             and held.isdisjoint(_memory(results))
             and self._written.isdisjoint(held | _memory(results))
             and all(symbols_of(value_of(node)) <= sizes for node in body.nodes)
