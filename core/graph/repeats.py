@@ -43,6 +43,7 @@ from vllmc.core.torch_compat.stand_ins import (
     begins,
     call_of,
     ends,
+    owner_of_forward,
     result_of,
     standing_in,
     stands_for,
@@ -111,7 +112,12 @@ def find_layers(entry: torch.nn.Module) -> Layers:
             first.append(seen.setdefault(looks[name], len(modules)))
             paths.append(f"{path}.{name}")
             modules.append(module)
-    return Layers(paths=tuple(paths), modules=tuple(modules), first=tuple(first))
+    layers = Layers(paths=tuple(paths), modules=tuple(modules), first=tuple(first))
+    owners = {number: owner_of_forward(type(module)) for number, module in enumerate(modules)}
+    shown = {owners[number] for number in layers.models}
+    # A forward that calls the one of its base is that of a layer, and the base's is not.
+    base = {owner for owner in shown for other in shown - {owner} if issubclass(other, owner)}
+    return layers.regrouped(lambda number: number if owners[number] in base else None)
 
 
 def _lists(entry: torch.nn.Module) -> Iterator[tuple[str, dict[str, torch.nn.Module]]]:
@@ -224,15 +230,19 @@ class _Trace:
         values = self._guarded_values()
         sound = {first for first in self._firsts if self._is_sound(first)}
 
+        def look(number: int) -> Hashable:
+            inputs = tuple(_look(tensor) for tensor in self._inputs(number))
+            state = frozenset(self._traced.states[number])
+            return frozenset(calls[number]), state, inputs, values[number]
+
         def tell(number: int) -> Hashable:
             first = self._layers.first[number]
             if first not in self._firsts or number not in calls:
                 return None
-            if first not in sound:
+            # What looks like a layer that cannot stand for others cannot either.
+            if first not in sound and look(number) == look(first):
                 return number
-            state = frozenset(self._traced.states[number])
-            inputs = tuple(_look(tensor) for tensor in self._inputs(number))
-            return frozenset(calls[number]), state, inputs, values[number]
+            return look(number)
 
         return self._layers.regrouped(tell)
 
@@ -240,6 +250,9 @@ class _Trace:
         """Whether what was traced of a layer can stand for others."""
         body = self._bodies.get(first)
         if body is None or self._sources[first] not in self._raw.guarded:
+            return False
+        # One state: it left everything as it found it.
+        if len(self._traced.states[first]) > 1 or _containers(call_of(body.end)):
             return False
         given, results = _nodes(call_of(body.end)), _nodes(result_of(body.end))
         inner, held = {*body.nodes}, _memory((*body.inputs, *given))
@@ -323,21 +336,21 @@ class _Trace:
         """The capture with what was traced in place of each node that stands for a layer."""
         sources, guarded = dict(self._raw.sources), {*self._raw.guarded}
         places = _Places(self._graph)
+        inputs: dict[int, dict[fx.Node, fx.Node]] = {}
         marks = []
         for node in list(self._graph.nodes):
             number = stands_for(node)
             if number is not None:
                 first = self._layers.first[number]
-                taken = self._taken[first]
-                added = places.add([(n, self._source(n, number)) for n in taken])
-                sources.update(
-                    (new.name, self._source(n, number)) for n, new in zip(taken, added, strict=True)
-                )
-                _expand(node, self._bodies[first], dict(zip(taken, added, strict=True)))
-                # Of a class, which both have, Dynamo tells once.
-                told = f"type({self._sources[first]}"
-                own = (e for e in self._guarded(first) if told not in e)
-                guarded.update(self._of(e, first, number) for e in own)
+                if number not in inputs:
+                    own = {n: self._source(n, number) for n in self._taken[first]}
+                    inputs[number] = places.add(own)
+                    sources |= {inputs[number][n].name: source for n, source in own.items()}
+                    # Of a class, which both have, Dynamo tells once.
+                    told = f"type({self._sources[first]}"
+                    asked = (e for e in self._guarded(first) if told not in e)
+                    guarded.update(self._of(e, first, number) for e in asked)
+                _expand(node, self._bodies[first], inputs[number])
             elif begins(node) is None and ends(node) is None:
                 places.use(node)
                 continue
@@ -365,17 +378,16 @@ class _Places:
             if source.op == "placeholder" and not is_symbolic(source):
                 self._last = max(self._last, source, key=self._rank.__getitem__)
 
-    def add(self, wanted: Sequence[tuple[fx.Node, str]]) -> list[fx.Node]:
-        """New placeholders like those given, with sources of their own."""
-        added = []
-        for like, source in wanted:
+    def add(self, wanted: Mapping[fx.Node, str]) -> dict[fx.Node, fx.Node]:
+        """For each of the inputs another like it, with a source of its own."""
+        added = {}
+        for like, source in wanted.items():
             with self._graph.inserting_after(self._last):
                 node = self._graph.placeholder(re.sub(r"\W+", "_", source).lower())
             node.meta, node.type = dict(like.meta), like.type
             index, count = self._rank[self._last]
             self._rank[node] = (index, count + 1)
-            self._last = node
-            added.append(node)
+            added[like] = self._last = node
         return added
 
 
@@ -428,6 +440,18 @@ def _replace(node: fx.Node, result: Any) -> None:
         assert user.target is operator.getitem, user
         _replace(user, result[user.args[1]])
         node.graph.erase_node(user)
+
+
+def _containers(call: Any) -> bool:
+    """Whether a call gives a layer something that it could write to and another could read."""
+    args, kwargs = call
+    return any(map(_is_container, (*args, *kwargs.values())))
+
+
+def _is_container(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return any(map(_is_container, value))
+    return isinstance(value, (list, dict))
 
 
 def _nodes(value: Any) -> list[fx.Node]:

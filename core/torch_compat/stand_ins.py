@@ -18,9 +18,12 @@ import torch
 import torch.fx as fx
 from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.decorators import allow_in_graph, assume_constant_result
+from torch._dynamo.side_effects import SideEffects
+from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
+from torch._dynamo.variables.misc import NewGlobalVariable
 
 GlobalState = tuple[object, ...]
-"""What of torch's state decides how a layer is traced."""
+"""What of the process's state decides how a layer is traced."""
 
 _NUMBER: Final = "vllmc_layer_number"
 _MODEL: Final = "vllmc_layer_model"
@@ -28,21 +31,24 @@ _FORWARD: Final = "vllmc_plain_forward"
 _OWN: Final = (f"M[{__name__!r}]", _NUMBER, _MODEL, f".{_FORWARD}", f"'{_FORWARD}' in ")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Traced:
-    """What the marked and stood-in calls of one capture left besides nodes, by layer number."""
+    """What the calls of layers left in one capture besides nodes, by the layers' numbers.
 
+    `states` are those in which each was entered and left.
+    """
+
+    models: Mapping[int, int]
     results: dict[int, object] = field(default_factory=dict)
     states: dict[int, set[GlobalState]] = field(default_factory=dict)
+    mutations: int = 0
+
+    def note(self, number: int) -> None:
+        """Notes the state of torch and of Python's objects."""
+        self.states.setdefault(number, set()).add((*_state_of_torch(), self.mutations))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Recording:
-    models: Mapping[int, int]
-    traced: Traced
-
-
-_RECORDING: ContextVar[_Recording | None] = ContextVar("vllmc_stand_ins", default=None)
+_RECORDING: ContextVar[Traced | None] = ContextVar("vllmc_stand_ins", default=None)
 
 
 @contextlib.contextmanager
@@ -53,11 +59,11 @@ def standing_in(layers: Sequence[torch.nn.Module], models: Mapping[int, int]) ->
     traced before those that they stand for. Another thread may run the layers meanwhile, but none
     may compile them: it waits.
     """
-    traced = Traced()
+    traced = Traced(models=models)
     shown = {number: models.get(number, number) for number in {*models, *models.values()}}
     classes = {owner_of_forward(type(layers[number])) for number in shown}
-    with compile_lock:
-        token = _RECORDING.set(_Recording(models=models, traced=traced))
+    with compile_lock, _counting_mutations(traced):
+        token = _RECORDING.set(traced)
         for cls in classes:
             setattr(cls, _FORWARD, vars(cls)["forward"])
             setattr(cls, _NUMBER, None)
@@ -75,6 +81,31 @@ def standing_in(layers: Sequence[torch.nn.Module], models: Mapping[int, int]) ->
                 for name in (_FORWARD, _NUMBER):
                     delattr(cls, name)
             _RECORDING.reset(token)
+
+
+@contextlib.contextmanager
+def _counting_mutations(traced: Traced) -> Iterator[None]:
+    """Counts what the traced Python does to objects that were there before: others may read it."""
+    store_attr, mutation = SideEffects.store_attr, SideEffects.mutation
+
+    def count(variable: Any) -> None:
+        new = isinstance(variable.mutation_type, (AttributeMutationNew, ValueMutationNew))
+        # A global that is set is a new variable, and may have been there before.
+        traced.mutations += not new or isinstance(variable, NewGlobalVariable)
+
+    def counted_store_attr(self: Any, item: Any, *args: Any, **kwargs: Any) -> None:
+        count(item)
+        store_attr(self, item, *args, **kwargs)
+
+    def counted_mutation(self: Any, variable: Any) -> None:
+        count(variable)
+        mutation(self, variable)
+
+    SideEffects.store_attr, SideEffects.mutation = counted_store_attr, counted_mutation
+    try:
+        yield
+    finally:
+        SideEffects.store_attr, SideEffects.mutation = store_attr, mutation
 
 
 def owner_of_forward(cls: type[torch.nn.Module]) -> Any:
@@ -150,22 +181,23 @@ def _is_recording() -> bool:
 
 @allow_in_graph
 def _begin(number: int) -> None:
-    pass
+    if (traced := _RECORDING.get()) is not None:
+        traced.note(number)
 
 
 @allow_in_graph
 def _end(number: int, _args: Any, _kwargs: Any, result: Any) -> None:
-    if (recording := _RECORDING.get()) is not None:
-        recording.traced.results[number] = result
-        recording.traced.states.setdefault(number, set()).add(_state())
+    if (traced := _RECORDING.get()) is not None:
+        traced.note(number)
+        traced.results[number] = result
 
 
 @allow_in_graph
 def _stand_in(number: int, _args: Any, _kwargs: Any) -> Any:
-    recording = _RECORDING.get()
-    assert recording is not None
-    recording.traced.states.setdefault(number, set()).add(_state())
-    return _like(recording.traced.results[recording.models[number]])
+    traced = _RECORDING.get()
+    assert traced is not None
+    traced.note(number)
+    return _like(traced.results[traced.models[number]])
 
 
 def _like(result: Any) -> Any:
@@ -179,7 +211,7 @@ def _like(result: Any) -> Any:
     )
 
 
-def _state() -> GlobalState:
+def _state_of_torch() -> GlobalState:
     devices = ("cpu", "cuda")
     return (
         torch.is_grad_enabled(),

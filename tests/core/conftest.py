@@ -53,7 +53,7 @@ class ToyEntry(torch.nn.Module):
 class Toy:
     """A toy from beginning to end. `artifacts` are by piece and range."""
 
-    entry: ToyEntry
+    entry: torch.nn.Module
     captured: Capture
     plan: Plan
     artifacts: dict[tuple[str, str], Compiled]
@@ -69,7 +69,7 @@ class Toy:
             torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
 
 
-def toy_call(entry: ToyEntry) -> Call:
+def toy_call(entry: torch.nn.Module) -> Call:
     """How a toy is called: `[1, T]`, `[1, T]`, `[B]`."""
     dims = {
         "input_ids": {1: "tokens"},
@@ -102,6 +102,12 @@ def _isolated(piece: PieceCallable) -> PieceCallable:
         return [o.clone() if isinstance(o, torch.Tensor) else o for o in outputs]
 
     return call
+
+
+@pytest.fixture(scope="session")
+def toy_batch() -> Callable[[int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """See `batch`."""
+    return batch
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -176,11 +182,16 @@ def trace_toy(
 
 @pytest.fixture(scope="session")
 def link_toy(ops: Any, toy_spec: Callable[..., CompileSpec]) -> Callable[..., Toy]:
-    """Takes a toy all the way: `link_toy(function, isolated=False, **changes of the spec)`."""
+    """Takes a toy all the way: `link_toy(function, isolated=False, **changes of the spec)`.
 
-    def make(function: ToyFunction, *, isolated: bool = False, **changes: Any) -> Toy:
+    Or an entry of one's own, called as a toy is, in place of the function.
+    """
+
+    def make(
+        function: ToyFunction | torch.nn.Module, *, isolated: bool = False, **changes: Any
+    ) -> Toy:
         spec = toy_spec(**changes)
-        entry = ToyEntry(function)
+        entry = function if isinstance(function, torch.nn.Module) else ToyEntry(function)
         compiler = find_compiler(spec.backend)
         with applied(vllmc_overrides(spec)):
             captured = trace("toy", entry, toy_call(entry), spec)

@@ -13,6 +13,7 @@ from encoder_families import (
     same_embeddings,
     save_encoder,
 )
+from repeating import plans, told, with_layers
 
 
 @pytest.mark.parametrize("family", ENCODERS, ids=lambda family: family.name)
@@ -22,3 +23,14 @@ def test_embeddings_are_those_of_transformers(family: EncoderFamily, tmp_path: P
     found = embeddings(job, ready)
     assert same_embeddings(model, found)
     assert not same_embeddings(model, {n: e + 1e-3 for n, e in found.items()})
+
+
+@pytest.mark.parametrize("family", ENCODERS, ids=lambda family: family.name)
+def test_tracing_equal_layers_once_gives_the_graph_of_tracing_all(
+    family: EncoderFamily, tmp_path: Path
+) -> None:
+    save_encoder(family, tmp_path)
+    repeating, whole, stood_in = plans(with_layers(str(tmp_path), 4))
+    assert told(repeating) == told(whole)
+    # ALBERT calls one layer again and again.
+    assert (stood_in > 0) == (family.name != "albert")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.fx as fx
+from repeating import plans, told, with_layers
 
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph import capture as capturing
@@ -196,3 +197,17 @@ def test_what_cannot_be_captured_is_refused_with_module_and_line(
     if refusal.module:
         assert re.fullmatch(r"transformers/\S+\.py:[1-9]\d*", str(error.context["line"]))
         assert error.context["source"]
+
+
+# In which the values decide how many rows each expert of each layer gets.
+TRACED_WHOLE = {"jetmoe"}
+
+
+@pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.name)
+def test_tracing_equal_layers_once_gives_the_graph_of_tracing_all(
+    family: Any, tmp_path: Path
+) -> None:
+    families.save_config(family, tmp_path)
+    repeating, whole, stood_in = plans(with_layers(str(tmp_path), 4))
+    assert told(repeating) == told(whole)
+    assert (stood_in > 0) == (family.name not in TRACED_WHOLE)
