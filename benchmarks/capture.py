@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measuring import Headline, summary, write_report
+from measuring import Headline, headline, summary, write_report
 
 WAYS = ("once", "all")
 
@@ -44,12 +44,11 @@ def main() -> None:
                 samples[layers, way].append(in_fresh_process(way, layers))
         print(f"run {run + 1} of {options.runs}", file=sys.stderr, flush=True)
     rows = [{"layers": n, "traced": way, **summary(group)} for (n, way), group in samples.items()]
-    headlines = [growth(samples, min(options.layers), max(options.layers))]
+    grown = growth(samples, min(options.layers), max(options.layers))
     print(table(rows))
-    for headline in headlines:
-        print(f"{headline.what}: {headline.value:.1f} ({headline.figures})")
+    print(f"{grown.what}: {grown.value:.1f} ({grown.figures})")
     if options.json:
-        write_report(options.json, options.runs, rows, headlines)
+        write_report(options.json, options.runs, rows, [grown])
 
 
 def in_fresh_process(way: str, layers: int) -> dict[str, float]:
@@ -106,15 +105,8 @@ def growth(samples: dict[tuple[int, str], list[dict[str, float]]], few: int, man
         1e3 * (large["total"] - small["total"]) / (many - few)
         for small, large in zip(samples[few, "once"], samples[many, "once"], strict=True)
     ]
-    median = summary([{"ms": value} for value in grown])
-    return Headline(
-        what="capture and cutting, ms for each further layer",
-        value=median["ms"],
-        low=min(grown),
-        high=max(grown),
-        figures=f"from {few} to {many} layers",
-        at_most=10.0,
-    )
+    what = "capture and cutting, ms for each further layer"
+    return headline(what, grown, f"from {few} to {many} layers", 10.0)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

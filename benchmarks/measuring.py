@@ -29,6 +29,20 @@ class Headline:
     at_most: float | None = None
 
 
+def headline(
+    what: str, values: Sequence[float], figures: str, at_most: float | None = None
+) -> Headline:
+    """The headline of one value per run."""
+    return Headline(
+        what=what,
+        value=statistics.median(values),
+        low=min(values),
+        high=max(values),
+        figures=figures,
+        at_most=at_most,
+    )
+
+
 def summary(samples: Sequence[dict[str, float]]) -> dict[str, Any]:
     """The median of each value, and the smallest and largest as `<name>_spread`."""
     row: dict[str, Any] = {}

@@ -1,10 +1,11 @@
 """Time to the first output, cold and warm: eager, stock torch.compile and vllmc.
 
-    python benchmarks/startup.py [--layers 2 8 32] [--runs 3] [--json FILE]
+    python benchmarks/startup.py [--layers 2 8 32] [--own-layers 80] [--runs 5] [--json FILE]
 
 Every measurement is a fresh process, and the alternatives take turns. A cold run has empty
-caches; a warm one those of the cold run before it. Times run from the first call to its end;
-imports and building the model are not counted. Medians, and ratios to stock torch.compile.
+caches; a warm one those of the cold run before it. Times run from the first call to its end, and
+for vllmc also importing it; importing torch and Transformers and building the model are not
+counted. Medians, and ratios to stock torch.compile. With `--own-layers` vllmc alone is measured.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from measuring import summary, write_report
+from measuring import Headline, headline, summary, write_report
 
 ALTERNATIVES = ("eager", "stock", "vllmc")
 PROMPT_TOKENS = 16
@@ -33,26 +35,32 @@ def main() -> None:
     """Runs the comparison, or one measurement of it (`--one`)."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 8, 32])
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--own-layers", type=int, nargs="*", default=[80])
+    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", choices=ALTERNATIVES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(options.one, options.layers[0])))
         return
-    samples = compare(options.layers, options.runs)
+    alternatives = {depth: ALTERNATIVES for depth in options.layers}
+    alternatives |= {depth: ("vllmc",) for depth in options.own_layers}
+    samples = compare(alternatives, options.runs)
     rows = summarize(samples)
     print(table(rows))
     if options.json:
-        write_report(options.json, options.runs, rows)
+        write_report(options.json, options.runs, rows, headlines(samples, options.layers))
 
 
-def compare(layers: list[int], runs: int) -> dict[tuple[int, str, str], list[dict[str, float]]]:
+Samples = dict[tuple[int, str, str], list[dict[str, float]]]
+
+
+def compare(alternatives: Mapping[int, Sequence[str]], runs: int) -> Samples:
     """`(layers, alternative, "cold" or "warm") -> one sample per run`."""
-    samples: dict[tuple[int, str, str], list[dict[str, float]]] = defaultdict(list)
-    for depth in layers:
-        for run in range(runs):
-            for alternative in ALTERNATIVES:
+    samples: Samples = defaultdict(list)
+    for run in range(runs):
+        for depth in alternatives:
+            for alternative in alternatives[depth]:
                 with tempfile.TemporaryDirectory() as caches:
                     for state in ("cold", "warm"):
                         sample = in_fresh_process(alternative, depth, Path(caches))
@@ -99,11 +107,16 @@ def model_config(layers: int) -> Any:
 def measure(alternative: str, layers: int) -> dict[str, float]:
     """Seconds to the first output and per step, and peak memory in MB."""
     import torch
+    import transformers  # noqa: F401
 
+    imported = time.perf_counter()
+    if alternative == "vllmc":
+        import_vllmc()
+    imported = time.perf_counter() - imported
     step = vllmc_step(layers) if alternative == "vllmc" else transformers_step(alternative, layers)
     started = time.perf_counter()
     step(PROMPT_TOKENS)
-    first = time.perf_counter() - started
+    first = time.perf_counter() - started + imported
     times = {}
     for tokens in (1, PROMPT_TOKENS):
         for _ in range(3):
@@ -114,9 +127,9 @@ def measure(alternative: str, layers: int) -> dict[str, float]:
             step(tokens)
             laps.append(time.perf_counter() - lap)
         times[tokens] = statistics.median(laps)
-    assert torch.get_num_threads() > 0
     return {
         "first": first,
+        "imported": imported,
         "step_1": times[1],
         "step_16": times[PROMPT_TOKENS],
         "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -143,6 +156,11 @@ def transformers_step(alternative: str, layers: int) -> Any:
             ).logits
 
     return step
+
+
+def import_vllmc() -> None:
+    """What a hit needs of vllmc, besides what building a model imports."""
+    import vllmc.core.pipeline
 
 
 def vllmc_step(layers: int) -> Any:
@@ -208,18 +226,65 @@ def vllmc_step(layers: int) -> Any:
     return step
 
 
-def summarize(
-    samples: dict[tuple[int, str, str], list[dict[str, float]]],
-) -> list[dict[str, Any]]:
-    """Medians with their spread, and ratios to stock in the same state."""
+def summarize(samples: Samples) -> list[dict[str, Any]]:
+    """Medians with their spread, and ratios to stock in the same state, where it was measured."""
     rows: list[dict[str, Any]] = []
     for (depth, alternative, state), group in samples.items():
         row = {"layers": depth, "alternative": alternative, "state": state, **summary(group)}
-        stock = samples[depth, "stock", state]
-        for name in ("first", "step_1", "step_16"):
-            row[f"{name}_ratio"] = row[name] / statistics.median(s[name] for s in stock)
+        if stock := samples.get((depth, "stock", state)):
+            for name in ("first", "step_1", "step_16"):
+                row[f"{name}_ratio"] = row[name] / statistics.median(s[name] for s in stock)
         rows.append(row)
     return rows
+
+
+def headlines(samples: Samples, layers: Sequence[int]) -> list[Headline]:
+    """Cold and warm starts of the most layers that stock was measured with, and how they grow."""
+    many, few, most = max(layers), min(layers), max(depth for depth, _, _ in samples)
+    warm = [sample["first"] for sample in samples[many, "vllmc", "warm"]]
+    return [
+        headline(
+            f"warm start, {many} layers, seconds beyond torch and the model",
+            warm,
+            "importing vllmc, the key, loading, linking and the first 16 tokens",
+            0.25,
+        ),
+        compared(f"warm start, {many} layers, of stock's", samples, many, "warm", 0.05),
+        compared(f"cold start, {many} layers, of stock's", samples, many, "cold", 0.25),
+        *(
+            headline(
+                f"{state} start, {more} layers to {less}",
+                [
+                    large["first"] / small["first"]
+                    for large, small in zip(
+                        samples[more, "vllmc", state], samples[less, "vllmc", state], strict=True
+                    )
+                ],
+                ratio_in_words(samples, (more, "vllmc"), (less, "vllmc"), state),
+                at_most,
+            )
+            for state, more, less, at_most in (
+                ("warm", most, few, 1.5),
+                ("cold", most, sorted(layers)[len(layers) // 2], 1.3),
+            )
+        ),
+    ]
+
+
+def compared(what: str, samples: Samples, depth: int, state: str, at_most: float) -> Headline:
+    """vllmc to stock, run by run."""
+    ours, stock = (samples[depth, name, state] for name in ("vllmc", "stock"))
+    ratios = [a["first"] / b["first"] for a, b in zip(ours, stock, strict=True)]
+    words = ratio_in_words(samples, (depth, "vllmc"), (depth, "stock"), state)
+    return headline(what, ratios, words, at_most)
+
+
+def ratio_in_words(
+    samples: Samples, one: tuple[int, str], other: tuple[int, str], state: str
+) -> str:
+    """The medians behind a ratio."""
+    a, b = (statistics.median(s["first"] for s in samples[*of, state]) for of in (one, other))
+    return f"{a:.2f} s of {b:.2f} s"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -233,12 +298,17 @@ def table(rows: list[dict[str, Any]]) -> str:
         low, high = row["first_spread"]
         lines.append(
             f"| {row['layers']} | {row['alternative']} | {row['state']} "
-            f"| {row['first']:.2f} s ({low:.2f} to {high:.2f}) | {row['first_ratio']:.2f} "
-            f"| {row['step_1'] * 1e3:.2f} ms | {row['step_1_ratio']:.2f} "
-            f"| {row['step_16'] * 1e3:.2f} ms | {row['step_16_ratio']:.2f} "
+            f"| {row['first']:.2f} s ({low:.2f} to {high:.2f}) | {ratio(row, 'first')} "
+            f"| {row['step_1'] * 1e3:.2f} ms | {ratio(row, 'step_1')} "
+            f"| {row['step_16'] * 1e3:.2f} ms | {ratio(row, 'step_16')} "
             f"| {row['memory_mb']:.0f} MB |"
         )
     return "\n".join(lines)
+
+
+def ratio(row: Mapping[str, Any], name: str) -> str:
+    """The ratio to stock; empty where stock was not measured."""
+    return f"{row[f'{name}_ratio']:.3f}" if f"{name}_ratio" in row else ""
 
 
 if __name__ == "__main__":
