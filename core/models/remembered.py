@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # importing it takes Dynamo and sympy, which a hit does witho
     from vllmc.core.declare.calls import Call
 
 _FORM: Final = 1
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _ELSEWHERE: Final = frozenset({"auto_map", "configuration_files"})
 """The fields by which a config.json names other files."""
 
@@ -57,20 +59,43 @@ class Question:
 
 def directory_question(directory: Path, layers: int | None) -> Question | None:
     """The question that a directory's configuration asks; None where more than that is read."""
-    texts = []
-    for name in ("config.json", "generation_config.json"):
-        file = directory / name
-        try:
-            texts.append(file.read_text(encoding="utf-8") if file.is_file() else None)
-        except (OSError, UnicodeDecodeError):
-            return None
-    try:
-        fields = json.loads(texts[0] or "")
-    except ValueError:
-        return None
-    if not isinstance(fields, dict) or not _ELSEWHERE.isdisjoint(fields):
+    config, generation = directory / "config.json", directory / "generation_config.json"
+    texts = [_text(config), _text(generation)]
+    unreadable = texts[1] is None and generation.is_file()
+    if unreadable or not _stands_alone(texts[0]):
         return None
     return Question(fields=["directory", *texts], layers=layers, directory=directory)
+
+
+def hub_question(hub_id: str, revision: str | None, layers: int | None) -> Question | None:
+    """The question of a configuration in the Transformers cache.
+
+    None where it is not there, or the hub may have a newer one.
+    """
+    from huggingface_hub import constants
+
+    model = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
+    commit = revision if revision and _COMMIT.fullmatch(revision) else None
+    if commit is None and constants.HF_HUB_OFFLINE:
+        commit = _text(model / "refs" / (revision or "main"))
+    text = _text(model / "snapshots" / commit / "config.json") if commit else None
+    return Question(fields=["hub", text], layers=layers) if _stands_alone(text) else None
+
+
+def _text(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _stands_alone(text: str | None) -> bool:
+    """Whether it is a config.json that names no other file."""
+    try:
+        fields = json.loads(text or "")
+    except ValueError:
+        return False
+    return isinstance(fields, dict) and _ELSEWHERE.isdisjoint(fields)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,12 @@ from pathlib import Path
 from vllmc.core.errors import UsageError, VllmcError
 from vllmc.core.models.model import Model
 from vllmc.core.models.presets import PRESETS, Preset, find_preset
-from vllmc.core.models.remembered import Question, directory_question, remembered_model
+from vllmc.core.models.remembered import (
+    Question,
+    directory_question,
+    hub_question,
+    remembered_model,
+)
 
 _ATTRIBUTE = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?$")
@@ -44,9 +49,7 @@ def resolve(name: str, *, layers: int | None = None, cache: Path | None = None) 
     if (preset := find_preset(name)) is not None:
         return _of_preset(preset, layers, cache)
     if hub := _HUB_ID.match(name):
-        from vllmc.core.models.transformers_model import load_hub
-
-        return load_hub(name, hub["id"], hub["revision"], layers)
+        return _of_hub(name, hub, layers, cache)
     near = difflib.get_close_matches(name, [preset.name for preset in PRESETS], n=1)
     raise VllmcError(
         "unknown-model",
@@ -73,6 +76,16 @@ def _of_directory(name: str, directory: Path, layers: int | None, cache: Path | 
         return load_directory(name, directory, layers)
 
     question = directory_question(directory, layers)
+    return load() if question is None else remembered_model(name, question, load, cache)
+
+
+def _of_hub(name: str, hub: re.Match[str], layers: int | None, cache: Path | None) -> Model:
+    def load() -> Model:
+        from vllmc.core.models.transformers_model import load_hub
+
+        return load_hub(name, hub["id"], hub["revision"], layers)
+
+    question = hub_question(hub["id"], hub["revision"], layers)
     return load() if question is None else remembered_model(name, question, load, cache)
 
 

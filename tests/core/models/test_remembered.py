@@ -59,7 +59,7 @@ Ask = Callable[..., dict[str, Any]]
 def ask(tmp_path: Path) -> Ask:
     """What a fresh process says of a model: `ask(name, layers=0, cache=..., path=(), build=False)`.
 
-    `path` is searched for modules first.
+    `path` is searched for modules first; further arguments are environment variables.
     """
 
     def run(
@@ -70,11 +70,12 @@ def ask(tmp_path: Path) -> Ask:
         path: tuple[Path, ...] = (),
         build: bool = False,
         script: str = ASK,
+        **variables: str,
     ) -> dict[str, Any]:
         places = os.pathsep.join([*map(str, path), *filter(None, sys.path)])
         done = subprocess.run(
             [sys.executable, "-c", script, str(name), str(layers), str(cache), "build" * build],
-            env=os.environ | {"PYTHONPATH": places},
+            env=os.environ | variables | {"PYTHONPATH": places},
             capture_output=True,
             text=True,
             check=False,
@@ -278,6 +279,37 @@ resolving.remembered_model = touching
     assert not (tmp_path / "cache").exists()
     assert not ask("tiny-llama", path=(editable,))["remembered"]
     assert ask("tiny-llama", path=(editable,))["remembered"]
+
+
+def test_a_model_in_the_transformers_cache_is_that_of_its_commit(ask: Ask, tmp_path: Path) -> None:
+    model = tmp_path / "hub" / "models--some--llama"
+    for commit, changes in (("a" * 40, {}), ("b" * 40, {"vocab_size": 128})):
+        snapshot = model / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text(json.dumps(LLAMA | changes))
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("a" * 40)
+
+    def told(name: str) -> tuple[bool, bool]:
+        answer = ask(name, HF_HUB_CACHE=str(tmp_path / "hub"))
+        return answer["remembered"], "vocab_size=128" in answer["info"]
+
+    assert told("some/llama") == (False, False)
+    assert told("some/llama") == (True, False)
+    assert told("some/llama@" + "a" * 40) == (True, False)
+    (model / "refs" / "main").write_text("b" * 40)
+    assert told("some/llama") == (False, True)
+    assert told("some/llama@" + "b" * 40) == (True, True)
+    # What the hub says of it now is not known, where it may be asked.
+    (model / "refs" / "main").write_text("a" * 40)
+    question = """
+from vllmc.core.models.remembered import hub_question
+import json
+names = (None, "main", "a" * 40)
+print(json.dumps({str(name): bool(hub_question("some/llama", name, 0)) for name in names}))
+"""
+    hub = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
+    assert ask("", script=question, **hub) == {"None": False, "main": False, "a" * 40: True}
 
 
 def test_a_fact_begins_with_its_digest(tmp_path: Path) -> None:
