@@ -75,7 +75,7 @@ def ask(tmp_path: Path) -> Ask:
         places = os.pathsep.join([*map(str, path), *filter(None, sys.path)])
         done = subprocess.run(
             [sys.executable, "-c", script, str(name), str(layers), str(cache), "build" * build],
-            env=os.environ | variables | {"PYTHONPATH": places},
+            env=os.environ | {"PYTHONPATH": places, "PYTHONDONTWRITEBYTECODE": "1"} | variables,
             capture_output=True,
             text=True,
             check=False,
