@@ -27,7 +27,7 @@ _FIELDS = {
 }
 
 
-def find_model(request: CompileRequest) -> Model:
+def find_model(settings: Settings, request: CompileRequest) -> Model:
     """The model that is asked for. Raises what `resolve` raises."""
     from vllmc.core.models.resolve import resolve
 
@@ -35,19 +35,13 @@ def find_model(request: CompileRequest) -> Model:
     # not have on its path.
     if ":" in request.model and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    model = resolve(request.model, layers=request.layers)
-
-    # Progress is for `Output` to show, which knows of terminals and -q.
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    return model
+    return resolve(request.model, layers=request.layers, cache=settings.cache_dir)
 
 
 def make(settings: Settings, request: CompileRequest) -> Job:
     """Resolves the model and the options. Raises `VllmcError` for what is not there."""
     since = time.time()
-    model = find_model(request)
+    model = find_model(settings, request)
 
     from vllmc.core.job import make_job, resolve_spec
     from vllmc.core.spec import CompileSpec

@@ -36,7 +36,7 @@ def print_proof(
 
     Of the request only the model and its layers count: all else is as the sides have it.
     """
-    model = jobs.find_model(request)
+    model = jobs.find_model(settings, request)
     from vllmc.core.proof.prove import prove
     from vllmc.core.proof.workbench import Workbench
 

@@ -17,8 +17,11 @@ from vllmc.core.cache.store import Store
 from vllmc.core.errors import CheckFailed, UsageError, VllmcError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
+    from vllmc.core.cache.record import ProgramRecord
+    from vllmc.core.events import Observer
     from vllmc.core.job import Job
     from vllmc.core.pipeline import Ready
     from vllmc.core.runtime.engine import Output as Generated
@@ -179,11 +182,15 @@ def run(
         max_position=limits.max_position,
     )
     with output.progress() as observer:
+        entry = _Entry(job, observer)
         ready = obtain_program(
-            job, Store(settings.cache_dir), observer, policy=Policy(may_compile=not fail_on_miss)
+            job,
+            Store(settings.cache_dir),
+            observer,
+            policy=Policy(may_compile=not fail_on_miss),
+            meanwhile=entry.build,
         )
-        observer.stage("load")
-        program, check, load = _load(job, ready, checked=checked)
+        program, check, load = _load(entry, ready, checked=checked)
     if pooling is None:
         done = _generate(program, prompts, params, limits, tokenizer)
     else:
@@ -230,22 +237,46 @@ def _limits(job: Job) -> Limits:
     )
 
 
-def _load(job: Job, ready: Ready, *, checked: bool) -> tuple[Program, GuardCheck | None, float]:
+class _Entry:
+    """The model with its weights, built once; `seconds` is what that took."""
+
+    def __init__(self, job: Job, observer: Observer) -> None:
+        self._job = job
+        self._observer = observer
+        self._entry: torch.nn.Module | None = None
+        self.seconds = 0.0
+
+    def build(self, record: ProgramRecord) -> torch.nn.Module:
+        """The entry module. Raises what `Model.build` does, and `not-enough-memory`."""
+        from vllmc.core.graph.layout import Layout
+        from vllmc.core.runtime.memory import require_memory
+
+        if self._entry is None:
+            self._observer.stage("load")
+            spec = self._job.spec
+            require_memory(Layout.from_json(record.program), spec.device)
+            started = time.perf_counter()
+            self._entry = self._job.model.build(
+                "real", device=spec.device, dtype=spec.dtype, layer_names=spec.layer_names, seed=0
+            )
+            self.seconds = time.perf_counter() - started
+        return self._entry
+
+
+def _load(
+    entry: _Entry, ready: Ready, *, checked: bool
+) -> tuple[Program, GuardCheck | None, float]:
     """The program with the model's weights, its guards if `checked`, and how long that took."""
     from vllmc.core.graph.layout import Layout
     from vllmc.core.pipeline import open_program
     from vllmc.core.runtime.guards import GuardCheck
-    from vllmc.core.runtime.memory import require_memory
 
-    spec, layout = job.spec, Layout.from_json(ready.record.program)
-    require_memory(layout, spec.device)
+    module = entry.build(ready.record)
     started = time.perf_counter()
-    entry = job.model.build(
-        "real", device=spec.device, dtype=spec.dtype, layer_names=spec.layer_names, seed=0
-    )
-    check = GuardCheck(layout, ready.record.guarded, entry) if checked else None
-    program = open_program(ready, entry, check)
-    return program, check, time.perf_counter() - started
+    layout = Layout.from_json(ready.record.program)
+    check = GuardCheck(layout, ready.record.guarded, module) if checked else None
+    program = open_program(ready, module, check)
+    return program, check, entry.seconds + time.perf_counter() - started
 
 
 def _generate(

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import platformdirs
-
 from vllmc.core.errors import VllmcError
 
 Scope: TypeAlias = Literal["inductor", "functorch"]
@@ -144,13 +142,20 @@ def load_settings(
     file = _read_config(config, variables, here)
     flags = () if cache_dir is None else (str(cache_dir),)
     place = _find("cache-dir", flags, variables, file)
-    path = Path(place.value) if place else platformdirs.user_cache_path("vllmc")
+    path = Path(place.value) if place else _default_cache_dir()
     return Settings(
         environment=variables,
         config=file,
         cache_dir=here / path.expanduser(),
         cache_dir_origin=place.origin if place else "default",
     )
+
+
+def _default_cache_dir() -> Path:
+    # Most small commands are given the directory, and spend their time on imports.
+    import platformdirs
+
+    return platformdirs.user_cache_path("vllmc")
 
 
 def _find(

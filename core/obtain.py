@@ -13,7 +13,7 @@ from vllmc.core.cache.store import Store
 from vllmc.core.errors import CheckFailed
 from vllmc.core.events import Observer, UnitOutcome
 from vllmc.core.job import Job
-from vllmc.core.prediction import ANY_RANGE, Found, keyed, lookup
+from vllmc.core.prediction import ANY_RANGE, Found, Meanwhile, keyed, lookup
 
 if TYPE_CHECKING:  # importing it takes Dynamo and sympy, which a hit does without
     from vllmc.core.compiler.protocol import Compiler, Unit
@@ -46,11 +46,11 @@ class Reader:
         self._observer = observer
         self._repairs = repairs
 
-    def program(self, job: Job) -> Found | None:
+    def program(self, job: Job, meanwhile: Meanwhile | None = None) -> Found | None:
         """See `lookup`."""
         while True:
             try:
-                return lookup(job, self.store)
+                return lookup(job, self.store, meanwhile)
             except MissingArtifact:
                 return None
             except CorruptArtifact as error:

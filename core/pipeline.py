@@ -24,7 +24,7 @@ from vllmc.core.job import Job
 from vllmc.core.layer_names import LayerNameCost, cost_of
 from vllmc.core.models.model import Weights
 from vllmc.core.obtain import Policy, Reader, UnitResult, in_words, obtain
-from vllmc.core.prediction import ANY_RANGE, Found, Miss, explain_miss
+from vllmc.core.prediction import ANY_RANGE, Found, Meanwhile, Miss, explain_miss
 from vllmc.core.runtime.conditions import spoken
 from vllmc.core.runtime.loader import load_artifact
 from vllmc.core.runtime.program import Guards, Program, Variant, link
@@ -80,18 +80,20 @@ def obtain_program(
     *,
     policy: Policy | None = None,
     weights: Weights = "fake",
+    meanwhile: Meanwhile | None = None,
 ) -> Ready:
     """Finds the program in the store, or captures the model and obtains each of its units.
 
+    `meanwhile` is called with the record of a program that is there, while its artifacts are read.
     One process compiles a program; others that want the same one wait and then find it. Raises
-    what capture and compilers raise, and `VllmcError` (`config-changed`) where this thread would
-    compile under other options than the job's key was made of. Where `policy` forbids compiling,
-    raises `CheckFailed` for what is missing and `UnsafeCacheError` for what is corrupt.
+    what capture, compilers and `meanwhile` raise, and `VllmcError` (`config-changed`) where this
+    thread would compile under other options than the job's key was made of. Where `policy` forbids
+    compiling, raises `CheckFailed` for what is missing and `UnsafeCacheError` for what is corrupt.
     """
     policy = policy or Policy()
     started = time.perf_counter()
     reader = Reader(store, observer, repairs=policy.may_compile)
-    if not policy.force and (found := reader.program(job)) is not None:
+    if not policy.force and (found := reader.program(job, meanwhile)) is not None:
         return _hit(job, store, found, started)
     # A cache may be read-only where nothing is to be compiled.
     lock = (

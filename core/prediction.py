@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
@@ -16,6 +16,9 @@ from vllmc.core.cache.store import Store
 from vllmc.core.errors import UnsafeCacheError
 from vllmc.core.job import Job
 from vllmc.core.spec import unit_ranges
+
+Meanwhile: TypeAlias = Callable[[ProgramRecord], object]
+"""What to do with the record of a found program while its artifacts are read."""
 
 PredictedOutcome: TypeAlias = Literal["hit", "miss", "unknown", "unsafe"]
 
@@ -82,18 +85,33 @@ class Prediction:
     pieces: dict[str, int] | None = None
 
 
-def lookup(job: Job, store: Store) -> Found | None:
+def lookup(job: Job, store: Store, meanwhile: Meanwhile | None = None) -> Found | None:
     """The stored program of `job`, verified whole; None where there is none.
 
-    Raises `CorruptRecordError`, `CorruptArtifact` and `MissingArtifact`.
+    Raises `CorruptRecordError`, `CorruptArtifact` and `MissingArtifact`, and what `meanwhile` does.
     """
     for record in store.programs(job.key):
         if is_current(record, job):
-            digests = {unit.artifact for unit in record.units}
-            return Found(
-                record=record, artifacts={d: store.read_artifact(d) for d in sorted(digests)}
-            )
+            return Found(record=record, artifacts=_artifacts(record, store, meanwhile))
     return None
+
+
+def _artifacts(
+    record: ProgramRecord, store: Store, meanwhile: Meanwhile | None
+) -> dict[str, bytes]:
+    def read() -> dict[str, bytes]:
+        digests = {unit.artifact for unit in record.units}
+        return {digest: store.read_artifact(digest) for digest in sorted(digests)}
+
+    if meanwhile is None:
+        return read()
+    from concurrent.futures import ThreadPoolExecutor
+
+    # Reading and hashing need no interpreter, so the other thread keeps it.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        reading = pool.submit(read)
+        meanwhile(record)
+        return reading.result()
 
 
 def is_current(record: ProgramRecord, job: Job) -> bool:

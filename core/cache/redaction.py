@@ -65,11 +65,12 @@ SHAPES: Final[Mapping[str, str]] = MappingProxyType(
 )
 """The shapes of secrets, as regular expressions."""
 
-_SECRET_PARTS: Final = re.compile("|".join(SECRET_PARTS).replace("_", "_?"), re.IGNORECASE)
-_VOCABULARY: Final = re.compile(rf"(?:^|_)(?:{'|'.join(VOCABULARY)})_", re.IGNORECASE)
-_SECRET_SHAPES: Final = re.compile("|".join(SHAPES.values()), re.DOTALL)
-_LONG_WORDS: Final = re.compile(r"(?<![\w:#+/=-])[\w+/=-]{32,}")
-_HEX: Final = re.compile(r"[0-9a-f]{32,}|[0-9A-F]{32,}")
+# `re` compiles them when they are needed, and most commands print nothing to redact.
+_SECRET_PARTS: Final = "|".join(SECRET_PARTS).replace("_", "_?")
+_VOCABULARY: Final = rf"(?:^|_)(?:{'|'.join(VOCABULARY)})_"
+_SECRET_SHAPES: Final = "|".join(SHAPES.values())
+_LONG_WORDS: Final = r"(?<![\w:#+/=-])[\w+/=-]{32,}"
+_HEX: Final = r"[0-9a-f]{32,}|[0-9A-F]{32,}"
 _CHANGES_KIND: Final = 0.4
 
 
@@ -83,8 +84,8 @@ def redact(name: str, value: JsonValue, *, random: bool = False) -> JsonValue:
     if isinstance(value, str):
         hidden = value and (
             _names_secret(name)
-            or _SECRET_SHAPES.search(value)
-            or (random and any(map(_looks_random, _LONG_WORDS.findall(value))))
+            or re.search(_SECRET_SHAPES, value, re.DOTALL)
+            or (random and any(map(_looks_random, re.findall(_LONG_WORDS, value))))
         )
         return REDACTED if hidden else value
     if isinstance(value, list):
@@ -99,7 +100,7 @@ def redact(name: str, value: JsonValue, *, random: bool = False) -> JsonValue:
 
 def scrub(text: str) -> str:
     """`text`, with `<redacted>` in the place of each secret that shows by its shape."""
-    return _SECRET_SHAPES.sub(REDACTED, text)
+    return re.sub(_SECRET_SHAPES, REDACTED, text, flags=re.DOTALL)
 
 
 def hide(factor: Factor) -> Factor:
@@ -116,7 +117,9 @@ def hide(factor: Factor) -> Factor:
 
 
 def _names_secret(name: str) -> bool:
-    return bool(_SECRET_PARTS.search(name)) or any(map(_part_names_secret, name.split(".")))
+    return bool(re.search(_SECRET_PARTS, name, re.IGNORECASE)) or any(
+        map(_part_names_secret, name.split("."))
+    )
 
 
 def _part_names_secret(name: str) -> bool:
@@ -125,7 +128,7 @@ def _part_names_secret(name: str) -> bool:
     if last == "key":
         # STRIPE_KEY is a secret by the custom of environment variables; sort_key is an option.
         return name.isupper() and "CACHE" not in name
-    return last in SECRET_LAST_WORDS and not _VOCABULARY.search(name)
+    return last in SECRET_LAST_WORDS and not re.search(_VOCABULARY, name, re.IGNORECASE)
 
 
 def _looks_random(word: str) -> bool:
@@ -134,4 +137,4 @@ def _looks_random(word: str) -> bool:
     if len(set(kinds)) < 2:
         return False
     changes = sum(a != b for a, b in pairwise(kinds))
-    return bool(_HEX.fullmatch(word)) or changes >= _CHANGES_KIND * len(kinds)
+    return bool(re.fullmatch(_HEX, word)) or changes >= _CHANGES_KIND * len(kinds)

@@ -23,19 +23,22 @@ from vllmc.core.cache.record import NO_DIGEST, SourceFile
 MAIN: Final = "__main__"
 """The package of a script that was run; its `path` is the script's name."""
 
-# Factors of their own: versions.torch_key, and group `code`.
-_COVERED: Final = frozenset({"torch", "vllmc"})
+COVERED: Final = frozenset({"torch", "vllmc"})
+"""The packages that are factors of their own: `versions.torch_key`, and group `code`."""
 
 
 def collect(
-    code_files: Mapping[str, Collection[str]], *, since: float = math.inf
+    code_files: Mapping[str, Collection[str]],
+    *,
+    since: float = math.inf,
+    covered: Collection[str] = COVERED,
 ) -> tuple[SourceFile, ...]:
     """The source files among `code_files`: `co_filename`s, and the functions traced in each.
 
     A file that changed at or after `since` (unix seconds, when modules were imported) may not be
     what was traced, so it gets no digest; nor does one that can no longer be read. Left out are
-    code without a file (`<string>`, frozen modules) and what the key covers anyway: torch's own
-    files and vllmc's. A file that no loaded package holds is named after its module, and never
+    code without a file (`<string>`, frozen modules) and the packages that are `covered` by other
+    means. A file that no loaded package holds is named after its module, and never
     verifies elsewhere.
     """
     homes = _homes()
@@ -44,7 +47,7 @@ def collect(
         if file.startswith("<"):
             continue
         package, path = _name(Path(file).absolute(), homes)
-        if package.partition(".")[0] in _COVERED:
+        if package.partition(".")[0] in covered:
             continue
         before = found.get((package, path))
         found[package, path] = SourceFile(

@@ -13,6 +13,7 @@ import torch
 
 from vllmc.core.cache.key import canonical_json, sha256_hex
 from vllmc.core.compiler.container import BUNDLE, NATIVE, pack
+from vllmc.core.compiler.elf import loadable_part
 from vllmc.core.compiler.protocol import Compiled, Unit, example_inputs, example_scope
 from vllmc.core.errors import VllmcError
 from vllmc.core.spec import CompileSpec
@@ -78,7 +79,7 @@ def _native(generated: inductor.Generated) -> Compiled:
             {"provided": list(reduced.provided), "extern_kernels": dict(reduced.products)},
             {
                 "wrapper.py": reduced.source.encode(),
-                **{f"kernels/{k.name}.so": k.library for k in kernels},
+                **{f"kernels/{k.name}.so": loadable_part(k.library) for k in kernels},
                 **{f"constants/{n}": d for n, d in constants.items() if n in reduced.provided},
             },
         ),

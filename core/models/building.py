@@ -225,7 +225,7 @@ def load_weights(
     auto, options = _auto_class(name, config)
     encodes = encoder_info(name, config) is not None
     try:
-        with _MAKING, _heads_unreported() if encodes else nullcontext():
+        with _MAKING, _no_progress_bar(), _heads_unreported() if encodes else nullcontext():
             model, report = auto.from_pretrained(
                 source,
                 config=config,
@@ -250,6 +250,18 @@ def load_weights(
         )
     loaded: torch.nn.Module = model
     return loaded
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keeps Transformers from drawing bars of its own: progress is told to observers."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -8,16 +8,24 @@ from pathlib import Path
 
 from vllmc.core.errors import UsageError, VllmcError
 from vllmc.core.models.model import Model
-from vllmc.core.models.presets import PRESETS, find_preset
+from vllmc.core.models.presets import PRESETS, Preset, find_preset
+from vllmc.core.models.remembered import (
+    Question,
+    directory_question,
+    hub_question,
+    remembered_model,
+)
 
 _ATTRIBUTE = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
 _HUB_ID = re.compile(r"^(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?$")
 
 
-def resolve(name: str, *, layers: int | None = None) -> Model:
+def resolve(name: str, *, layers: int | None = None, cache: Path | None = None) -> Model:
     """Finds the model called `name`; `layers` overrides its number of layers.
 
-    Raises `VllmcError`: `unknown-model`, `bad-config`, `bad-model` or `unsupported-model`.
+    What a configuration comes to is remembered in the directory `cache`, so that Transformers need
+    not be imported for it again. Raises `VllmcError`: `unknown-model`, `bad-config`, `bad-model`
+    or `unsupported-model`.
     """
     if layers is not None and layers < 1:
         raise UsageError(
@@ -37,17 +45,11 @@ def resolve(name: str, *, layers: int | None = None) -> Model:
     directory = Path(name)
     if directory.is_dir():
         _require_config(name, directory)
-        from vllmc.core.models.transformers_model import load_directory
-
-        return load_directory(name, directory, layers)
+        return _of_directory(name, directory, layers, cache)
     if (preset := find_preset(name)) is not None:
-        from vllmc.core.models.transformers_model import load_preset
-
-        return load_preset(name, preset.config, layers)
+        return _of_preset(preset, layers, cache)
     if hub := _HUB_ID.match(name):
-        from vllmc.core.models.transformers_model import load_hub
-
-        return load_hub(name, hub["id"], hub["revision"], layers)
+        return _of_hub(name, hub, layers, cache)
     near = difflib.get_close_matches(name, [preset.name for preset in PRESETS], n=1)
     raise VllmcError(
         "unknown-model",
@@ -55,6 +57,36 @@ def resolve(name: str, *, layers: int | None = None) -> Model:
         context={"tried": "module:attribute, directory, preset, hub id"},
         hint=f"did you mean '{near[0]}'?" if near else "vllmc models lists the presets",
     )
+
+
+def _of_preset(preset: Preset, layers: int | None, cache: Path | None) -> Model:
+    def load() -> Model:
+        from vllmc.core.models.transformers_model import load_preset
+
+        return load_preset(preset.name, preset.config, layers)
+
+    question = Question(fields=["preset", preset.config], layers=layers)
+    return remembered_model(preset.name, question, load, cache)
+
+
+def _of_directory(name: str, directory: Path, layers: int | None, cache: Path | None) -> Model:
+    def load() -> Model:
+        from vllmc.core.models.transformers_model import load_directory
+
+        return load_directory(name, directory, layers)
+
+    question = directory_question(directory, layers)
+    return load() if question is None else remembered_model(name, question, load, cache)
+
+
+def _of_hub(name: str, hub: re.Match[str], layers: int | None, cache: Path | None) -> Model:
+    def load() -> Model:
+        from vllmc.core.models.transformers_model import load_hub
+
+        return load_hub(name, hub["id"], hub["revision"], layers)
+
+    question = hub_question(hub["id"], hub["revision"], layers)
+    return load() if question is None else remembered_model(name, question, load, cache)
 
 
 def _require_config(name: str, directory: Path) -> None:

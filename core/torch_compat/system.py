@@ -1,7 +1,6 @@
 """What the torch, the CPU, the GPU and the C++ compiler here are, as far as code depends on it.
 
-Slow answers are remembered below the cache directory, in `facts/`, under the digest of what they
-follow from. Whatever goes wrong with such a file, the answer is found anew.
+Slow answers are remembered below the cache directory (`vllmc.core.cache.facts`).
 """
 
 from __future__ import annotations
@@ -9,19 +8,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import os
+import pkgutil
 import platform
-import re
-import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from importlib.machinery import FileFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import torch
 
+from vllmc.core.cache.facts import remembered
 from vllmc.core.errors import VllmcError
 
 if TYPE_CHECKING:
@@ -63,13 +62,32 @@ def torch_key_hex(cache: Path | None) -> str:
         [build] = [hashlib.sha256(record.read_bytes()).hexdigest() for record in records]
     except (OSError, ValueError):
         return _torch_key()
-    return _remembered(cache, f"torch_key-{build}", re.compile(r"[0-9a-f]{64}"), _torch_key)
+    return remembered(cache, f"torch_key-{build}", _torch_key)
 
 
 def _torch_key() -> str:
-    from torch._inductor.codecache import torch_key
+    # What torch._inductor.codecache.torch_key computes, without its import of a second.
+    root = Path(torch.__file__).parent
+    hasher = hashlib.sha256(str(torch.__version__).encode())
+    for name, file in _modules([str(root)], ""):
+        hasher.update(name.encode())
+        hasher.update(Path(file).read_bytes())
+    for extra in ("codegen/aoti_runtime/interface.cpp", "script.ld"):
+        with contextlib.suppress(FileNotFoundError):
+            hasher.update((root / "_inductor" / extra).read_bytes())
+    return hasher.hexdigest()
 
-    return torch_key().hex()
+
+def _modules(places: Sequence[str], prefix: str) -> Iterator[tuple[str, str]]:
+    """The name and file of each module below `places`, a package before what is in it."""
+    for module in sorted(pkgutil.iter_modules(places, prefix), key=lambda found: found.name):
+        assert isinstance(module.module_finder, FileFinder)
+        spec = module.module_finder.find_spec(module.name)
+        assert spec is not None
+        assert spec.origin is not None
+        yield spec.name, spec.origin
+        if spec.submodule_search_locations is not None:
+            yield from _modules(spec.submodule_search_locations, f"{spec.name}.")
 
 
 def triton_version() -> str | None:
@@ -205,9 +223,7 @@ def cxx_compiler(
             status = program.stat()
             facts = f"{program.resolve()}|{status.st_size}|{status.st_mtime_ns}"
             name = f"cxx-{hashlib.sha256(facts.encode()).hexdigest()}"
-            version = _remembered(
-                cache, name, re.compile(r".{1,200}"), lambda: _compiler_version(found)
-            )
+            version = remembered(cache, name, lambda: _compiler_version(found))
             return f"{program.name}: {version}"
     return None
 
@@ -226,26 +242,3 @@ def _compiler_version(program: str) -> str:
         return "unknown version"
     lines = asked.stdout.splitlines()
     return lines[0].strip()[:200] or "unknown version" if lines else "unknown version"
-
-
-def _remembered(
-    cache: Path | None, name: str, form: re.Pattern[str], compute: Callable[[], str]
-) -> str:
-    if cache is None:
-        return compute()
-    file = cache / "facts" / name
-    # A fact is never worth an error: unreadable or malformed, it is found again.
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        text = file.read_text(encoding="utf-8")
-        if form.fullmatch(text):
-            return text
-    value = compute()
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_name(f".{os.getpid()}.{secrets.token_hex(8)}")
-        try:
-            draft.write_text(value, encoding="utf-8")
-            draft.replace(file)
-        finally:
-            draft.unlink(missing_ok=True)
-    return value

@@ -2,10 +2,10 @@
 
     cli  ->  core  ->  kernels  ->  leaves
 
-The leaves are what everything may import: `core.errors`, `core.spec`, `core.cache.key` and
-`core.torch_compat`, which import each other only. Within core the order is between modules, not
-packages (`graph.plan` makes units, which `compiler.protocol` describes by `graph.piece`): there is
-no cycle.
+The leaves are what everything may import: `core.errors`, `core.spec`, `core.cache.key`,
+`core.cache.facts` and `core.torch_compat`, which import each other only. Within core the order is
+between modules, not packages (`graph.plan` makes units, which `compiler.protocol` describes by
+`graph.piece`): there is no cycle.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ LEAVES = (
     "vllmc.core.spec",
     "vllmc.core.syntax",
     "vllmc.core.cache.key",
+    "vllmc.core.cache.facts",
     "vllmc.core.torch_compat",
 )
 PRIVATE = ("torch._inductor", "torch._dynamo", "torch._functorch")

@@ -16,6 +16,7 @@ import torch
 from tiny_models import save_llama
 
 from vllmc.core.cache.key import canonical_json
+from vllmc.core.cache.record import ProgramRecord
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import CheckFailed, UnsafeCacheError, VllmcError
 from vllmc.core.events import SilentObserver
@@ -311,6 +312,67 @@ def test_a_damaged_artifact_is_refused_where_nothing_may_be_compiled(
     with pytest.raises(UnsafeCacheError):
         warm(job(), tmp_path, may_compile=False)
     assert path.exists()
+
+
+class Watched(Store):
+    """A store that tells when it begins to read an artifact, and reads none until it may."""
+
+    began, may = threading.Event(), threading.Event()
+
+    def read_artifact(self, digest: str) -> bytes:
+        self.began.set()
+        assert self.may.wait(60)
+        return Store.read_artifact(self, digest)
+
+
+def test_artifacts_are_read_while_something_else_is_done(job: Any, tmp_path: Path) -> None:
+    first = warm(job(), tmp_path)
+    store = Watched(tmp_path)
+    seen = []
+
+    def meanwhile(record: ProgramRecord) -> None:
+        assert store.began.wait(60)
+        store.may.set()
+        seen.append(record)
+
+    found = obtain_program(job(), store, Notes(), meanwhile=meanwhile)
+    assert found.program == "hit"
+    assert [u.data for u in found.units] == [u.data for u in first.units]
+    assert seen == [first.record]
+
+
+def test_nothing_else_is_done_where_the_program_is_not_there(job: Any, tmp_path: Path) -> None:
+    seen: list[ProgramRecord] = []
+    store = Store(tmp_path)
+    assert obtain_program(job(), store, Notes(), meanwhile=seen.append).program == "miss"
+    assert seen == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), VllmcError("bad-weights", "none fit")])
+def test_what_goes_wrong_while_artifacts_are_read_is_raised(
+    job: Any, tmp_path: Path, error: BaseException
+) -> None:
+    warm(job(), tmp_path)
+
+    def meanwhile(_: ProgramRecord) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        obtain_program(job(), Store(tmp_path), Notes(), meanwhile=meanwhile)
+    assert caught.value is error
+
+
+def test_a_damaged_artifact_is_compiled_again_whatever_else_was_done(
+    job: Any, tmp_path: Path
+) -> None:
+    first = warm(job(), tmp_path)
+    damage(blob(tmp_path, first.units[1].artifact))
+    seen: list[ProgramRecord] = []
+    notes = Notes()
+    second = obtain_program(job(), Store(tmp_path), notes, meanwhile=seen.append)
+    assert notes.warnings == ["corrupt-artifact"]
+    assert counts(second) == {"hit": 2, "dup": 0, "compiled": 1}
+    assert seen == [first.record]
 
 
 def test_one_of_two_that_want_the_same_program_waits_and_finds_it(job: Any, tmp_path: Path) -> None:

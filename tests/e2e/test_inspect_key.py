@@ -183,19 +183,47 @@ def test_a_person_sees_what_was_set_and_with_v_everything(warmed: Any, eager: Ru
     assert len(whole.splitlines()) > 500
 
 
-def test_a_prediction_imports_no_compiler_and_no_modeling_code(
+IMPORTS = """
+import sys
+import torch
+
+before = set(sys.modules)
+from vllmc.cli.app import main
+
+code = main(sys.argv[1:])
+outside = ("vllmc", "typer", "rich", "platformdirs", "xxhash", "annotated_doc", "shellingham")
+stdlib = sys.stdlib_module_names
+new = {name for name in set(sys.modules) - before if name.partition(".")[0] not in stdlib}
+new = {name for name in new if not name.startswith((*outside, "_sysconfigdata", "__"))}
+print(code, *sorted(new), file=sys.stderr)
+"""
+
+
+def imported_by(*words: str) -> list[str]:
+    """The exit code of a command, and what it imports beyond torch and the command line's own."""
+    command = [sys.executable, "-c", IMPORTS, *words, "--backend", "eager"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "hit" in done.stdout
+    return done.stderr.splitlines()[-1].split()
+
+
+def test_a_first_prediction_imports_no_compiler_and_no_modeling_code(
     warmed: Any, workplace: Path
 ) -> None:
-    program = (
-        "import sys\n"
-        "from vllmc.cli.app import main\n"
-        "code = main(sys.argv[1:])\n"
-        "heavy = {'sympy', 'triton', 'torch._dynamo', 'torch._inductor.codecache',\n"
-        "  'torch.distributed.tensor', 'transformers.activations', 'transformers.modeling_utils'}\n"
-        "print(code, 'torch' in sys.modules, heavy & set(sys.modules), file=sys.stderr)\n"
-    )
-    for words in ("inspect-key tiny-llama", "warm --check tiny-llama"):
-        command = [sys.executable, "-c", program, *words.split(), "--backend", "eager"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert "hit" in done.stdout
-        assert done.stderr.splitlines()[-1] == "0 True set()"
+    for fact in (warmed.root / "facts").glob("model-*"):
+        fact.unlink()
+    code, *modules = imported_by("warm", "--check", "tiny-llama")
+    assert code == "0"
+    heavy = {"sympy", "triton", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"}
+    heavy |= {"transformers.activations", "transformers.modeling_utils"}
+    assert "transformers" in modules
+    assert heavy.isdisjoint(modules)
+
+
+@pytest.mark.parametrize("words", ["inspect-key", "warm --check", "warm"])
+def test_a_hit_imports_nothing_of_torch_but_a_config(
+    warmed: Any, workplace: Path, words: str
+) -> None:
+    # What is remembered comes from a process without Transformers, as this one may not be.
+    imported_by("warm", "--check", "tiny-llama")
+    assert imported_by(*words.split(), "tiny-llama") == ["0", "torch._functorch.config"]

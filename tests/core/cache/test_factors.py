@@ -21,7 +21,7 @@ from vllmc.core.cache.factors import (
     program_factors,
     unit_factors,
 )
-from vllmc.core.cache.key import Factor, key_of
+from vllmc.core.cache.key import Factor, key_of, sha256_hex
 from vllmc.core.errors import UsageError, VllmcError
 from vllmc.core.spec import CompileRange, CompileSpec
 from vllmc.core.torch_compat import system
@@ -273,17 +273,25 @@ def test_a_compiler_is_named_with_its_version_and_no_path(tmp_path: Path) -> Non
     assert ask() == "my++: my++ 1.2.30"
 
 
+def test_torchs_key_is_what_inductor_says_it_is() -> None:
+    from torch._inductor.codecache import torch_key
+
+    assert system.torch_key_hex(None) == torch_key().hex()
+
+
 def test_torchs_key_is_remembered_and_a_broken_memory_mended(tmp_path: Path) -> None:
     key = system.torch_key_hex(tmp_path)
     assert system.torch_key_hex(None) == key
     [memory] = (tmp_path / "facts").iterdir()
-    assert memory.read_text() == key
-    memory.write_text("0" * 64)
+    intact = memory.read_bytes()
+    assert intact.decode() == f"{sha256_hex(key)}\n{key}"
+    # What is remembered is what is answered.
+    memory.write_text(f"{sha256_hex('0' * 64)}\n{'0' * 64}")
     assert system.torch_key_hex(tmp_path) == "0" * 64
-    for broken in (b"", b"0" * 63, b"\xff\xfe", f"{key}\n{key}".encode()):
+    for broken in (b"", key.encode(), b"\xff\xfe", intact[:-1], intact.replace(b"\n", b"\n0", 1)):
         memory.write_bytes(broken)
         assert system.torch_key_hex(tmp_path) == key
-        assert memory.read_text() == key
+        assert memory.read_bytes() == intact
 
 
 def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -251,6 +253,7 @@ UNPRIVILEGED = """
 import os, sys
 import filelock  # while Python's own files can still be read
 from pathlib import Path
+from typing import Any
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import VllmcError
 store, key = Store(Path(sys.argv[1])), sys.argv[2]
@@ -289,6 +292,7 @@ def test_a_cache_without_permissions_gives_clear_errors(make_unit, start):
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
+from typing import Any
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import VllmcError
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -312,6 +316,7 @@ def test_a_full_disk_is_named_and_leaves_no_part_of_a_file(store, start, files):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 from vllmc.core.cache.record import decode
 from vllmc.core.cache.store import Store
 root, unit, program = Path(sys.argv[1]), *(decode(Path(p).read_bytes()) for p in sys.argv[2:])
@@ -368,6 +373,7 @@ def test_a_writer_killed_at_any_moment_leaves_nothing_broken(
 HOLDER = """
 import sys
 from pathlib import Path
+from typing import Any
 from vllmc.core.cache.store import Store
 with Store(Path(sys.argv[1])).lock("x", print):
     print("held", flush=True)
@@ -475,3 +481,41 @@ def test_the_store_and_its_explanations_import_no_torch():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+HIT = """
+import json, sys
+from pathlib import Path
+from typing import Any
+from vllmc.core.cache.store import Store
+
+root, key = sys.argv[1:]
+seen = []
+
+def watch(event, arguments):
+    if event in ("open", "os.listdir", "os.scandir") and str(arguments[0]).startswith(root):
+        seen.append((event, str(Path(arguments[0]).relative_to(root))))
+
+sys.addaudithook(watch)
+store = Store(Path(root))
+[record] = store.programs(key)
+for unit in record.units:
+    store.read_artifact(unit.artifact)
+print(json.dumps(seen))
+"""
+
+
+def test_a_hit_opens_each_file_once_and_lists_no_directory_but_its_own(
+    store: Store, warm: Callable[..., Any], start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    wanted = warm(b"one", b"two", model="wanted")
+    for number in range(20):
+        warm(b"other %d" % number, b"two", model=f"other {number}")
+    told, _ = start(HIT, store.root, wanted.program.key).communicate()
+    paths = store.layout
+    record = paths.program(wanted.program.key, wanted.program.id)
+    opened = [record, *(paths.blob(unit.artifact) for unit in wanted.units)]
+    assert json.loads(told) == [
+        ["os.scandir", str(record.parent.relative_to(store.root))],
+        *(["open", str(path.relative_to(store.root))] for path in opened),
+    ]

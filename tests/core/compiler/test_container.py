@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import io
-import zipfile
-
 import pytest
 
 from vllmc.core.compiler.container import pack, unpack
@@ -25,25 +22,29 @@ def test_the_same_content_gives_the_same_bytes() -> None:
     assert one != pack("kind", {"a": 1, "b": 2}, {"x": b"1", "y": b"3"})
 
 
-def archive(**files: bytes) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as opened:
-        for name, data in files.items():
-            opened.writestr(name.replace("__", "."), data)
-    return buffer.getvalue()
+def test_nothing_stands_between_or_after_the_files() -> None:
+    data = pack("kind", {}, {"b": b"22", "a": b"1\n1", "empty": b""})
+    assert data.split(b"\n", 1)[1] == b"1\n122"
+
+
+HEADER = pack("kind", {}, {"x": b""})
 
 
 @pytest.mark.parametrize(
     "data",
     [
         b"",
-        b"not an archive",
+        b"no header",
         pack("kind", {}, {"x": b"1" * 1000})[:-40],
-        archive(x=b"1"),
-        archive(manifest__json=b"not json"),
-        archive(manifest__json=b"[]"),
-        archive(manifest__json=b'{"format":"kind"}'),
-        archive(manifest__json=b'{"format":"kind","version":2,"description":{}}'),
+        pack("kind", {}, {"x": b"1" * 1000}) + b"1",
+        HEADER.removesuffix(b"\n"),
+        HEADER.replace(b'"x",0', b'"x",-1'),
+        HEADER.replace(b'"x",0', b'"x","0"'),
+        HEADER.replace(b'"x",0', b'"x"'),
+        HEADER.replace(b'"format":"kind",', b""),
+        HEADER.replace(b'"version":2', b'"version":1'),
+        b"not json\n",
+        b"[]\n",
     ],
 )
 def test_anything_else_is_a_bad_artifact(data: bytes) -> None:
