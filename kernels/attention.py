@@ -8,14 +8,19 @@ itself returns nothing. It has two overloads, which differ in how they take the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from vllmc.kernels.forward_context import SequenceSpan, current_layer, current_whole_sequences
+from vllmc.kernels.forward_context import (
+    DecodeGroup,
+    SequenceSpan,
+    current_layer,
+    current_whole_sequences,
+)
 from vllmc.kernels.kv_cache import LayerCache
 from vllmc.kernels.layer_name import LAYER_NAME_TYPE, LayerName
 
@@ -65,13 +70,15 @@ def unified_attention_with_output(
             _attend_blocks(query, output, span, read, (reach, reach), scale, softcap, sinks)
         return
     metadata, cache = current_layer(name)
-    cache.write(metadata.slots, key.squeeze(0), value.squeeze(0))
+    cache.write(metadata.slots, key, value)
     fused = softcap is None and sinks is None
-    for span in metadata.sequences:
+    others = metadata.sequences
+    if fused:
+        groups, others = metadata.decodes(sliding_window)
+        _decode(query, output, groups, cache, scale)
+    for span in others:
         window = span.total_len if sliding_window is None else sliding_window
-        if fused and span.query_len == 1:
-            _decode(query, output, span, cache, window, scale)
-        elif fused and span.query_len == span.total_len <= window:
+        if fused and span.query_len == span.total_len <= window:
             rows = slice(span.query_start, span.query_start + span.query_len)
             keys, values = cache.read(span.table, 0, span.total_len)
             result = _attend(query[:, rows], keys, values, scale, is_causal=True)
@@ -84,24 +91,28 @@ def unified_attention_with_output(
 def _decode(
     query: torch.Tensor,
     output: torch.Tensor,
-    span: SequenceSpan,
+    groups: Sequence[DecodeGroup],
     cache: LayerCache,
-    window: int,
     scale: float,
 ) -> None:
-    """Attends the single query of `span`, which needs no mask.
+    """Attends single queries, which need no mask, each group of them at once.
 
     The query heads that share a key head are taken for queries of that head: on a CPU this costs
     half of what grouped heads do in float32, a tenth in bfloat16.
     """
-    total = span.total_len
-    keys, values = cache.read(span.table, max(0, total - window), total)
-    heads = (1, keys.shape[1], query.shape[2] // keys.shape[1], -1)
-    row = span.query_start
-    result = scaled_dot_product_attention(
-        query.select(1, row).view(heads), keys, values, scale=scale
-    )
-    output.select(1, row).view(heads).copy_(result)
+    _, tokens, heads, _ = query.shape
+    for group in groups:
+        if group.scattered is not None:
+            keys, values = cache.read_at(group.scattered)
+        else:
+            keys, values = cache.read_evenly(group.count, group.length, group.slot, group.distance)
+        kv_heads = keys.shape[1]
+        queries = query.view(tokens, kv_heads, heads // kv_heads, -1)
+        results = output.view(tokens, kv_heads, heads // kv_heads, -1)
+        if group.count < tokens:
+            queries = queries.narrow(0, group.row, group.count)
+            results = results.narrow(0, group.row, group.count)
+        results.copy_(scaled_dot_product_attention(queries, keys, values, scale=scale))
 
 
 def _read(

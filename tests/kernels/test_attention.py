@@ -57,6 +57,14 @@ CASES = {
     "bfloat16": Case(dtype=torch.bfloat16),
     "bfloat16 softcap": Case(dtype=torch.bfloat16, softcap=1.5),
     "decodes only": Case(sequences=((5, 1), (1, 1), (17, 1))),
+    "decodes of one length": Case(sequences=((7, 1),) * 4),
+    "decodes of one length in a window": Case(sequences=((9, 1),) * 3, window=3, value_size=12),
+    "decodes under one window": Case(sequences=((9, 1), (6, 1), (11, 1)), window=3),
+    "decodes of one length between others": Case(
+        sequences=((7, 1), (7, 1), (0, 5), (7, 1), (3, 1), (4, 1)), heads=6
+    ),
+    "scattered decodes": Case(sequences=((7, 1),) * 3, scattered=True, window=6),
+    "bfloat16 decodes": Case(sequences=((7, 1),) * 3, dtype=torch.bfloat16),
     "one token": Case(sequences=((0, 1),)),
     "one prompt": Case(sequences=((0, 9),)),
 }
@@ -178,6 +186,27 @@ def test_the_op_computes_attention_as_defined(case: Case, seed: int) -> None:
     torch.testing.assert_close(
         batch.run().double(), batch.reference(), rtol=tolerance, atol=tolerance
     )
+
+
+@pytest.mark.parametrize(
+    ("case", "counts"),
+    [
+        (Case(sequences=((7, 1),) * 4), [4]),
+        (Case(sequences=((7, 1), (7, 1), (20, 1), (7, 1))), [2, 1, 1]),
+        (Case(sequences=((7, 1), (7, 1), (0, 5), (7, 1))), [2, 1]),
+        (Case(sequences=((4, 1), (7, 1), (5, 1), (30, 1)), window=4), [2, 2]),
+        (Case(sequences=((4, 1), (8, 1), (12, 1)), window=4), [2, 1]),
+        (Case(sequences=((7, 1),) * 3, scattered=True), [1, 1, 1]),
+    ],
+)
+def test_decodes_as_long_and_as_far_apart_are_attended_at_once(
+    case: Case, counts: list[int]
+) -> None:
+    metadata = Batch(case, seed=0).metadata
+    groups, others = metadata.decodes(case.window)
+    assert [group.count for group in groups] == counts
+    assert [span.query_len for span in others] == [q for _, q in case.sequences if q > 1]
+    assert metadata.decodes(case.window)[0] is groups, "worked out again for each layer"
 
 
 @pytest.mark.parametrize("feature", [{}, {"window": 4}, {"softcap": 2.0}, {"sinks": True}])
