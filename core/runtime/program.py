@@ -22,6 +22,7 @@ from vllmc.core.graph.targets import find_target, import_by_name
 from vllmc.core.runtime.arguments import ArgumentCheck
 from vllmc.core.runtime.loader import BoundPiece, PieceCallable, bind_piece
 from vllmc.core.spec import CompileRange
+from vllmc.kernels.attention import past_dispatcher
 from vllmc.kernels.layer_name import LayerName
 
 Step: TypeAlias = Callable[..., Any]
@@ -225,7 +226,7 @@ def _op_line(step: OpStep, targets: dict[str, object]) -> str:
     if kind == "call_method":
         assert name.isidentifier()
         return f"{_value(step.result)} = {parts[0]}.{name}({', '.join(parts[1:])})"
-    function = _constant(find_target(name), targets)
+    function = _constant(past_dispatcher(find_target(name)), targets)
     return f"{_value(step.result)} = {function}({', '.join(parts)})"
 
 

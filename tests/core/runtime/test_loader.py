@@ -53,7 +53,9 @@ def test_arguments_may_be_bound_before_the_call(held: dict[int, torch.Tensor]) -
 
 
 def test_what_this_machine_cannot_run_is_said_when_it_is_bound() -> None:
-    wrapper = b"import no_such_module\ndef call(args):\n    x, = args\n    args.clear()\n    return (x,)\n"
+    wrapper = (
+        b"import no_such_module\ndef call(args):\n    x, = args\n    args.clear()\n    return x\n"
+    )
     piece = load_artifact(native({"wrapper.py": wrapper}))
     with pytest.raises(VllmcError, match="cannot be loaded") as caught:
         bind_piece(piece, 1, {0: torch.ones(2)})
