@@ -76,7 +76,8 @@ def unified_attention_with_output(
     others = metadata.sequences
     if fused:
         groups, others = metadata.decodes(sliding_window)
-        _decode(query, output, groups, cache, scale)
+        if groups:
+            _decode(query, output, groups, cache, scale)
     for span in others:
         window = span.total_len if sliding_window is None else sliding_window
         if fused and span.query_len == span.total_len <= window:
@@ -120,18 +121,22 @@ def _decode(
     half of what grouped heads do in float32, a tenth in bfloat16.
     """
     _, tokens, heads, _ = query.shape
+    kv_heads = cache.key.shape[1]
+    queries = query.view(tokens, kv_heads, heads // kv_heads, -1)
+    results = output.view(tokens, kv_heads, heads // kv_heads, -1)
     for group in groups:
+        row, count = group.row, group.count
         if group.scattered is not None:
             keys, values = cache.read_at(group.scattered)
         else:
-            keys, values = cache.read_evenly(group.count, group.length, group.slot, group.distance)
-        kv_heads = keys.shape[1]
-        queries = query.view(tokens, kv_heads, heads // kv_heads, -1)
-        results = output.view(tokens, kv_heads, heads // kv_heads, -1)
-        if group.count < tokens:
-            queries = queries.narrow(0, group.row, group.count)
-            results = results.narrow(0, group.row, group.count)
-        results.copy_(scaled_dot_product_attention(queries, keys, values, scale=scale))
+            keys, values = cache.read_evenly(count, group.length, group.slot, group.distance)
+        result = scaled_dot_product_attention(
+            queries if count == tokens else queries.narrow(0, row, count),
+            keys,
+            values,
+            scale=scale,
+        )
+        (results if count == tokens else results.narrow(0, row, count)).copy_(result)
 
 
 def _read(
