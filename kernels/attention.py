@@ -8,14 +8,20 @@ itself returns nothing. It has two overloads, which differ in how they take the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from vllmc.kernels.forward_context import SequenceSpan, current_layer, current_whole_sequences
+from vllmc.core.torch_compat.dispatch import has_backend_kernel, is_watched
+from vllmc.kernels.forward_context import (
+    DecodeGroup,
+    SequenceSpan,
+    current_layer,
+    current_whole_sequences,
+)
 from vllmc.kernels.kv_cache import LayerCache
 from vllmc.kernels.layer_name import LAYER_NAME_TYPE, LayerName
 
@@ -65,13 +71,16 @@ def unified_attention_with_output(
             _attend_blocks(query, output, span, read, (reach, reach), scale, softcap, sinks)
         return
     metadata, cache = current_layer(name)
-    cache.write(metadata.slots, key.squeeze(0), value.squeeze(0))
+    cache.write(metadata.slots, key, value)
     fused = softcap is None and sinks is None
-    for span in metadata.sequences:
+    others = metadata.sequences
+    if fused:
+        groups, others = metadata.decodes(sliding_window)
+        if groups:
+            _decode(query, output, groups, cache, scale)
+    for span in others:
         window = span.total_len if sliding_window is None else sliding_window
-        if fused and span.query_len == 1:
-            _decode(query, output, span, cache, window, scale)
-        elif fused and span.query_len == span.total_len <= window:
+        if fused and span.query_len == span.total_len <= window:
             rows = slice(span.query_start, span.query_start + span.query_len)
             keys, values = cache.read(span.table, 0, span.total_len)
             result = _attend(query[:, rows], keys, values, scale, is_causal=True)
@@ -81,27 +90,53 @@ def unified_attention_with_output(
             _attend_blocks(query, output, span, read, (window - 1, 0), scale, softcap, sinks)
 
 
+def past_dispatcher(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For the op of this module, a function that does the same for less; any other as it is.
+
+    The dispatcher is a quarter of what the op costs for one token. It is passed by where nothing
+    would see the call (`is_watched`), and where no kernel was registered beside this module's.
+    """
+    packet = torch.ops.vllmc.unified_attention_with_output
+    overload = next((op for op in (packet.default, packet.str) if op is function), None)
+    if overload is None or has_backend_kernel(overload):
+        return function
+
+    def call(query: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        run = overload if is_watched(query) else unified_attention_with_output
+        run(query, *args, **kwargs)
+
+    return call
+
+
 def _decode(
     query: torch.Tensor,
     output: torch.Tensor,
-    span: SequenceSpan,
+    groups: Sequence[DecodeGroup],
     cache: LayerCache,
-    window: int,
     scale: float,
 ) -> None:
-    """Attends the single query of `span`, which needs no mask.
+    """Attends single queries, which need no mask, each group of them at once.
 
     The query heads that share a key head are taken for queries of that head: on a CPU this costs
     half of what grouped heads do in float32, a tenth in bfloat16.
     """
-    total = span.total_len
-    keys, values = cache.read(span.table, max(0, total - window), total)
-    heads = (1, keys.shape[1], query.shape[2] // keys.shape[1], -1)
-    row = span.query_start
-    result = scaled_dot_product_attention(
-        query.select(1, row).view(heads), keys, values, scale=scale
-    )
-    output.select(1, row).view(heads).copy_(result)
+    _, tokens, heads, _ = query.shape
+    kv_heads = cache.key.shape[1]
+    queries = query.view(tokens, kv_heads, heads // kv_heads, -1)
+    results = output.view(tokens, kv_heads, heads // kv_heads, -1)
+    for group in groups:
+        row, count = group.row, group.count
+        if group.scattered is not None:
+            keys, values = cache.read_at(group.scattered)
+        else:
+            keys, values = cache.read_evenly(count, group.length, group.slot, group.distance)
+        result = scaled_dot_product_attention(
+            queries if count == tokens else queries.narrow(0, row, count),
+            keys,
+            values,
+            scale=scale,
+        )
+        (results if count == tokens else results.narrow(0, row, count)).copy_(result)
 
 
 def _read(

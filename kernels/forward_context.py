@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -32,6 +32,22 @@ class SequenceSpan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeGroup:
+    """Rows `row` to `row + count`, each a sequence's only new token, which sees `length` tokens.
+
+    Those of the first row are in the slots from `slot`, those of each next row `distance` further.
+    A row whose tokens are scattered is a group of its own: they are in the slots `scattered`.
+    """
+
+    row: int
+    count: int
+    length: int
+    slot: int
+    distance: int
+    scattered: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionMetadata:
     """The layout of a flattened batch of T tokens.
 
@@ -41,6 +57,61 @@ class AttentionMetadata:
 
     slots: torch.Tensor
     sequences: tuple[SequenceSpan, ...]
+    _decodes: dict[int | None, tuple[tuple[DecodeGroup, ...], tuple[SequenceSpan, ...]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def decodes(
+        self, window: int | None
+    ) -> tuple[tuple[DecodeGroup, ...], tuple[SequenceSpan, ...]]:
+        """The rows that can be attended in groups under this window, and the other sequences.
+
+        It is the same for all layers of a step, so that only the first to ask has it worked out.
+        """
+        found = self._decodes.get(window)
+        if found is None:
+            found = self._decodes[window] = _decodes(self.sequences, window)
+        return found
+
+
+def _decodes(
+    sequences: Sequence[SequenceSpan], window: int | None
+) -> tuple[tuple[DecodeGroup, ...], tuple[SequenceSpan, ...]]:
+    groups: list[DecodeGroup] = []
+    others: list[SequenceSpan] = []
+    for span in sequences:
+        if span.query_len != 1:
+            others.append(span)
+            continue
+        total, table = span.total_len, span.table
+        length = total if window is None else min(window, total)
+        slot = table.slots[total - length]
+        last = groups[-1] if groups else None
+        if table.gather is None and last and _continues(last, span.query_start, length, slot):
+            distance = slot - last.slot if last.count == 1 else last.distance
+            groups[-1] = replace(last, count=last.count + 1, distance=distance)
+        else:
+            scattered = None if table.gather is None else table.gather[total - length : total]
+            groups.append(
+                DecodeGroup(
+                    row=span.query_start,
+                    count=1,
+                    length=length,
+                    slot=slot,
+                    distance=0,
+                    scattered=scattered,
+                )
+            )
+    return tuple(groups), tuple(others)
+
+
+def _continues(group: DecodeGroup, row: int, length: int, slot: int) -> bool:
+    """Whether the row is the group's next: as long, and as far from the last one as that is."""
+    if group.scattered is not None or slot < group.slot:
+        return False
+    if (row, length) != (group.row + group.count, group.length):
+        return False
+    return group.count == 1 or slot == group.slot + group.count * group.distance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

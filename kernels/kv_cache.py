@@ -63,18 +63,20 @@ class BlockTable:
 class LayerCache:
     """One layer's keys and values, for the tokens of all sequences.
 
-    `key` is `[slots, Hkv, Dqk]` and `value` `[slots, Hkv, Dv]`, where block b has the slots from
-    `b * block_size`. What has not been written is undefined and never read.
+    `key` is `[slots, Hkv, Dqk]` and `value` `[slots, Hkv, Dv]`, contiguous and each a storage of
+    its own, where block b has the slots from `b * block_size`. What has not been written is
+    undefined and never read.
     """
 
-    __slots__ = ("_keys", "_values", "key", "value")
+    __slots__ = ("_key_rows", "_keys", "_value_rows", "_values", "key", "value")
 
     def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
         self.key = key
         self.value = value
         # Made once: a view costs a microsecond, and a step reads each layer for each sequence.
-        self._keys = key.transpose(0, 1).unsqueeze(0)
-        self._values = value.transpose(0, 1).unsqueeze(0)
+        self._key_rows, self._value_rows = key.unsqueeze(0), value.unsqueeze(0)
+        self._keys = self._key_rows.transpose(1, 2)
+        self._values = self._value_rows.transpose(1, 2)
 
     @classmethod
     def allocate(
@@ -87,9 +89,9 @@ class LayerCache:
         )
 
     def write(self, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Stores `key` `[T, Hkv, Dqk]` and `value` `[T, Hkv, Dv]` at `slots` `[T]` (int64)."""
-        self.key.index_copy_(0, slots, key)
-        self.value.index_copy_(0, slots, value)
+        """Stores `[1, T, Hkv, Dqk]` and `[1, T, Hkv, Dv]` at `slots` `[T]` (int64)."""
+        self._key_rows.index_copy_(1, slots, key)
+        self._value_rows.index_copy_(1, slots, value)
 
     def read(self, table: BlockTable, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys `[1, Hkv, n, Dqk]` and values `[1, Hkv, n, Dv]` at positions `start` to `stop`.
@@ -99,8 +101,34 @@ class LayerCache:
         if table.gather is None:
             first, length = table.slots[start], stop - start
             return self._keys.narrow(2, first, length), self._values.narrow(2, first, length)
-        slots = table.gather[start:stop]
+        return self.read_at(table.gather[start:stop])
+
+    def read_at(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of what is at `slots` `[n]` (int64): `[1, Hkv, n, Dqk]`, `[1, Hkv, n, Dv]`."""
         return self._keys.index_select(2, slots), self._values.index_select(2, slots)
+
+    def read_evenly(
+        self, count: int, length: int, slot: int, distance: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of `length` slots from `slot`, and of as many `distance` further, `count` in all.
+
+        Keys are `[count, Hkv, length, Dqk]`, values `[count, Hkv, length, Dv]`.
+        """
+        return (
+            _evenly(self.key, count, length, slot, distance),
+            _evenly(self.value, count, length, slot, distance),
+        )
+
+
+def _evenly(
+    stored: torch.Tensor, count: int, length: int, slot: int, distance: int
+) -> torch.Tensor:
+    # One call: of steps to the same view each would cost a microsecond.
+    _, heads, size = stored.shape
+    per_slot = heads * size
+    return stored.as_strided(
+        (count, heads, length, size), (distance * per_slot, size, per_slot, 1), slot * per_slot
+    )
 
 
 def blocks_needed(tokens: int, block_size: int) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -15,6 +16,32 @@ from vllmc.core.torch_compat import native
 
 PieceCallable: TypeAlias = Callable[[list[Any]], Sequence[Any]]
 """Takes the list of a piece's arguments, which it may empty, and returns its outputs."""
+
+
+BoundPiece: TypeAlias = Callable[..., Sequence[Any]]
+"""Takes those of a piece's arguments that were not bound, and returns its outputs."""
+
+
+def bind_piece(piece: PieceCallable, count: int, held: Mapping[int, object]) -> BoundPiece:
+    """The piece, of `count` arguments, with those `held` in their places from now on.
+
+    Raises `VllmcError` (`artifact-not-loadable`).
+    """
+    if isinstance(piece, native.Wrapper):
+        with _loading(NATIVE):
+            bound = piece.bind(held)
+        if bound is not None:
+            return bound
+    places = [place for place in range(count) if place not in held]
+    known = [held.get(place) for place in range(count)]
+
+    def call(*given: object) -> Sequence[Any]:
+        args = list(known)
+        for place, value in zip(places, given, strict=True):
+            args[place] = value
+        return piece(args)
+
+    return call
 
 
 def load_artifact(data: bytes) -> PieceCallable:
@@ -31,13 +58,19 @@ def load_artifact(data: bytes) -> PieceCallable:
             f"an artifact has the unknown format '{container.format}'",
             hint="update vllmc, or compile it again: vllmc warm --force",
         )
-    try:
+    with _loading(container.format):
         return load(container)
+
+
+@contextmanager
+def _loading(format: str) -> Iterator[None]:
+    try:
+        yield
     except (ImportError, AttributeError, OSError, KeyError) as error:
         raise VllmcError(
             "artifact-not-loadable",
             "a stored artifact cannot be loaded on this machine",
-            context={"format": container.format, "cause": str(error)},
+            context={"format": format, "cause": str(error)},
             hint="compile it here: vllmc warm --force",
         ) from error
 
@@ -56,7 +89,7 @@ def _load_native(container: Container) -> PieceCallable:
         else:
             constant = io.BytesIO(container.files[f"constants/{name}"])
             provided[name] = torch.load(constant, weights_only=True)
-    return native.run_wrapper(container.text("wrapper.py"), provided, name="vllmc piece")
+    return native.Wrapper(container.text("wrapper.py"), provided, name="vllmc piece")
 
 
 def _load_bundle(container: Container) -> PieceCallable:

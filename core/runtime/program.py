@@ -20,8 +20,9 @@ from vllmc.core.graph.inputs import find_attribute
 from vllmc.core.graph.layout import GraphInput, Layout, OpStep, UnitStep
 from vllmc.core.graph.targets import find_target, import_by_name
 from vllmc.core.runtime.arguments import ArgumentCheck
-from vllmc.core.runtime.loader import PieceCallable
+from vllmc.core.runtime.loader import BoundPiece, PieceCallable, bind_piece
 from vllmc.core.spec import CompileRange
+from vllmc.kernels.attention import past_dispatcher
 from vllmc.kernels.layer_name import LayerName
 
 Step: TypeAlias = Callable[..., Any]
@@ -134,11 +135,26 @@ def link(
     code = compile(source, "<vllmc program>", "exec")
     steps = []
     for variant in variants:
-        pieces = {f"piece_{index}": piece for index, piece in enumerate(variant.pieces)}
         namespace: dict[str, Any] = {}
         exec(code, namespace)
+        pieces = _bound_pieces(layout, bound, variant)
         steps.append((variant.range, namespace["bind"](**bound, **targets, **pieces)))
     return Program(layout, device, steps, guards)
+
+
+def _bound_pieces(
+    layout: Layout, bound: Mapping[str, object], variant: Variant
+) -> dict[str, BoundPiece]:
+    """The function of each unit step, by name: a step's own, which has its layer's parameters."""
+    return {
+        f"unit_{number}": bind_piece(
+            variant.pieces[step.piece],
+            len(step.args),
+            {place: bound[name] for place, name in enumerate(step.args) if name in bound},
+        )
+        for number, step in enumerate(layout.steps)
+        if isinstance(step, UnitStep)
+    }
 
 
 def _bind(entry: torch.nn.Module, given: GraphInput) -> object:
@@ -177,12 +193,15 @@ def _step_source(layout: Layout, bound: Mapping[str, object], targets: dict[str,
             lines.append(f"p{index} = {places[given.name]}.size({int(given.dim)})")
     last_use = _last_uses(layout)
     for number, step in enumerate(layout.steps):
-        lines.append(_unit_line(step) if isinstance(step, UnitStep) else _op_line(step, targets))
+        if isinstance(step, UnitStep):
+            lines.append(_unit_line(number, step, bound))
+        else:
+            lines.append(_op_line(step, targets))
         if dead := [name for name, use in last_use.items() if use == number and name not in bound]:
             lines.append(f"del {', '.join(dead)}")
     lines.append(f"return {_argument(layout.result, targets)}")
-    pieces = {f"piece_{s.piece}" for s in layout.steps if isinstance(s, UnitStep)}
-    arguments = ", ".join([*bound, *targets, *sorted(pieces)])
+    units = [f"unit_{n}" for n, step in enumerate(layout.steps) if isinstance(step, UnitStep)]
+    arguments = ", ".join([*bound, *targets, *units])
     body = "\n        ".join(lines)
     return (
         f"def bind({arguments}):\n"
@@ -192,9 +211,9 @@ def _step_source(layout: Layout, bound: Mapping[str, object], targets: dict[str,
     )
 
 
-def _unit_line(step: UnitStep) -> str:
-    args = ", ".join(_value(name) for name in step.args)
-    call = f"piece_{int(step.piece)}([{args}])"
+def _unit_line(number: int, step: UnitStep, bound: Mapping[str, object]) -> str:
+    args = ", ".join(_value(name) for name in step.args if name not in bound)
+    call = f"unit_{number}({args})"
     if not step.results:
         return call
     return f"{', '.join(_value(name) for name in step.results)}, = {call}"
@@ -207,7 +226,7 @@ def _op_line(step: OpStep, targets: dict[str, object]) -> str:
     if kind == "call_method":
         assert name.isidentifier()
         return f"{_value(step.result)} = {parts[0]}.{name}({', '.join(parts[1:])})"
-    function = _constant(find_target(name), targets)
+    function = _constant(past_dispatcher(find_target(name)), targets)
     return f"{_value(step.result)} = {function}({', '.join(parts)})"
 
 

@@ -7,6 +7,7 @@ variable (`CppPythonBindingsCodeCache` in torch's codecache).
 
 from __future__ import annotations
 
+import ast
 import importlib.machinery
 import importlib.util
 import os
@@ -16,6 +17,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from vllmc.core.torch_compat.binding import ENTRY, bound_wrapper
 
 EXTERN_KERNELS = "extern_kernels"
 """The name by which wrappers call the matrix products and other library calls of Inductor."""
@@ -67,11 +70,38 @@ def _spelled_as_never_before(descriptor: int) -> str:
     return f"/proc/self/fd{noise}{descriptor}"
 
 
-def run_wrapper(
-    source: str, provided: Mapping[str, object], *, name: str
-) -> Callable[[list[Any]], tuple[Any, ...]]:
-    """Executes a reduced wrapper and returns its `call`, which empties the list it is given."""
-    namespace: dict[str, Any] = {"__name__": name, **provided}
-    exec(compile(source, f"<vllmc {name}>", "exec"), namespace)
-    call: Callable[[list[Any]], tuple[Any, ...]] = namespace["call"]
-    return call
+class Wrapper:
+    """A reduced wrapper, with what it is `provided`, by name. Called, it empties its list.
+
+    `name` is what a traceback calls it.
+    """
+
+    def __init__(self, source: str, provided: Mapping[str, object], *, name: str) -> None:
+        self._source = source
+        self._provided = provided
+        self._name = name
+        self._call: Callable[[list[Any]], tuple[Any, ...]] | None = None
+        self._binders: dict[tuple[int, ...], Callable[..., Any] | None] = {}
+
+    def __call__(self, args: list[Any]) -> tuple[Any, ...]:
+        """The results of the wrapper's `call`."""
+        if self._call is None:
+            self._call = self._run(self._source)[ENTRY]
+        return self._call(args)
+
+    def bind(self, held: Mapping[int, object]) -> Callable[..., tuple[Any, ...]] | None:
+        """The function of the other arguments, given those of the places `held`, in any order.
+
+        What the wrapper does with these alone it does now. None where it cannot be taken apart.
+        """
+        places = tuple(sorted(held))
+        if places not in self._binders:
+            module = bound_wrapper(self._source, places)
+            self._binders[places] = None if module is None else self._run(module)["bind"]
+        bind = self._binders[places]
+        return None if bind is None else bind(*(held[place] for place in places))
+
+    def _run(self, code: str | ast.Module) -> dict[str, Any]:
+        namespace: dict[str, Any] = {"__name__": self._name, **self._provided}
+        exec(compile(code, f"<vllmc {self._name}>", "exec"), namespace)
+        return namespace

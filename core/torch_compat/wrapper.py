@@ -18,9 +18,8 @@ import torch
 from torch._inductor.select_algorithm import extern_kernels
 
 from vllmc.core.syntax import parse_module
+from vllmc.core.torch_compat.binding import ENTRY
 from vllmc.core.torch_compat.native import EXTERN_KERNELS
-
-ENTRY = "call"
 
 # What these modules give a wrapper compiles its code when the wrapper is loaded.
 _COMPILING_MODULES = ("torch._inductor.async_compile", "torch._inductor.codecache")

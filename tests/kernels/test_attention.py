@@ -1,8 +1,10 @@
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllmc.core.errors import VllmcError
 from vllmc.kernels import attention
@@ -57,6 +59,14 @@ CASES = {
     "bfloat16": Case(dtype=torch.bfloat16),
     "bfloat16 softcap": Case(dtype=torch.bfloat16, softcap=1.5),
     "decodes only": Case(sequences=((5, 1), (1, 1), (17, 1))),
+    "decodes of one length": Case(sequences=((7, 1),) * 4),
+    "decodes of one length in a window": Case(sequences=((9, 1),) * 3, window=3, value_size=12),
+    "decodes under one window": Case(sequences=((9, 1), (6, 1), (11, 1)), window=3),
+    "decodes of one length between others": Case(
+        sequences=((7, 1), (7, 1), (0, 5), (7, 1), (3, 1), (4, 1)), heads=6
+    ),
+    "scattered decodes": Case(sequences=((7, 1),) * 3, scattered=True, window=6),
+    "bfloat16 decodes": Case(sequences=((7, 1),) * 3, dtype=torch.bfloat16),
     "one token": Case(sequences=((0, 1),)),
     "one prompt": Case(sequences=((0, 9),)),
 }
@@ -178,6 +188,27 @@ def test_the_op_computes_attention_as_defined(case: Case, seed: int) -> None:
     torch.testing.assert_close(
         batch.run().double(), batch.reference(), rtol=tolerance, atol=tolerance
     )
+
+
+@pytest.mark.parametrize(
+    ("case", "counts"),
+    [
+        (Case(sequences=((7, 1),) * 4), [4]),
+        (Case(sequences=((7, 1), (7, 1), (20, 1), (7, 1))), [2, 1, 1]),
+        (Case(sequences=((7, 1), (7, 1), (0, 5), (7, 1))), [2, 1]),
+        (Case(sequences=((4, 1), (7, 1), (5, 1), (30, 1)), window=4), [2, 2]),
+        (Case(sequences=((4, 1), (8, 1), (12, 1)), window=4), [2, 1]),
+        (Case(sequences=((7, 1),) * 3, scattered=True), [1, 1, 1]),
+    ],
+)
+def test_decodes_as_long_and_as_far_apart_are_attended_at_once(
+    case: Case, counts: list[int]
+) -> None:
+    metadata = Batch(case, seed=0).metadata
+    groups, others = metadata.decodes(case.window)
+    assert [group.count for group in groups] == counts
+    assert [span.query_len for span in others] == [q for _, q in case.sequences if q > 1]
+    assert metadata.decodes(case.window)[0] is groups, "worked out again for each layer"
 
 
 @pytest.mark.parametrize("feature", [{}, {"window": 4}, {"softcap": 2.0}, {"sinks": True}])
@@ -334,6 +365,59 @@ def test_a_forward_context_ends_with_its_block_also_after_an_error() -> None:
     with pytest.raises(VllmcError) as caught:
         OP.default(tensor, tensor, tensor, tensor.clone(), LayerName("layer"), 1.0)
     assert caught.value.code == "no-forward-context"
+
+
+class Seen(TorchDispatchMode):
+    """Notes the ops that the dispatcher is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [LayerName("layer"), "layer"], ids=["opaque", "string"])
+def test_past_the_dispatcher_the_op_does_the_same(name: LayerName | str) -> None:
+    overload = OP.str if isinstance(name, str) else OP.default
+    call = attention.past_dispatcher(overload)
+    assert call is not overload
+    first, second = (Batch(Case(window=5, value_size=6), seed=4) for _ in range(2))
+    outputs = []
+    for function, batch in ((overload, first), (call, second)):
+        output = torch.full((1, batch.query.shape[1], 4, 6), math.nan)
+        context = ForwardContext(metadata=batch.metadata, caches={"layer": batch.cache})
+        with torch.no_grad(), forward_context(context):
+            function(batch.query, batch.key, batch.value, output, name, batch.scale, 5, sinks=None)
+        outputs.append(output)
+    assert torch.equal(*outputs)
+    assert torch.equal(first.cache.key.nan_to_num(), second.cache.key.nan_to_num())
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_the_dispatcher_is_passed_by_only_where_nobody_looks(
+    watched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not watched:
+        monkeypatch.setattr(attention, "is_watched", lambda _: False)
+    batch = Batch(Case(), seed=0)
+    output = torch.zeros(1, batch.query.shape[1], 4, 8)
+    context = ForwardContext(metadata=batch.metadata, caches={"layer": batch.cache})
+    call = attention.past_dispatcher(OP.default)
+    with torch.no_grad(), forward_context(context), Seen() as seen:
+        call(batch.query, batch.key, batch.value, output, LAYER, 1.0)
+    assert ("vllmc::unified_attention_with_output" in seen.names) is watched
+
+
+def test_other_ops_and_other_kernels_of_the_op_go_through_the_dispatcher() -> None:
+    assert attention.past_dispatcher(torch.ops.aten.mm.default) is torch.ops.aten.mm.default
+    library = torch.library.Library("vllmc", "IMPL")
+    library.impl("unified_attention_with_output", lambda *_: None, "CUDA")
+    assert attention.past_dispatcher(OP.default) is OP.default
+    library._destroy()
+    assert attention.past_dispatcher(OP.default) is not OP.default
 
 
 @pytest.mark.parametrize("overload", [OP.default, OP.str])

@@ -75,7 +75,7 @@ def test_what_is_written_is_read(ids: tuple[int, ...], start: int, stop: int) ->
     cache = LayerCache.allocate(spec, 16, dtype=torch.float32, device="cpu")
     table = BlockTable.of(ids, 4, "cpu")
     key, value = torch.randn(10, 2, 3), torch.randn(10, 2, 5)
-    cache.write(torch.tensor(table.slots[:10]), key, value)
+    cache.write(torch.tensor(table.slots[:10]), key[None], value[None])
     keys, values = cache.read(table, start, stop)
     assert torch.equal(keys, key[start:stop].transpose(0, 1)[None])
     assert torch.equal(values, value[start:stop].transpose(0, 1)[None])
@@ -87,3 +87,15 @@ def test_consecutive_blocks_are_read_without_a_copy() -> None:
     keys, values = cache.read(BlockTable.of((1, 2), 4, "cpu"), 1, 6)
     assert keys.data_ptr() == cache.key[5].data_ptr()
     assert values.data_ptr() == cache.value[5].data_ptr()
+
+
+def test_slots_at_even_distances_are_read_as_one_view() -> None:
+    spec = KVCacheSpec(layer_name="layer", num_kv_heads=2, key_size=3, value_size=5)
+    cache = LayerCache.allocate(spec, 16, dtype=torch.float32, device="cpu")
+    key, value = torch.randn(1, 16, 2, 3), torch.randn(1, 16, 2, 5)
+    cache.write(torch.arange(16), key, value)
+    keys, values = cache.read_evenly(count=3, length=4, slot=1, distance=5)
+    for row, slot in enumerate((1, 6, 11)):
+        assert torch.equal(keys[row], key[0, slot : slot + 4].transpose(0, 1))
+        assert torch.equal(values[row], value[0, slot : slot + 4].transpose(0, 1))
+    assert keys.data_ptr() == cache.key[1].data_ptr()

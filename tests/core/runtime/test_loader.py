@@ -8,7 +8,7 @@ import torch
 
 from vllmc.core.compiler.container import EAGER, NATIVE, pack
 from vllmc.core.errors import UnsafeCacheError, VllmcError
-from vllmc.core.runtime.loader import load_artifact
+from vllmc.core.runtime.loader import bind_piece, load_artifact
 
 WRAPPER = b"def call(args):\n    (x,) = args\n    args.clear()\n    return (x * factor,)\n"
 
@@ -35,6 +35,31 @@ def test_library_calls_are_given_to_the_wrapper() -> None:
     data = native({"wrapper.py": wrapper}, "extern_kernels", product="mm")
     (result,) = load_artifact(data)([torch.eye(2), torch.ones(2, 2)])
     assert result.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+@pytest.mark.parametrize("held", [{}, {0: torch.eye(2)}, {1: torch.ones(2, 2)}], ids=str)
+def test_arguments_may_be_bound_before_the_call(held: dict[int, torch.Tensor]) -> None:
+    args = [torch.eye(2), torch.ones(2, 2)]
+    wrapper = b"def call(args):\n    x, y = args\n    args.clear()\n    return (x @ y + x,)\n"
+    graph = b"def forward(self, a0, a1):\n    return (a0 @ a1 + a0,)\n"
+    for data in (
+        native({"wrapper.py": wrapper}),
+        pack(EAGER, {"imports": {}}, {"graph.py": graph}),
+    ):
+        bound = bind_piece(load_artifact(data), 2, held)
+        for _ in range(2):
+            (result,) = bound(*(a for place, a in enumerate(args) if place not in held))
+            assert result.tolist() == [[2.0, 1.0], [1.0, 2.0]]
+
+
+def test_what_this_machine_cannot_run_is_said_when_it_is_bound() -> None:
+    wrapper = (
+        b"import no_such_module\ndef call(args):\n    x, = args\n    args.clear()\n    return x\n"
+    )
+    piece = load_artifact(native({"wrapper.py": wrapper}))
+    with pytest.raises(VllmcError, match="cannot be loaded") as caught:
+        bind_piece(piece, 1, {0: torch.ones(2)})
+    assert caught.value.code == "artifact-not-loadable"
 
 
 def test_an_eager_graph_is_loaded() -> None:

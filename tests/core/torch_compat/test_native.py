@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllmc.core.torch_compat.native import extern_kernels, load_kernel, run_wrapper
+from vllmc.core.torch_compat.native import Wrapper, extern_kernels, load_kernel
 
 KERNEL = r"""
 #include <Python.h>
@@ -74,7 +74,7 @@ def test_what_is_no_library_is_an_import_error(data: bytes) -> None:
 
 
 def test_a_wrapper_is_run_with_what_is_provided() -> None:
-    call = run_wrapper(
+    call = Wrapper(
         "def call(args):\n    (x,) = args\n    args.clear()\n    return (double(x), __name__)\n",
         {"double": lambda x: x * 2},
         name="toy",
