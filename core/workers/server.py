@@ -37,7 +37,7 @@ ORDER: Final = struct.Struct("!Q")
 
 @dataclass(slots=True, kw_only=True)
 class _Server:
-    """`scratch` is where workers leave their files; `workers` maps process to order."""
+    """`scratch` is where workers share the kernels that they compile; `workers` maps process to order."""
 
     control: socket.socket
     scratch: Path
@@ -55,7 +55,7 @@ class _Server:
         pid = os.fork()
         if pid == 0:
             self.control.close()
-            _work(channel, self.scratch / str(order))
+            _work(channel)
         channel.close()
         # Here and in the worker, so that its group is there whoever comes first.
         os.setpgid(pid, pid)
@@ -116,13 +116,12 @@ def _warm_up(spec: CompileSpec) -> None:
     gc.freeze()
 
 
-def _work(channel: socket.socket, scratch: Path) -> NoReturn:
+def _work(channel: socket.socket) -> NoReturn:
     code = 1
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setpgid(0, 0)
-        write_below(scratch)
         write(channel, carry_out(read_one(channel)))
         sys.stderr.flush()
         code = 0
