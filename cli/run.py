@@ -11,7 +11,14 @@ import typer
 from vllmc.cli import job as jobs
 from vllmc.cli import report
 from vllmc.cli.embed import EmbeddingFlags, embed
-from vllmc.cli.options import CommonFlags, CompileFlags, choice, command, compile_request
+from vllmc.cli.options import (
+    CommonFlags,
+    CompileFlags,
+    WorkerFlags,
+    choice,
+    command,
+    compile_request,
+)
 from vllmc.cli.prompts import PromptFlags, Prompts, load_tokenizer
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import CheckFailed, UsageError, VllmcError
@@ -101,6 +108,7 @@ def run(
     prompting: PromptFlags,
     generation: GenerationFlags,
     embedding: EmbeddingFlags,
+    workers: WorkerFlags,
     common: CommonFlags,
     model: Annotated[
         str | None,
@@ -179,9 +187,14 @@ def run(
         max_position=limits.max_position,
     )
     with output.progress() as observer:
-        ready = obtain_program(
-            job, Store(settings.cache_dir), observer, policy=Policy(may_compile=not fail_on_miss)
-        )
+        with workers.pool(settings) as pool:
+            ready = obtain_program(
+                job,
+                Store(settings.cache_dir),
+                observer,
+                policy=Policy(may_compile=not fail_on_miss),
+                pool=pool,
+            )
         observer.stage("load")
         program, check, load = _load(job, ready, checked=checked)
     if pooling is None:

@@ -179,9 +179,7 @@ def _modules(model: Model) -> tuple[str, ...]:
 
 def _error(failed: Failed) -> VllmcError:
     kind = getattr(errors, failed.kind, VllmcError)
-    error: VllmcError = kind(
-        failed.code, failed.message, context=failed.context, hint=failed.hint
-    )
+    error: VllmcError = kind(failed.code, failed.message, context=failed.context, hint=failed.hint)
     error.__cause__ = RuntimeError(f"in a worker:\n{failed.trace}")
     return error
 
@@ -191,5 +189,5 @@ def _died_twice(label: str, died: Died) -> VllmcError:
         "worker-died",
         f"two workers died that compiled {label}",
         context={"cause": died.cause},
-        hint="vllmc warm --jobs 1 compiles in its own process; where memory is short, leave it more",
+        hint="vllmc warm --jobs 1 compiles in its own process; see that it has memory enough",
     )

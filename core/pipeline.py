@@ -86,10 +86,11 @@ def obtain_program(
 ) -> Ready:
     """Finds the program in the store, or captures the model and obtains each of its units.
 
-    What is missing is compiled in this process, or by the workers of `pool`. One process compiles a program; others that want the same one wait and then find it. Raises
-    what capture and compilers raise, and `VllmcError` (`config-changed`) where this thread would
-    compile under other options than the job's key was made of. Where `policy` forbids compiling,
-    raises `CheckFailed` for what is missing and `UnsafeCacheError` for what is corrupt.
+    What is missing is compiled in this process, or by the workers of `pool`. One process compiles
+    a program; others that want the same one wait and then find it. Raises what capture and
+    compilers raise, and `VllmcError` (`config-changed`) where this thread would compile under other
+    options than the job's key was made of. Where `policy` forbids compiling, raises `CheckFailed`
+    for what is missing and `UnsafeCacheError` for what is corrupt.
     """
     policy = policy or Policy()
     started = time.perf_counter()

@@ -10,8 +10,8 @@ from typing import Any
 import sympy
 import torch
 import torch.fx as fx
-import tqdm
 from torch._inductor.codecache import CppPythonBindingsCodeCache
+from torch.hub import tqdm
 
 from vllmc.core.torch_compat.inductor import CompileError, NoCompilerError, call_inductor, generate
 from vllmc.core.torch_compat.shapes import ShapeScope, SymbolRange
@@ -28,7 +28,7 @@ def warm_up() -> None:
     something is compiled, and is told of then.
     """
     # A progress bar would start a thread, and a process that forks has none but its own.
-    tqdm.tqdm.monitor_interval = 0
+    tqdm.monitor_interval = 0
     scope = ShapeScope([SymbolRange(symbol=_TOKENS, low=1, high=64)])
     with contextlib.suppress(NoCompilerError, CompileError, OSError):
         call_inductor(_precompile_header, scope)

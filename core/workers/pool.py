@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, TypeAlias
@@ -103,7 +103,7 @@ class WorkerPool:
         if self._server is None:
             self._server = _Server(spec)
 
-    def run(self, orders: Sequence[Order]) -> Iterator[tuple[int, Event]]:
+    def run(self, orders: Sequence[Order]) -> Generator[tuple[int, Event], None, None]:
         """Has all orders carried out; yields what happens, with the index of the order.
 
         After a unit that failed no other is begun; those at work come to their end. A unit whose
@@ -177,7 +177,7 @@ class _Run:
         self._running: dict[int, _Running] = {}
         self._looked = time.monotonic()
 
-    def events(self) -> Iterator[tuple[int, Event]]:
+    def events(self) -> Generator[tuple[int, Event], None, None]:
         try:
             while self._waiting or self._again or self._running:
                 self._start()

@@ -37,7 +37,7 @@ def worker_limit(jobs: int) -> int:
 
 
 def group_memory() -> dict[int, int]:
-    """The resident memory in bytes of each process group: what is shared counts for each process."""
+    """The resident memory in bytes of each process group; shared pages count in each process."""
     page = os.sysconf("SC_PAGE_SIZE")
     taken: dict[int, int] = {}
     for entry in Path("/proc").iterdir():

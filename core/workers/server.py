@@ -37,7 +37,7 @@ ORDER: Final = struct.Struct("!Q")
 
 @dataclass(slots=True, kw_only=True)
 class _Server:
-    """`scratch` is where workers share the kernels that they compile; `workers` maps process to order."""
+    """`scratch` holds the kernels, which workers share; `workers` maps a process to its order."""
 
     control: socket.socket
     scratch: Path
