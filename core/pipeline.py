@@ -197,7 +197,7 @@ def _build(
     started: float,
 ) -> Ready:
     check_in_force(job.factors, job.spec)
-    if not _compiles_on_its_own(job.spec):
+    if not (policy.may_compile and _compiles_on_its_own(job.spec)):
         pool = None
     if pool is not None:
         # While this process captures, the other gets ready.
