@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 OPTIONS: dict[str, Any] = {
     "inductor": (("cpp.simdlen", 0), ("epilogue_fusion", False)),
-    "functorch": (("functionalize_rng_ops", True),),
+    "functorch": (("cse", False),),
 }
 
 
@@ -165,8 +165,7 @@ def test_a_worker_that_is_killed_is_told_of_and_its_unit_compiled_once_more(
     def kill_first(label: str) -> None:
         if not killed:
             killed.append(label)
-            [worker] = workers()
-            os.kill(worker, signal.SIGKILL)
+            os.kill(min(workers()), signal.SIGKILL)
 
     notes = Notes(kill_first)
     ready = obtain_program(job(), Store(tmp_path), notes, pool=pool)
@@ -183,14 +182,10 @@ def test_a_worker_that_is_killed_is_told_of_and_its_unit_compiled_once_more(
 def test_a_unit_whose_worker_is_killed_twice_is_an_error_and_the_others_are_kept(
     job: Any, pool: WorkerPool, tmp_path: Path
 ) -> None:
-    seen: set[int] = set()
-
     def kill(label: str) -> None:
-        fresh = set(workers()) - seen
-        seen.update(fresh)
+        # The first to begin, and later the only one.
         if label.startswith("piece_0 "):
-            for worker in fresh:
-                os.kill(worker, signal.SIGKILL)
+            os.kill(min(workers()), signal.SIGKILL)
 
     with pytest.raises(VllmcError) as caught:
         obtain_program(job(), Store(tmp_path), Notes(kill), pool=pool)
@@ -246,7 +241,7 @@ def test_an_interrupt_leaves_no_process_and_keeps_what_was_compiled(
 def test_an_error_of_the_compiler_is_the_same_from_a_worker(
     job: Any, pool: WorkerPool, tmp_path: Path
 ) -> None:
-    broken = job(inductor=(("cpp.cxx", "no-such-compiler"),))
+    broken = job(inductor=(("cpp.cxx", ["no-such-compiler"]),))
     told = []
     for used in (pool, None):
         with pytest.raises(VllmcError) as caught:
