@@ -10,6 +10,8 @@ from typing import Any
 import sympy
 import torch
 import torch.fx as fx
+from torch._inductor import config
+from torch._inductor.async_compile import get_compile_threads
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch.hub import tqdm
 
@@ -41,6 +43,11 @@ def write_below(directory: Path) -> None:
     Precompiled headers stay where every process finds them.
     """
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(directory)
+
+
+def share_processors(jobs: int) -> None:
+    """From now on this process runs no more C++ compilers at once than one of `jobs` should."""
+    config.compile_threads = max(1, get_compile_threads() // jobs)
 
 
 def _precompile_header() -> None:
