@@ -233,7 +233,7 @@ def test_after_a_kill_while_compiling_the_next_run_carries_on(
     start: Start, spawn: Run, workplace: Path, cache: Path, vllmc: Run
 ) -> None:
     inductor = {"TORCHINDUCTOR_CACHE_DIR": str(workplace / "inductor")}
-    words = ("warm", "--layers", "1")
+    words = ("warm", "--layers", "1", "--jobs", "1")
     process = start(*words, "-v", env=inductor)
     read_until(process, "[2/2]")
     process.kill()
