@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args, get_type_hints
 
 import typer
 
@@ -30,8 +30,9 @@ from vllmc.core.spec import (
     LayerNames,
     check_ranges,
 )
-from vllmc.core.workers.pool import WorkerPool
-from vllmc.core.workers.processes import usable_processors
+
+if TYPE_CHECKING:
+    from vllmc.core.workers.pool import WorkerPool
 
 T = TypeVar("T")
 
@@ -211,6 +212,9 @@ class WorkerFlags:
 
         Raises `UsageError` (`bad-value`).
         """
+        from vllmc.core.workers.pool import WorkerPool
+        from vllmc.core.workers.processes import usable_processors
+
         given = () if self.jobs is None else (self.jobs,)
         setting = settings.find("jobs", given, default=(str(usable_processors()),))
         (jobs,) = _counts("jobs", setting)

@@ -26,12 +26,12 @@ from vllmc.core.cache.redaction import scrub
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import CheckFailed, UnsafeCacheError, UsageError, VllmcError
 from vllmc.core.models.presets import DEFAULT_PRESET
-from vllmc.core.workers.pool import WorkerPool
 
 if TYPE_CHECKING:
     from vllmc.core.job import Job
     from vllmc.core.pipeline import Ready
     from vllmc.core.prediction import Prediction
+    from vllmc.core.workers.pool import WorkerPool
 
 Row = dict[str, Any]
 Weights: TypeAlias = Literal["fake", "real"]

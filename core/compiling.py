@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import torch
 
@@ -23,9 +23,10 @@ from vllmc.core.obtain import Policy, Reader, UnitResult, Wanted, keep
 from vllmc.core.torch_compat.config import cxx_candidates, vllmc_overrides
 from vllmc.core.workers.frames import Declined, Done, Failed, Order
 from vllmc.core.workers.pool import Begun, Died, WorkerPool
+from vllmc.core.workers.processes import usable_processors
 
-if TYPE_CHECKING:
-    from vllmc.core.compiler.protocol import Compiler
+Steps: TypeAlias = Generator[None, None, None]
+"""Yields whenever a unit may have been compiled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,24 +69,25 @@ class Compilation:
         """
         steps = self._here() if pool is None else self._in_workers(pool)
         try:
-            waiting = time.perf_counter()
-            for _ in steps:
-                self.waited += time.perf_counter() - waiting
-                self._keep_in_order()
+            with closing(steps):
                 waiting = time.perf_counter()
+                for _ in steps:
+                    self.waited += time.perf_counter() - waiting
+                    self._keep_in_order()
+                    waiting = time.perf_counter()
         finally:
             for place in sorted(self._done):
                 self._keep(place)
         return tuple(self._kept)
 
-    def _here(self) -> Iterator[None]:
+    def _here(self) -> Steps:
         for place in range(len(self._units)):
             self._begin(place)
             self._compile_here(place)
             yield
 
-    def _in_workers(self, pool: WorkerPool) -> Iterator[None]:
-        orders, left = self._orders()
+    def _in_workers(self, pool: WorkerPool) -> Steps:
+        orders, left = self._orders(pool.jobs)
         failures: dict[int, VllmcError] = {}
         with closing(pool.run([order for _, order in orders])) as events:
             for index, event in events:
@@ -119,11 +121,13 @@ class Compilation:
             self._compile_here(place)
             yield
 
-    def _orders(self) -> tuple[list[tuple[int, Order]], dict[int, str]]:
+    def _orders(self, jobs: int) -> tuple[list[tuple[int, Order]], dict[int, str]]:
         """What workers are to do, by the unit's place, and why they cannot do the rest."""
         from vllmc.core.graph.travel import pack_piece
 
         spec = self._job.spec
+        cxx = cxx_candidates(vllmc_overrides(spec))
+        at_once = min(jobs, len(self._units))
         found, left = [], dict[int, str]()
         for place, numbered in enumerate(self._units):
             unit = numbered.wanted.unit
@@ -137,8 +141,9 @@ class Compilation:
                 range=unit.range,
                 spec=spec,
                 factors=self._job.factors,
-                cxx=cxx_candidates(vllmc_overrides(spec)),
+                cxx=cxx,
                 threads=torch.get_num_threads(),
+                compilers=max(1, usable_processors() // at_once),
                 path=tuple(sys.path),
                 modules=_modules(self._job.model),
             )
@@ -150,14 +155,12 @@ class Compilation:
         self._observer.unit_started(numbered.wanted.label, numbered.index, numbered.total)
 
     def _compile_here(self, place: int) -> None:
-        started = time.perf_counter()
-        compiled = self._compiler().compile(self._units[place].wanted.unit, self._job.spec)
-        self._done[place] = Done(compiled=compiled, seconds=time.perf_counter() - started)
-
-    def _compiler(self) -> Compiler:
         from vllmc.core.compiler.registry import find_compiler
 
-        return find_compiler(self._job.spec.backend)
+        started = time.perf_counter()
+        compiler = find_compiler(self._job.spec.backend)
+        compiled = compiler.compile(self._units[place].wanted.unit, self._job.spec)
+        self._done[place] = Done(compiled=compiled, seconds=time.perf_counter() - started)
 
     def _keep_in_order(self) -> None:
         while len(self._kept) in self._done:

@@ -45,9 +45,9 @@ def write_below(directory: Path) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(directory)
 
 
-def share_processors(jobs: int) -> None:
-    """From now on this process runs no more C++ compilers at once than one of `jobs` should."""
-    config.compile_threads = max(1, get_compile_threads() // jobs)
+def limit_compilers(count: int) -> None:
+    """From now on this process runs at most `count` C++ compilers at once."""
+    config.compile_threads = min(count, get_compile_threads())
 
 
 def _precompile_header() -> None:

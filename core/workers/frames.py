@@ -25,8 +25,8 @@ class Order:
     """A unit to compile, and under what: a worker that finds anything else declines.
 
     `piece` is `pack_piece`'s. `factors` are the key's. `cxx` are the C++ compilers to try,
-    `threads` torch's number of threads, `path` where modules are imported from, and `modules` those
-    of the model's own code.
+    `threads` torch's number of threads, `compilers` how many may run at once, `path` where modules
+    are imported from, and `modules` those of the model's own code.
     """
 
     piece: dict[str, Any]
@@ -35,6 +35,7 @@ class Order:
     factors: tuple[Factor, ...]
     cxx: tuple[str | None, ...]
     threads: int
+    compilers: int
     path: tuple[str, ...]
     modules: tuple[str, ...]
 

@@ -101,7 +101,7 @@ class WorkerPool:
     def prepare(self, spec: CompileSpec) -> None:
         """Starts what workers are made from, if it does not run; returns at once."""
         if self._server is None:
-            self._server = _Server(spec, self.jobs)
+            self._server = _Server(spec)
 
     def run(self, orders: Sequence[Order]) -> Generator[tuple[int, Event], None, None]:
         """Has all orders carried out; yields what happens, with the index of the order.
@@ -115,7 +115,7 @@ class WorkerPool:
 class _Server:
     """The process that makes workers."""
 
-    def __init__(self, spec: CompileSpec, jobs: int) -> None:
+    def __init__(self, spec: CompileSpec) -> None:
         self.ready = False
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -128,7 +128,7 @@ class _Server:
                 stdout=2,
                 start_new_session=True,
             )
-        self.control.send(pickle.dumps((spec, jobs)))
+        self.control.send(pickle.dumps(spec))
 
     def ask(self, number: int) -> socket.socket | None:
         """Asks for a worker; its channel, or None where the server is gone."""

@@ -26,7 +26,7 @@ import torch
 
 from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat.config import applied, vllmc_overrides
-from vllmc.core.torch_compat.warm_up import share_processors, warm_up, write_below
+from vllmc.core.torch_compat.warm_up import warm_up, write_below
 from vllmc.core.workers.frames import Exited, News, Ready, Started, read_one, write
 from vllmc.core.workers.processes import kill_group
 from vllmc.core.workers.worker import carry_out
@@ -85,12 +85,11 @@ class _Server:
 
 
 def main(descriptor: int) -> NoReturn:
-    """Serves the socket `descriptor`: what to warm up for, then numbers with sockets."""
+    """Serves the socket `descriptor`: a spec to warm up for, then numbers with sockets."""
     control = socket.socket(fileno=descriptor)
     server = _Server(control=control, scratch=Path(tempfile.mkdtemp(prefix="vllmc-workers-")))
-    spec, jobs = pickle.loads(control.recv(1 << 20))
+    spec = pickle.loads(control.recv(1 << 20))
     write_below(server.scratch)
-    share_processors(jobs)
     _warm_up(spec)
     wakes, wake = socket.socketpair()
     for end in (wakes, wake):

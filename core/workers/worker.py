@@ -16,6 +16,7 @@ from vllmc.core.compiler.registry import find_compiler
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.travel import unpack_piece
 from vllmc.core.torch_compat.config import applied, cxx_candidates, vllmc_overrides
+from vllmc.core.torch_compat.warm_up import limit_compilers
 from vllmc.core.workers.frames import Answer, Declined, Done, Failed, Order
 
 
@@ -34,6 +35,7 @@ def carry_out(order: Order) -> Answer:
 def _prepare(order: Order) -> Unit | Declined:
     sys.path[:] = order.path
     torch.set_num_threads(order.threads)
+    limit_compilers(order.compilers)
     try:
         _import(order.piece["modules"])
         if not _in_force(order):
