@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args, get_type_hints
 
 import typer
 
@@ -28,6 +30,9 @@ from vllmc.core.spec import (
     LayerNames,
     check_ranges,
 )
+
+if TYPE_CHECKING:
+    from vllmc.core.workers.pool import WorkerPool
 
 T = TypeVar("T")
 
@@ -184,6 +189,40 @@ class CompileFlags:
             rich_help_panel=SHAPING_PANEL,
         ),
     ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerFlags:
+    """How many processes compile."""
+
+    jobs: Annotated[
+        str | None,
+        typer.Option(
+            "-j",
+            "--jobs",
+            metavar="N",
+            show_default="the processors that may be used",
+            help="Compile up to N units at once, in processes of their own; 1: in this one.",
+        ),
+    ] = None
+
+    @contextmanager
+    def pool(self, settings: Settings) -> Iterator[WorkerPool | None]:
+        """The workers to compile with, none of which is started yet; None for this process.
+
+        Raises `UsageError` (`bad-value`).
+        """
+        from vllmc.core.workers.pool import WorkerPool
+        from vllmc.core.workers.processes import usable_processors
+
+        given = () if self.jobs is None else (self.jobs,)
+        setting = settings.find("jobs", given, default=(str(usable_processors()),))
+        (jobs,) = _counts("jobs", setting)
+        if jobs == 1 or sys.platform != "linux":
+            yield None
+            return
+        with WorkerPool(jobs) as pool:
+            yield pool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -87,6 +87,12 @@ class Output:
 
     def error(self, error: VllmcError) -> None:
         """Prints an error: on stderr, with `--json` also as the object on stdout."""
+        self.complain(error)
+        if self._json:
+            self._print_json({"error": error_fields(error)})
+
+    def complain(self, error: VllmcError) -> None:
+        """Prints an error on stderr; with `-vv` also where it was raised."""
         self._complain("error", "bold red", error.code, error.message)
         for name, value in error.context.items():
             self._stderr.print(Text(f"  {name}: {scrub(_plain(value))}"))
@@ -94,14 +100,6 @@ class Output:
         if self.verbosity >= 2:
             lines = traceback.format_exception(error)
             self._stderr.print(Text(scrub("".join(lines)).rstrip()))
-        if self._json:
-            fields = {
-                "code": error.code,
-                "message": scrub(error.message),
-                "context": {name: _scrubbed(value) for name, value in error.context.items()},
-                "hint": scrub(error.hint),
-            }
-            self._print_json({"error": fields})
 
     def progress(self) -> AbstractContextManager[Observer]:
         """An observer that shows progress on stderr.
@@ -124,6 +122,16 @@ class Output:
     def _hint(self, hint: str) -> None:
         if hint:
             self._stderr.print(Text.assemble(("  hint: ", "bold"), scrub(hint)))
+
+
+def error_fields(error: VllmcError) -> dict[str, object]:
+    """An error as JSON has it."""
+    return {
+        "code": error.code,
+        "message": scrub(error.message),
+        "context": {name: _scrubbed(value) for name, value in error.context.items()},
+        "hint": scrub(error.hint),
+    }
 
 
 def _scrubbed(value: object) -> object:

@@ -62,7 +62,7 @@ class _Lines(_Quiet):
 
     def __init__(self, output: Output, check: Callable[[], None]) -> None:
         super().__init__(output, check)
-        self._place = ""
+        self._places: dict[str, str] = {}
 
     def stage(self, name: str) -> None:
         """Prints the stage."""
@@ -72,12 +72,16 @@ class _Lines(_Quiet):
     def unit_started(self, name: str, index: int, total: int) -> None:
         """Remembers which of how many it is; prints it with `-v`."""
         super().unit_started(name, index, total)
-        self._place = f"[{index + 1}/{total}]"
-        self._output.note(f"{self._place} {name}", level=1)
+        self._places[name] = f"[{index + 1}/{total}]"
+        self._output.note(f"{self._places[name]} {name}", level=1)
 
     def unit_finished(self, name: str, outcome: UnitOutcome, seconds: float) -> None:
         """Prints the unit, its outcome and time."""
-        self._output.note(f"{self._place} {name}: {outcome}, {duration(seconds)}")
+        self._output.note(f"{self._places[name]} {name}: {outcome}, {duration(seconds)}")
+
+    def remark(self, text: str) -> None:
+        """Prints the remark with `-v`."""
+        self._output.note(text, level=1)
 
     def waiting(self, what: str) -> None:
         """Prints what is waited for."""
@@ -91,22 +95,36 @@ class _Bar(_Quiet):
         super().__init__(output, check)
         self._bar = bar
         self._task = bar.add_task("starting", total=None)
+        self._at_work: list[str] = []
 
     def stage(self, name: str) -> None:
-        """Shows the stage beside the bar."""
+        """Shows the stage beside a bar that is empty again."""
         super().stage(name)
-        self._bar.update(self._task, description=name)
+        self._at_work.clear()
+        self._bar.update(self._task, description=name, completed=0, total=None)
 
     def unit_started(self, name: str, index: int, total: int) -> None:
-        """Shows the unit, and how many are done."""
+        """Shows the units at work."""
         super().unit_started(name, index, total)
-        self._bar.update(self._task, description=name, completed=index, total=total)
+        if name not in self._at_work:
+            self._at_work.append(name)
+        self._bar.update(self._task, description=self._named(), total=total)
 
     def unit_finished(self, name: str, outcome: UnitOutcome, seconds: float) -> None:
-        """Moves the bar on by one unit; says with `-v` what became of it."""
+        """Moves the bar on by one unit, whichever; says with `-v` what became of it."""
         self._output.note(f"{name}: {outcome}, {duration(seconds)}", level=1)
-        self._bar.advance(self._task)
+        self._at_work.remove(name)
+        self._bar.update(self._task, advance=1, description=self._named() or name)
+
+    def remark(self, text: str) -> None:
+        """Prints the remark with `-v`."""
+        self._output.note(text, level=1)
 
     def waiting(self, what: str) -> None:
         """Shows what is waited for beside the bar."""
         self._bar.update(self._task, description=f"waiting: {what}")
+
+    def _named(self) -> str:
+        """The units at work: the first of them, and how many others."""
+        first, *others = self._at_work or [""]
+        return f"{first} and {len(others)} more" if others else first

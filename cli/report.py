@@ -33,6 +33,7 @@ _OUTCOMES = {
     "would-miss": ("yellow", "a warm would compile"),
     "unknown": ("yellow", "only capture can tell"),
     "unsafe": ("red", "the cache holds something that must not be used"),
+    "failed": ("red", "it could not be compiled"),
 }
 _FORCED = "everything was compiled again, as --force asks"
 _DUP = "dup: compiled now, and the code turned out to be stored already under another key"

@@ -11,7 +11,14 @@ import typer
 from vllmc.cli import job as jobs
 from vllmc.cli import report
 from vllmc.cli.embed import EmbeddingFlags, embed
-from vllmc.cli.options import CommonFlags, CompileFlags, choice, command, compile_request
+from vllmc.cli.options import (
+    CommonFlags,
+    CompileFlags,
+    WorkerFlags,
+    choice,
+    command,
+    compile_request,
+)
 from vllmc.cli.prompts import PromptFlags, Prompts, load_tokenizer
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import CheckFailed, UsageError, VllmcError
@@ -104,6 +111,7 @@ def run(
     prompting: PromptFlags,
     generation: GenerationFlags,
     embedding: EmbeddingFlags,
+    workers: WorkerFlags,
     common: CommonFlags,
     model: Annotated[
         str | None,
@@ -183,13 +191,15 @@ def run(
     )
     with output.progress() as observer:
         entry = _Entry(job, observer)
-        ready = obtain_program(
-            job,
-            Store(settings.cache_dir),
-            observer,
-            policy=Policy(may_compile=not fail_on_miss),
-            meanwhile=entry.build,
-        )
+        with workers.pool(settings) as pool:
+            ready = obtain_program(
+                job,
+                Store(settings.cache_dir),
+                observer,
+                policy=Policy(may_compile=not fail_on_miss),
+                pool=pool,
+                meanwhile=entry.build,
+            )
         program, check, load = _load(entry, ready, checked=checked)
     if pooling is None:
         done = _generate(program, prompts, params, limits, tokenizer)

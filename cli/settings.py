@@ -51,6 +51,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="splitting-op", repeatable=True),
     Option(name="layers", kind="integer"),
     Option(name="backend"),
+    Option(name="jobs", kind="integer"),
     Option(name="weights"),
     Option(name="guards"),
     Option(name="summary"),

@@ -9,31 +9,46 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from vllmc.cli import job as jobs
 from vllmc.cli import report
-from vllmc.cli.options import CommonFlags, CompileFlags, choice, command, compile_request
-from vllmc.cli.output import Output
+from vllmc.cli.job import make
+from vllmc.cli.options import (
+    CommonFlags,
+    CompileFlags,
+    WorkerFlags,
+    choice,
+    command,
+    compile_request,
+)
+from vllmc.cli.output import Output, error_fields
 from vllmc.cli.settings import Settings
 from vllmc.cli.summary import write_summary
+from vllmc.core.cache.redaction import scrub
 from vllmc.core.cache.store import Store
-from vllmc.core.errors import CheckFailed, UnsafeCacheError, UsageError
+from vllmc.core.errors import CheckFailed, UnsafeCacheError, UsageError, VllmcError
 from vllmc.core.models.presets import DEFAULT_PRESET
 
 if TYPE_CHECKING:
     from vllmc.core.job import Job
     from vllmc.core.pipeline import Ready
     from vllmc.core.prediction import Prediction
+    from vllmc.core.workers.pool import WorkerPool
 
 Row = dict[str, Any]
 Weights: TypeAlias = Literal["fake", "real"]
 
 WEIGHTS: tuple[Weights, ...] = ("fake", "real")
 _PREDICTED = {"hit": "would-hit", "miss": "would-miss"}
+_PREDICTED_CODES = {
+    "would-miss": CheckFailed.exit_code,
+    "unknown": CheckFailed.exit_code,
+    "unsafe": UnsafeCacheError.exit_code,
+}
 
 
 @command
 def warm(
     compilation: CompileFlags,
+    workers: WorkerFlags,
     common: CommonFlags,
     models: Annotated[
         list[str] | None,
@@ -78,7 +93,15 @@ def warm(
     where only capture shows them), counts (hit, dup, compiled), units (pieces, range, outcome,
     artifact, bytes, seconds), seconds (total, capture, compile, store), peak_rss_mb, miss (null, or
     nearest_key, nearest_model where it is another, and changes, as diff-config lists them),
-    layer_names; with --check also reason. Several models give results, a list of these.
+    layer_names; with --check also reason. Several models give results, a list of these. They share
+    workers and what is stored, and one that cannot be compiled does not stop the others: its
+    outcome is failed, with reason and error (code, message, context, hint), and the exit code is
+    the highest of the errors'. What is wrong with a name or an option stops all of them at once.
+
+    Units are compiled by --jobs processes at once, on the CPU, by Inductor. A unit's seconds are
+    its own; compile is the time in which at least one was at work. A worker that dies is
+    reported, and its unit compiled once more, alone. peak_rss_mb is that of this process, without
+    the workers.
 
     layer_names is null where the names of layers cost nothing. Where strings given to custom ops
     are all that tells pieces apart, it has unique (how many pieces there are), would_be (how many
@@ -96,20 +119,22 @@ def warm(
         )
     # All of them first, so that a mistake in the last is found before anything is compiled.
     todo = [
-        jobs.make(settings, compile_request(settings, compilation, model))
+        make(settings, compile_request(settings, compilation, model))
         for model in models or [DEFAULT_PRESET]
     ]
     store = Store(settings.cache_dir)
     if check:
         rows = [_predict(job, store) for job in todo]
+        code = max(_PREDICTED_CODES.get(row["outcome"], 0) for row in rows)
     else:
-        rows = _obtain(todo, store, output, force=force, weights=kind)
+        with workers.pool(settings) as pool:
+            rows, code = _obtain(todo, store, output, pool, force=force, weights=kind)
     if (path := _summary_file(settings, summary)) is not None:
         write_summary(path, rows)
     output.data(rows[0] if len(rows) == 1 else {"results": rows}, lambda: report.warm(rows))
     if any(row["outcome"] == "unsafe" for row in rows):
         output.note("hint: vllmc warm compiles it again; vllmc cache verify lists all that is bad")
-    return _exit_code(rows)
+    return code
 
 
 def _given(flag: str | None) -> tuple[str, ...]:
@@ -128,30 +153,36 @@ def _predict(job: Job, store: Store) -> Row:
 
 
 def _obtain(
-    todo: Sequence[Job], store: Store, output: Output, *, force: bool, weights: Weights
-) -> list[Row]:
+    todo: Sequence[Job],
+    store: Store,
+    output: Output,
+    pool: WorkerPool | None,
+    *,
+    force: bool,
+    weights: Weights,
+) -> tuple[list[Row], int]:
+    """The rows, and the exit code: of several models one that fails does not stop the others."""
     from vllmc.core.obtain import Policy
     from vllmc.core.pipeline import obtain_program
 
-    rows = []
+    rows, code = [], 0
     with output.progress() as observer:
         for job in todo:
             if len(todo) > 1:
                 observer.stage(job.model.name)
-            ready = obtain_program(
-                job, store, observer, policy=Policy(force=force), weights=weights
-            )
-            rows.append(_row(job, ready))
-    return rows
-
-
-def _exit_code(rows: list[Row]) -> int:
-    codes = {
-        "would-miss": CheckFailed.exit_code,
-        "unknown": CheckFailed.exit_code,
-        "unsafe": UnsafeCacheError.exit_code,
-    }
-    return max(codes.get(row["outcome"], 0) for row in rows)
+            try:
+                ready = obtain_program(
+                    job, store, observer, policy=Policy(force=force), weights=weights, pool=pool
+                )
+            except VllmcError as error:
+                if len(todo) == 1:
+                    raise
+                output.complain(error)
+                rows.append(_failed_row(job, error))
+                code = max(code, error.exit_code)
+            else:
+                rows.append(_row(job, ready))
+    return rows, code
 
 
 def _row(job: Job, ready: Ready) -> Row:
@@ -211,6 +242,24 @@ def _check_row(job: Job, prediction: Prediction) -> Row:
         "reason": prediction.reason,
         "miss": prediction.miss and prediction.miss.to_json(),
         "layer_names": None,
+    }
+
+
+def _failed_row(job: Job, error: VllmcError) -> Row:
+    return {
+        "model": job.model.name,
+        "key": job.key,
+        "outcome": "failed",
+        "program": "miss",
+        "pieces": None,
+        "counts": {"hit": 0, "dup": 0, "compiled": 0},
+        "units": [],
+        "seconds": dict.fromkeys(("total", "capture", "compile", "store"), 0.0),
+        "peak_rss_mb": _peak_rss_mb(),
+        "reason": scrub(error.message),
+        "miss": None,
+        "layer_names": None,
+        "error": error_fields(error),
     }
 
 

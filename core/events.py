@@ -14,6 +14,7 @@ UnitOutcome: TypeAlias = Literal["hit", "dup", "compiled"]
 class Observer(Protocol):
     """Follows a computation through its stages and compile units.
 
+    Several units may be at work at once; one whose worker died begins a second time.
     All calls come from the thread that runs the pipeline; none may raise but `KeyboardInterrupt`.
     """
 
@@ -24,10 +25,13 @@ class Observer(Protocol):
         """The compile unit `name` (`piece_0 for 1:8192 tokens`) begins; `index` counts from 0."""
 
     def unit_finished(self, name: str, outcome: UnitOutcome, seconds: float) -> None:
-        """The compile unit `name` is done, after `seconds` of wall time."""
+        """The compile unit `name` is done, after `seconds` of wall time of its own."""
 
     def warning(self, code: str, message: str, hint: str = "") -> None:
         """What a person should know of and went on; `code` is kebab-case, as in `VllmcError`."""
+
+    def remark(self, text: str) -> None:
+        """What is worth knowing to who asks for more than warnings."""
 
     def waiting(self, what: str) -> None:
         """Nothing happens until someone else is done: `another process compiles this model`."""
@@ -47,6 +51,9 @@ class SilentObserver:
 
     def warning(self, code: str, message: str, hint: str = "") -> None:
         """Ignores the warning."""
+
+    def remark(self, text: str) -> None:
+        """Ignores the remark."""
 
     def waiting(self, what: str) -> None:
         """Ignores the wait."""
@@ -73,6 +80,10 @@ class LogObserver:
     def warning(self, code: str, message: str, hint: str = "") -> None:
         """Logs the warning."""
         self._logger.warning("%s: %s%s", code, message, f" ({hint})" if hint else "")
+
+    def remark(self, text: str) -> None:
+        """Logs the remark."""
+        self._logger.info("%s", text)
 
     def waiting(self, what: str) -> None:
         """Logs what is waited for."""

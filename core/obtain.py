@@ -1,4 +1,4 @@
-"""Obtaining one compile unit: the only place that decides hit or miss."""
+"""Compile units in the store: the only place that decides hit or miss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllmc.core.job import Job
 from vllmc.core.prediction import ANY_RANGE, Found, Meanwhile, keyed, lookup
 
 if TYPE_CHECKING:  # importing it takes Dynamo and sympy, which a hit does without
-    from vllmc.core.compiler.protocol import Compiler, Unit
+    from vllmc.core.compiler.protocol import Compiled, Unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,17 +115,32 @@ class Policy:
     may_compile: bool = True
 
 
-def obtain(
-    unit: Unit,
-    pieces: tuple[str, ...],
-    job: Job,
-    reader: Reader,
-    compiler: Compiler,
-    policy: Policy,
-) -> UnitResult:
-    """Finds the unit by its key, or compiles and stores it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """A unit that the store lacks, with the names of the pieces that share it."""
 
-    Raises `CheckFailed` (`would-miss`) where it must be compiled and may not be.
+    unit: Unit
+    pieces: tuple[str, ...]
+    key: str
+    factors: tuple[Factor, ...]
+
+    @property
+    def label(self) -> str:
+        """`piece_0 for 1:8192 tokens`."""
+        return label_of(self.unit, self.pieces)
+
+
+def label_of(unit: Unit, pieces: tuple[str, ...]) -> str:
+    """What people are told of a unit: `piece_0 for 1:8192 tokens`."""
+    return f"{pieces[0]} for {in_words(unit)}"
+
+
+def find(
+    unit: Unit, pieces: tuple[str, ...], job: Job, reader: Reader, policy: Policy
+) -> UnitResult | Wanted:
+    """Finds the unit by its key: here it is decided what is compiled.
+
+    Raises `CheckFailed` (`would-miss`) for what must be compiled and may not be.
     """
     key, factors = unit_key(unit, job)
     found = None if policy.force else reader.unit(key)
@@ -143,32 +158,36 @@ def obtain(
     if not policy.may_compile:
         raise CheckFailed(
             "would-miss",
-            f"{pieces[0]} for {in_words(unit)} is not stored, so it would be compiled",
+            f"{label_of(unit, pieces)} is not stored, so it would be compiled",
             context={"unit_key": key},
             hint="vllmc warm compiles it; vllmc inspect-key says what the cache lacks",
         )
-    started = time.perf_counter()
-    compiled = compiler.compile(unit, job.spec)
-    seconds = time.perf_counter() - started
+    return Wanted(unit=unit, pieces=pieces, key=key, factors=factors)
+
+
+def keep(
+    wanted: Wanted, compiled: Compiled, seconds: float, reader: Reader, policy: Policy
+) -> UnitResult:
+    """Stores what took `seconds` to compile."""
     known = None if policy.force else reader.same_code(compiled.code)
     artifact, data = known or (reader.store.put_artifact(compiled.artifact), compiled.artifact)
     reader.store.put_unit(
         UnitRecord(
-            key=key,
+            key=wanted.key,
             artifact=artifact,
             format=compiled.format,
             code=compiled.code,
             bytes=len(data),
             seconds=seconds,
             created=time.time(),
-            factors=factors,
+            factors=wanted.factors,
         )
     )
     return UnitResult(
-        pieces=pieces,
-        range=range_name(unit),
+        pieces=wanted.pieces,
+        range=range_name(wanted.unit),
         outcome="dup" if known else "compiled",
-        key=key,
+        key=wanted.key,
         artifact=artifact,
         data=data,
         seconds=seconds,

@@ -18,17 +18,19 @@ from vllmc.core.cache.factors import check_in_force
 from vllmc.core.cache.record import ProgramRecord, ProgramUnit
 from vllmc.core.cache.sources import collect
 from vllmc.core.cache.store import Store
+from vllmc.core.compiling import Compilation, Numbered
 from vllmc.core.events import Observer, UnitOutcome
 from vllmc.core.graph.layout import Layout
 from vllmc.core.job import Job
 from vllmc.core.layer_names import LayerNameCost, cost_of
 from vllmc.core.models.model import Weights
-from vllmc.core.obtain import Policy, Reader, UnitResult, in_words, obtain
+from vllmc.core.obtain import Policy, Reader, UnitResult, Wanted, find, label_of
 from vllmc.core.prediction import ANY_RANGE, Found, Meanwhile, Miss, explain_miss
 from vllmc.core.runtime.conditions import spoken
 from vllmc.core.runtime.loader import load_artifact
 from vllmc.core.runtime.program import Guards, Program, Variant, link
-from vllmc.core.spec import CompileRange
+from vllmc.core.spec import CompileRange, CompileSpec
+from vllmc.core.workers.pool import WorkerPool
 
 if TYPE_CHECKING:
     from vllmc.core.graph.capture import Capture
@@ -80,15 +82,17 @@ def obtain_program(
     *,
     policy: Policy | None = None,
     weights: Weights = "fake",
+    pool: WorkerPool | None = None,
     meanwhile: Meanwhile | None = None,
 ) -> Ready:
     """Finds the program in the store, or captures the model and obtains each of its units.
 
-    `meanwhile` is called with the record of a program that is there, while its artifacts are read.
-    One process compiles a program; others that want the same one wait and then find it. Raises
-    what capture, compilers and `meanwhile` raise, and `VllmcError` (`config-changed`) where this
-    thread would compile under other options than the job's key was made of. Where `policy` forbids
-    compiling, raises `CheckFailed` for what is missing and `UnsafeCacheError` for what is corrupt.
+    What is missing is compiled in this process, or by the workers of `pool`. `meanwhile` is called
+    with the record of a program that is there, while its artifacts are read. One process compiles
+    a program; others that want the same one wait and then find it. Raises what capture, compilers
+    and `meanwhile` raise, and `VllmcError` (`config-changed`) where this thread would compile under
+    other options than the job's key was made of. Where `policy` forbids compiling, raises
+    `CheckFailed` for what is missing and `UnsafeCacheError` for what is corrupt.
     """
     policy = policy or Policy()
     started = time.perf_counter()
@@ -104,7 +108,7 @@ def obtain_program(
     with lock:
         if not policy.force and (found := reader.program(job)) is not None:
             return _hit(job, store, found, started)
-        return _build(job, reader, observer, policy, weights, started)
+        return _build(job, reader, observer, policy, weights, pool, started)
 
 
 def open_program(ready: Ready, entry: torch.nn.Module, guards: Guards | None = None) -> Program:
@@ -143,33 +147,68 @@ def capture_model(job: Job, weights: Weights = "fake") -> Capture:
     return capture(job.model, entry, spec)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Obtained:
+    """The units of a plan, in its order, and the seconds of wall time in which they compiled."""
+
+    units: tuple[UnitResult, ...]
+    compiling: float
+
+
 def obtain_units(
-    plan: Plan, job: Job, reader: Reader, observer: Observer, policy: Policy
-) -> tuple[UnitResult, ...]:
-    """Obtains each unit of `plan`, under the configuration in force. Raises what `obtain` does."""
-    from vllmc.core.compiler.registry import find_compiler
+    plan: Plan,
+    job: Job,
+    reader: Reader,
+    observer: Observer,
+    policy: Policy,
+    pool: WorkerPool | None = None,
+) -> Obtained:
+    """Obtains each unit of `plan`, under the configuration in force.
+
+    Raises what `find` and `Compilation.run` do.
+    """
     from vllmc.core.graph.plan import plan_units
 
-    compiler = find_compiler(job.spec.backend)
     units = plan_units(plan, job.spec)
-    results = []
+    results: dict[int, UnitResult] = {}
+    missing = []
     for index, (names, unit) in enumerate(units):
-        label = f"{names[0]} for {in_words(unit)}"
+        found = find(unit, names, job, reader, policy)
+        if isinstance(found, Wanted):
+            missing.append(Numbered(wanted=found, index=index, total=len(units)))
+            continue
+        label = label_of(unit, names)
         observer.unit_started(label, index, len(units))
-        result = obtain(unit, names, job, reader, compiler, policy)
-        observer.unit_finished(label, result.outcome, result.seconds)
-        results.append(result)
-    return tuple(results)
+        observer.unit_finished(label, found.outcome, found.seconds)
+        results[index] = found
+    compilation = Compilation(missing, job, reader, observer, policy)
+    for numbered, result in zip(missing, compilation.run(pool), strict=True):
+        results[numbered.index] = result
+    return Obtained(
+        units=tuple(results[index] for index in range(len(units))), compiling=compilation.waited
+    )
 
 
 def _build(
-    job: Job, reader: Reader, observer: Observer, policy: Policy, weights: Weights, started: float
+    job: Job,
+    reader: Reader,
+    observer: Observer,
+    policy: Policy,
+    weights: Weights,
+    pool: WorkerPool | None,
+    started: float,
 ) -> Ready:
+    check_in_force(job.factors, job.spec)
+    if not (policy.may_compile and _compiles_on_its_own(job.spec)):
+        pool = None
+    if pool is not None:
+        # While this process captures, the other gets ready.
+        pool.prepare(job.spec)
+
     from vllmc.core.graph.names import find_named_pieces
     from vllmc.core.graph.plan import make_plan
     from vllmc.core.torch_compat.config import applied, vllmc_overrides
 
-    check_in_force(job.factors, job.spec)
     miss = None if policy.force else explain_miss(job, reader.store)
     with applied(vllmc_overrides(job.spec)):
         observer.stage("capture")
@@ -177,7 +216,8 @@ def _build(
         plan = make_plan(captured, job.spec)
         captured_at = time.perf_counter()
         _warn_of_promises(plan.layout, observer)
-        results = obtain_units(plan, job, reader, observer, policy)
+        obtained = obtain_units(plan, job, reader, observer, policy, pool)
+    results = obtained.units
     named = find_named_pieces(plan.unique)
     record = ProgramRecord(
         key=job.key,
@@ -197,7 +237,6 @@ def _build(
         reader.store.put_program(record)
         reader.store.touch(job.key)
     finished = time.perf_counter()
-    compiling = sum(result.seconds for result in results)
     return Ready(
         program="miss",
         record=record,
@@ -207,10 +246,15 @@ def _build(
         seconds=Seconds(
             total=finished - started,
             capture=captured_at - started,
-            compile=compiling,
-            store=finished - captured_at - compiling,
+            compile=obtained.compiling,
+            store=finished - captured_at - obtained.compiling,
         ),
     )
+
+
+def _compiles_on_its_own(spec: CompileSpec) -> bool:
+    """Whether a worker is worth its start: eager compiles nothing, Triton has its own workers."""
+    return spec.backend == "inductor" and spec.device == "cpu"
 
 
 def _warn_of_promises(layout: Layout, observer: Observer) -> None:

@@ -148,14 +148,16 @@ def unit_factors(program_factors: Iterable[Factor]) -> tuple[Factor, ...]:
     )
 
 
-def check_in_force(factors: Iterable[Factor], spec: CompileSpec) -> None:
+def check_in_force(factors: Iterable[Factor], spec: CompileSpec, *, code: bool = False) -> None:
     """Raises `VllmcError` (`config-changed`) unless compiling here and now is what `factors` say.
+
+    With `code`, vllmc's own files count too: a process that starts later may read others.
 
     Overrides of torch's configs are local to a thread, and its switches global to the process: a
     key made in one place must not name what is compiled in another.
     """
     overrides = vllmc_overrides(spec)
-    now = [*_configs(overrides, {}, {}), *_torch_state(spec)]
+    now = [*_configs(overrides, {}, {}), *_torch_state(spec), *(_code() if code else ())]
     known = {factor.identity: factor for factor in factors}
     changed = [f for f in now if known.get(f.identity, f).digest != f.digest]
     if not changed:

@@ -14,6 +14,7 @@ from vllmc.core.compiler.protocol import Unit
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.capture import Capture
 from vllmc.core.graph.layout import Layout, OpStep, UnitStep
+from vllmc.core.graph.literals import encode
 from vllmc.core.graph.normalize import value_of
 from vllmc.core.graph.piece import Piece, canonical_piece, digest_of_cut
 from vllmc.core.graph.split import Cut, split, splits_at
@@ -185,31 +186,3 @@ def _op_steps(cut: Cut, names: Mapping[fx.Node, str]) -> list[OpStep]:
         )
         for node in cut.nodes
     ]
-
-
-def encode(value: object, names: Mapping[fx.Node, str]) -> JsonValue:
-    """An argument of an op as JSON: literals as they are, everything else as a tagged object."""
-    match value:
-        case fx.Node():
-            return {"ref": names[value]}
-        case None | bool() | int() | str():
-            return value
-        case float():
-            return {"float": value.hex()}
-        case tuple():
-            return {"tuple": [encode(v, names) for v in value]}
-        case list():
-            return {"list": [encode(v, names) for v in value]}
-        case slice():
-            return {"slice": [encode(v, names) for v in (value.start, value.stop, value.step)]}
-        case torch.dtype() | torch.device() | torch.memory_format() | torch.layout():
-            return {"torch": str(value).removeprefix("torch."), "of": type(value).__name__}
-        case _ if value is ...:
-            return {"ellipsis": True}
-        case _:
-            raise VllmcError(
-                "unsupported-model",
-                f"a splitting op takes an argument of type {type(value).__name__}, "
-                "which a record cannot hold",
-                hint="leave this op out of --splitting-op",
-            )

@@ -72,9 +72,9 @@ class Workbench:
     def _build(self, job: Job) -> Built:
         with applied(vllmc_overrides(job.spec)):
             plan = self._plan(job)
-            results = obtain_units(plan, job, self._reader, self._observer, Policy())
+            obtained = obtain_units(plan, job, self._reader, self._observer, Policy())
         units = {}
-        for result in results:
+        for result in obtained.units:
             found = self._reader.unit(result.key)
             if found is None:
                 raise VllmcError(

@@ -18,6 +18,7 @@ from vllmc.core.cache.key import JsonValue
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.inputs import find_attribute
 from vllmc.core.graph.layout import GraphInput, Layout, OpStep, UnitStep
+from vllmc.core.graph.literals import decode_constant
 from vllmc.core.graph.targets import find_target, import_by_name
 from vllmc.core.runtime.arguments import ArgumentCheck
 from vllmc.core.runtime.loader import BoundPiece, PieceCallable, bind_piece
@@ -248,7 +249,7 @@ def _argument(value: JsonValue, targets: dict[str, object]) -> str:
         if tag == "slice":
             assert isinstance(content, list)
             return f"slice({', '.join(_argument(v, targets) for v in content)})"
-        return _constant(_decode(value), targets)
+        return _constant(decode_constant(value), targets)
     return repr(value)
 
 
@@ -276,19 +277,6 @@ def _with_attributes(cls: Any, attributes: Mapping[str, object]) -> object:
     made = cls.__new__(cls)
     vars(made).update(attributes)
     return made
-
-
-def _decode(value: Mapping[str, JsonValue]) -> object:
-    match value:
-        case {"float": str(text)}:
-            return float.fromhex(text)
-        case {"ellipsis": True}:
-            return ...
-        case {"torch": str(name), "of": "device"}:
-            return torch.device(name)
-        case {"torch": str(name)}:
-            return getattr(torch, name)
-    raise AssertionError(f"no argument is encoded as {value}")
 
 
 def _constant(value: object, targets: dict[str, object]) -> str:

@@ -62,6 +62,11 @@ VLLMC_SETS: Final[Mapping[tuple[Group, str], tuple[OptionValue, str]]] = Mapping
             "parallel region. With 8, a row of 4096 elements (8 x `cpp.min_chunk_size`) is worth "
             "sharing",
         ),
+        ("inductor", "aot_inductor.enable_line_tables"): (
+            False,
+            "debug information names the directory that was compiled in, so that the bytes of an "
+            "artifact would depend on it, and is half of them",
+        ),
         ("inductor", "fx_graph_cache"): (False, _STORE),
         ("inductor", "fx_graph_remote_cache"): (False, _STORE),
         ("functorch", "enable_autograd_cache"): (False, _STORE),

@@ -35,6 +35,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from vllmc.core.syntax import parse_module
+from vllmc.core.torch_compat.cxx_calls import change_calls
 from vllmc.core.torch_compat.shapes import ShapeScope
 
 _same_ordered_by_number = FlexibleLayout.same_ordered
@@ -56,6 +57,7 @@ def _same_ordered(sizes: Sequence[Any], stride: Sequence[Any]) -> Sequence[Any]:
 
 # Once and for good: an exchange for the time of a compilation would meet those of other threads.
 FlexibleLayout.same_ordered = staticmethod(_same_ordered)
+change_calls()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +110,7 @@ def generate(module: fx.GraphModule, inputs: Sequence[object], scope: ShapeScope
         )
         return result
 
-    _call_inductor(lambda: compile_fx(module, list(inputs), inner_compile=record), scope)
+    call_inductor(lambda: compile_fx(module, list(inputs), inner_compile=record), scope)
     (result,) = generated
     return result
 
@@ -166,7 +168,7 @@ def generate_bundle(module: fx.GraphModule, inputs: Sequence[object], scope: Sha
         return artifact.serialize()
 
     try:
-        return _call_inductor(compile_and_serialize, scope)
+        return call_inductor(compile_and_serialize, scope)
     except BypassAOTAutogradCache as error:
         raise CompileError(str(error)) from error
 
@@ -214,7 +216,8 @@ def bundle_code(data: bytes) -> bytes:
     return b"\0".join(parts)
 
 
-def _call_inductor(call: Callable[[], Any], scope: ShapeScope) -> Any:
+def call_inductor(call: Callable[[], Any], scope: ShapeScope) -> Any:
+    """Calls what calls Inductor. Raises `NoCompilerError` and `CompileError` for what it raises."""
     try:
         # AOTAutograd traces, and tracing patches modules for the whole process.
         with compile_lock, torch.no_grad(), tracing(TracingContext(scope.fake_mode)):

@@ -12,6 +12,7 @@ from torch._dynamo.source import ConstantSource
 from torch._prims_common import is_contiguous_or_false
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._sympy import functions
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
@@ -51,6 +52,17 @@ def python_text(condition: sympy.Basic, names: Mapping[sympy.Symbol, sympy.Symbo
     """`condition` as a Python expression, with its symbols renamed."""
     text: str = PythonPrinter().doprint(condition.xreplace(names))
     return text
+
+
+def exact_text(expr: sympy.Expr) -> str:
+    """`expr` with the assumptions of its symbols, for `parse_exact`."""
+    text: str = sympy.srepr(expr)
+    return text
+
+
+def parse_exact(text: str) -> sympy.Expr:
+    """The expression that `exact_text` wrote. Evaluates `text`: it comes from this program."""
+    return eval(text, {"__builtins__": {}}, {**vars(sympy), **vars(functions)})
 
 
 def is_contiguous(tensor: torch.Tensor) -> bool:

@@ -109,6 +109,40 @@ def test_with_v_the_lines_say_when_a_unit_begins() -> None:
     assert sink.stderr.getvalue() == "[1/2] piece_0 for 1:8192 tokens\n"
 
 
+def test_each_line_names_its_own_unit_where_several_are_at_work() -> None:
+    sink = make_sink(verbosity=1)
+    with sink.output.progress() as observer:
+        observer.unit_started("piece_0 for 1 token", 0, 2)
+        observer.unit_started("piece_2 for 1 token", 1, 2)
+        observer.unit_finished("piece_0 for 1 token", "compiled", 1.2)
+        observer.remark("a remark")
+    assert sink.stderr.getvalue().splitlines() == [
+        "[1/2] piece_0 for 1 token",
+        "[2/2] piece_2 for 1 token",
+        "[1/2] piece_0 for 1 token: compiled, 1.2 s",
+        "a remark",
+    ]
+
+
+def test_the_bar_counts_what_is_done_and_says_how_many_are_at_work() -> None:
+    sink = make_sink(terminal=True)
+    with sink.output.progress() as observer:
+        for index in range(3):
+            observer.unit_started(f"piece_{index}", index, 3)
+        # One whose worker died begins again.
+        observer.unit_started("piece_1", 1, 3)
+        observer.unit_finished("piece_1", "compiled", 1.0)
+        observer.unit_finished("piece_0", "compiled", 1.0)
+    shown = sink.stderr.getvalue()
+    assert "piece_2" in shown
+    assert "2/3" in shown
+    sink = make_sink(terminal=True)
+    with sink.output.progress() as observer:
+        observer.unit_started("piece_0", 0, 3)
+        observer.unit_started("piece_1", 1, 3)
+    assert "piece_0 and 1 more" in sink.stderr.getvalue()
+
+
 def test_progress_is_a_bar_on_a_terminal() -> None:
     sink = make_sink(terminal=True)
     with sink.output.progress() as observer:

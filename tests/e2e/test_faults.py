@@ -172,6 +172,38 @@ def test_an_interrupt_while_compiling_ends_with_one_clear_line(
     assert vllmc("cache", "verify").code == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_outlives_a_command_that_is_killed_while_its_workers_compile(
+    start: Start, cache: Path, vllmc: Run, number: int
+) -> None:
+    process = start("warm", "--layers", "1", "-v", "--jobs", "2")
+    read_until(process, "[1/2]")
+    begun = descendants(process.pid)
+    assert len(begun) >= 2, "the process that makes workers, and a worker"
+    process.send_signal(number)
+    # All of them hold stderr open.
+    process.communicate(timeout=120)
+    assert process.returncode == -number
+    assert vllmc("cache", "verify").code == 0
+    done = vllmc("warm", "--layers", "1", "--json", "--jobs", "1", "--backend", "eager")
+    assert done.code == 0, "the lock is free"
+
+
+def descendants(process: int) -> list[int]:
+    """The processes below one."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                parents[int(entry.name)] = int(fields[1])
+    found = [process]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found[1:]
+
+
 def test_an_interrupt_that_meets_a_finalizer_is_not_lost(spawn: Run, workplace: Path) -> None:
     """Python prints what a finalizer raises and goes on: the program was compiled to its end."""
     (workplace / "interrupted.py").write_text(
@@ -201,7 +233,7 @@ def test_after_a_kill_while_compiling_the_next_run_carries_on(
     start: Start, spawn: Run, workplace: Path, cache: Path, vllmc: Run
 ) -> None:
     inductor = {"TORCHINDUCTOR_CACHE_DIR": str(workplace / "inductor")}
-    words = ("warm", "--layers", "1")
+    words = ("warm", "--layers", "1", "--jobs", "1")
     process = start(*words, "-v", env=inductor)
     read_until(process, "[2/2]")
     process.kill()

@@ -394,3 +394,38 @@ def test_a_miss_next_to_another_model_does_not_import_that_model(
     (workplace / "one.py").write_text("raise RuntimeError('its ops are registered already')\n")
     row = eager("warm", "other:make", "--json").json
     assert row["miss"]["nearest_model"] == "one:make"
+
+
+def test_several_models_share_what_is_stored(eager: Run, factory: Any) -> None:
+    done = eager("warm", "factory:small", "factory:other_vocabulary", "--json")
+    first, second = done.json["results"]
+    assert (done.code, first["outcome"]) == (0, "compiled")
+    assert second["counts"]["hit"] > 0
+
+
+def test_one_of_several_models_that_fails_does_not_stop_the_others(
+    eager: Run, workplace: Path, tmp_path: Path
+) -> None:
+    (workplace / "broken.py").write_text(
+        "import torch\n"
+        "class Model(torch.nn.Linear):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(4, 4)\n"
+        "    def forward(self, input_ids, position_ids):\n"
+        "        raise RuntimeError('never')\n"
+    )
+    words = ("warm", "tiny-llama", "broken:Model", "tiny-llama")
+    done = eager(*words, "--json", "--summary", tmp_path / "summary.md")
+    first, failed, last = done.json["results"]
+    assert (first["outcome"], last["outcome"]) == ("compiled", "hit")
+    assert failed["outcome"] == "failed"
+    assert failed["units"] == []
+    assert failed["error"]["code"] == done.error
+    assert failed["reason"] == failed["error"]["message"]
+    assert done.code == 1
+    assert "**failed**" in (tmp_path / "summary.md").read_text()
+    shown = eager(*words)
+    assert f"failed  {failed['reason']}" in shown.out
+    # Alone it is an error as any other.
+    alone = eager("warm", "broken:Model", "--json")
+    assert (alone.code, alone.json["error"]["code"]) == (1, done.error)

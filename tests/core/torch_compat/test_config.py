@@ -277,6 +277,7 @@ def test_without_variables_only_what_vllmc_sets_differs_from_the_default(tmp_pat
     changed = {name: row[1] for name, row in found.items() if not row[2]}
     march = {"inductor.cpp.march"} & {*found} if portable_march() else set()
     assert set(changed) == march | {
+        "inductor.aot_inductor.enable_line_tables",
         "inductor.cpp.dynamic_threads",
         "inductor.cpp.threads",
         "inductor.cpp.vec_isa_ok",

@@ -1,0 +1,1 @@
+"""Processes that compile units beside each other."""
