@@ -135,7 +135,7 @@ def _unpack_input(row: Mapping[str, Any]) -> PieceInput:
 
 def _modules(piece: Piece) -> list[str]:
     """The modules that register the piece's custom ops, as they are called in this process."""
-    files = {f for op in custom_ops(piece.graph) for f, _ in registrations(op)}
+    files = {f for op in custom_ops(piece.graph.nodes) for f, _ in registrations(op)}
     found = {
         name
         for name, module in tuple(sys.modules.items())
