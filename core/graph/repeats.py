@@ -8,10 +8,11 @@ what Dynamo says itself, and is checked before anything is copied:
 - the layers have the same classes, and tensors of the same form;
 - every Python value that Dynamo guarded on in the layer that it traced is the same in the other,
   where the other has it: had the other been traced, each decision would have been the same;
-- both are called in the same way: the same constants, tensors of the same form, equal to each
-  other and sharing memory in the same places, under the same state of torch;
-- what was traced reads nothing else that lies in between, makes no number of its own that is known
-  only when it runs, and no one looks into it.
+- both are called in the same way: the same constants, tensors of the same form, one tensor and
+  shared memory in the same places, and no list or dictionary that others could write to;
+- the process is in the same state: of torch, and of all Python objects that were there before;
+- what was traced reads nothing else of the graph, writes to no memory but its own, makes no number
+  that is known only when it runs, and no one looks into it.
 
 What fails a check is traced by itself; where too much fails, all of it is.
 """
@@ -20,8 +21,8 @@ from __future__ import annotations
 
 import operator
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -32,8 +33,9 @@ from vllmc.core.cache.key import JsonValue
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.aliases import memory_of, written_memory
 from vllmc.core.graph.inputs import find_attribute, read_source
+from vllmc.core.graph.layers import Layers, find_layers, look
 from vllmc.core.graph.normalize import is_symbolic, symbols_of, value_of
-from vllmc.core.models.guarded import HOOKS, is_of_the_tree, read_guarded
+from vllmc.core.models.guarded import is_of_the_tree, read_guarded
 from vllmc.core.models.lookups import Lookups
 from vllmc.core.spec import DynamicShapes
 from vllmc.core.syntax import parse_expression
@@ -43,7 +45,6 @@ from vllmc.core.torch_compat.stand_ins import (
     begins,
     call_of,
     ends,
-    owner_of_forward,
     result_of,
     standing_in,
     stands_for,
@@ -51,32 +52,6 @@ from vllmc.core.torch_compat.stand_ins import (
 
 _ATTEMPTS: Final = 3
 _SELF: Final = "L['self']"
-_PLAIN: Final = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layers:
-    """Modules that repeat, by path below the entry, and the number of the first one like each.
-
-    A layer that is like no other before it is its own first.
-    """
-
-    paths: tuple[str, ...]
-    modules: tuple[torch.nn.Module, ...]
-    first: tuple[int, ...]
-
-    @property
-    def models(self) -> dict[int, int]:
-        """The layers that need not be traced, and which is traced in their stead."""
-        return {number: first for number, first in enumerate(self.first) if number != first}
-
-    def regrouped(self, tell: Callable[[int], Hashable]) -> Layers:
-        """With layers that `tell` tells apart no longer taken for alike."""
-        seen: dict[Hashable, int] = {}
-        first = tuple(
-            seen.setdefault((old, tell(number)), number) for number, old in enumerate(self.first)
-        )
-        return replace(self, first=first)
 
 
 def capture_repeating(
@@ -98,102 +73,6 @@ def capture_repeating(
             return found.expanded()
         layers = better
     return capture_full_graph(entry, arguments, kind)
-
-
-def find_layers(entry: torch.nn.Module) -> Layers:
-    """The members of all lists of modules that lie in no other list, grouped by what they are."""
-    paths: list[str] = []
-    modules: list[torch.nn.Module] = []
-    first: list[int] = []
-    for path, members in _lists(entry):
-        looks = _looks(members)
-        seen: dict[Hashable, int] = {}
-        for name, module in members.items():
-            first.append(seen.setdefault(looks[name], len(modules)))
-            paths.append(f"{path}.{name}")
-            modules.append(module)
-    layers = Layers(paths=tuple(paths), modules=tuple(modules), first=tuple(first))
-    owners = {number: owner_of_forward(type(module)) for number, module in enumerate(modules)}
-    shown = {owners[number] for number in layers.models}
-    # A forward that calls the one of its base is that of a layer, and the base's is not.
-    base = {owner for owner in shown for other in shown - {owner} if issubclass(other, owner)}
-    return layers.regrouped(lambda number: number if owners[number] in base else None)
-
-
-def _lists(entry: torch.nn.Module) -> Iterator[tuple[str, dict[str, torch.nn.Module]]]:
-    times = Counter(map(id, _held(entry)))
-    done: tuple[str, ...] = ()
-    for path, module in entry.named_modules():
-        if not isinstance(module, torch.nn.ModuleList) or path.startswith(done):
-            continue
-        done = (*done, f"{path}.")
-        # Of what is found in two places Dynamo names one only.
-        if all(times[id(held)] == 1 for held in _held(module)):
-            yield path, dict(module.named_children())
-
-
-def _held(module: torch.nn.Module) -> Iterator[object]:
-    """The modules and tensors in a tree of modules, each as often as some module holds it."""
-    for owner in module.modules():
-        tables = (owner._modules, owner._parameters, owner._buffers)
-        yield from (held for table in tables for held in table.values() if held is not None)
-
-
-def _looks(members: Mapping[str, torch.nn.Module]) -> dict[str, Hashable]:
-    """What each layer looks like, without what no two of them share, such as their number."""
-    values = {name: dict(_values(member)) for name, member in members.items()}
-    told: dict[Hashable, set[Hashable]] = defaultdict(set)
-    for found in values.values():
-        for place, value in found.items():
-            told[place].add(value)
-    own = {place for place, all_ in told.items() if len(all_) == len(members) > 1}
-    return {
-        name: (
-            _form(members[name]),
-            frozenset((place, value) for place, value in found.items() if place not in own),
-        )
-        for name, found in values.items()
-    }
-
-
-def _values(layer: torch.nn.Module) -> Iterator[tuple[Hashable, Hashable]]:
-    """The attributes of a layer's modules that are plain values, by place."""
-    for path, module in layer.named_modules():
-        for name, value in vars(module).items():
-            if type(value) in _PLAIN:
-                yield (path, name), (type(value), value)
-
-
-def _form(layer: torch.nn.Module) -> Hashable:
-    """The classes of a layer's modules, and the form of its tensors.
-
-    Where a layer has hooks, or a module of it a forward of its own, it is like no other.
-    """
-    modules = dict(layer.named_modules())
-    own = (*HOOKS, "forward")
-    if any(vars(module).get(name) for module in modules.values() for name in own):
-        return id(layer)
-    return tuple(
-        (
-            path,
-            type(module),
-            *((n, _look(t)) for n, t in (module._parameters | module._buffers).items()),
-        )
-        for path, module in modules.items()
-    )
-
-
-def _look(value: Any) -> Hashable:
-    """What a tensor is, but for its contents; of another value its type."""
-    if isinstance(value, torch.SymInt):
-        return str(value.node.expr)
-    if not isinstance(value, torch.Tensor):
-        return type(value).__qualname__
-    return (
-        *(type(value), value.dtype, value.device, value.layout, value.requires_grad),
-        *(str(sizes) for sizes in (tuple(value.shape), tuple(value.stride()))),
-        str(value.storage_offset()),
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,8 +109,8 @@ class _Trace:
         values = self._guarded_values()
         sound = {first for first in self._firsts if self._is_sound(first)}
 
-        def look(number: int) -> Hashable:
-            inputs = tuple(_look(tensor) for tensor in self._inputs(number))
+        def known(number: int) -> Hashable:
+            inputs = tuple(look(tensor) for tensor in self._inputs(number))
             state = frozenset(self._traced.states[number])
             return frozenset(calls[number]), state, inputs, values[number]
 
@@ -239,10 +118,10 @@ class _Trace:
             first = self._layers.first[number]
             if first not in self._firsts or number not in calls:
                 return None
-            # What looks like a layer that cannot stand for others cannot either.
-            if first not in sound and look(number) == look(first):
+            # What is known to be like a layer that cannot stand for others cannot either.
+            if first not in sound and known(number) == known(first):
                 return number
-            return look(number)
+            return known(number)
 
         return self._layers.regrouped(tell)
 
@@ -478,7 +357,7 @@ def _told(call: Any, written: frozenset[int]) -> Hashable:
                     nodes.index(value),
                     # Which of the graph's inputs it is plays a part where the layer looks itself.
                     value.name if value.op == "placeholder" else None,
-                    _look(value_of(value)),
+                    look(value_of(value)),
                     frozenset(map(memory.index, own)),
                     own.isdisjoint(written),
                 )

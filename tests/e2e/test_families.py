@@ -199,7 +199,7 @@ def test_what_cannot_be_captured_is_refused_with_module_and_line(
         assert error.context["source"]
 
 
-# In which values decide how many rows an expert gets, or whose two layers differ and cannot be more.
+# Values decide how many rows an expert gets; or the only two layers differ.
 TRACED_WHOLE = {"jetmoe", "gemma3n_text", "gemma4_text", "smollm3"}
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph import capture, repeats
-from vllmc.core.graph.repeats import find_layers
+from vllmc.core.graph.layers import find_layers
 from vllmc.core.spec import ATTENTION_OP
 from vllmc.core.torch_compat.capture import capture_full_graph
 from vllmc.core.torch_compat.stand_ins import standing_in, stands_for
