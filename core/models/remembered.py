@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 
@@ -55,6 +55,10 @@ class Question:
         """The name under which the answer is remembered."""
         versions = [_FORM, platform.python_version(), str(torch.__version__)]
         return f"model-{sha256_hex(canonical_json([self.fields, self.layers, versions]))}"
+
+
+Ask: TypeAlias = Callable[[], Question | None]
+"""What is to be resolved; None where more decides it than can be told."""
 
 
 def directory_question(directory: Path, layers: int | None) -> Question | None:
@@ -106,31 +110,25 @@ class Answer:
     factors: tuple[Factor, ...]
 
 
-def remembered_model(
-    name: str, question: Question, load: Callable[[], Model], cache: Path | None
-) -> Model:
+def remembered_model(name: str, ask: Ask, load: Callable[[], Model], cache: Path | None) -> Model:
     """The model that `load` makes, without calling it where the answer is remembered in `cache`.
 
     Once Transformers is there it is asked itself: whoever imported it may have changed it.
     """
-    if cache is None or "transformers" in sys.modules:
+    if cache is None or "transformers" in sys.modules or (question := ask()) is None:
         return load()
     if (answer := _recall(cache, question)) is not None:
-        return RememberedModel(name, question, answer, load, cache)
-    return _ask(question, load, cache)
+        return RememberedModel(name, answer, lambda: _answered(ask, load, cache))
+    return _answered(ask, load, cache)
 
 
 class RememberedModel:
     """A Transformers model that has been resolved before."""
 
-    def __init__(
-        self, name: str, question: Question, answer: Answer, load: Callable[[], Model], cache: Path
-    ) -> None:
+    def __init__(self, name: str, answer: Answer, load: Callable[[], Model]) -> None:
         self._name = name
-        self._question = question
         self._answer = answer
         self._load = load
-        self._cache = cache
 
     @property
     def name(self) -> str:
@@ -170,7 +168,7 @@ class RememberedModel:
         self, weights: Weights, *, device: str, dtype: str, layer_names: LayerNames, seed: int
     ) -> torch.nn.Module:
         """See `Model.build`. Raises `VllmcError` (`model-changed`) if it is another by now."""
-        model = _ask(self._question, self._load, self._cache)
+        model = self._load()
         if (model.info, key_of(model.factors())) != (self.info, key_of(self.factors())):
             raise VllmcError(
                 "model-changed",
@@ -180,11 +178,15 @@ class RememberedModel:
         return model.build(weights, device=device, dtype=dtype, layer_names=layer_names, seed=seed)
 
 
-def _ask(question: Question, load: Callable[[], Model], cache: Path) -> Model:
+def _answered(ask: Ask, load: Callable[[], Model], cache: Path) -> Model:
     """The model, loaded; the answer is remembered if it is this that imports Transformers."""
     since = time.time() if "transformers" not in sys.modules else None
+    question = ask()
     model = load()
-    if since is not None and (text := _encode(_answer_of(model), since)) is not None:
+    # The configuration may have been replaced while it was loaded.
+    if since is None or question is None or ask() != question:
+        return model
+    if (text := _encode(_answer_of(model), since)) is not None:
         facts.remember(cache, question.fact, text)
     return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from functools import partial
 from pathlib import Path
 
 from vllmc.core.errors import UsageError, VllmcError
@@ -65,8 +66,10 @@ def _of_preset(preset: Preset, layers: int | None, cache: Path | None) -> Model:
 
         return load_preset(preset.name, preset.config, layers)
 
-    question = Question(fields=["preset", preset.config], layers=layers)
-    return remembered_model(preset.name, question, load, cache)
+    def ask() -> Question:
+        return Question(fields=["preset", preset.config], layers=layers)
+
+    return remembered_model(preset.name, ask, load, cache)
 
 
 def _of_directory(name: str, directory: Path, layers: int | None, cache: Path | None) -> Model:
@@ -75,8 +78,7 @@ def _of_directory(name: str, directory: Path, layers: int | None, cache: Path | 
 
         return load_directory(name, directory, layers)
 
-    question = directory_question(directory, layers)
-    return load() if question is None else remembered_model(name, question, load, cache)
+    return remembered_model(name, partial(directory_question, directory, layers), load, cache)
 
 
 def _of_hub(name: str, hub: re.Match[str], layers: int | None, cache: Path | None) -> Model:
@@ -85,8 +87,8 @@ def _of_hub(name: str, hub: re.Match[str], layers: int | None, cache: Path | Non
 
         return load_hub(name, hub["id"], hub["revision"], layers)
 
-    question = hub_question(hub["id"], hub["revision"], layers)
-    return load() if question is None else remembered_model(name, question, load, cache)
+    ask = partial(hub_question, hub["id"], hub["revision"], layers)
+    return remembered_model(name, ask, load, cache)
 
 
 def _require_config(name: str, directory: Path) -> None:

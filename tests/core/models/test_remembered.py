@@ -266,13 +266,13 @@ import os
 from pathlib import Path
 import vllmc.core.models.resolve as resolving
 known = resolving.remembered_model
-def touching(name, question, load, cache):
+def touching(name, ask, load, cache):
     def loaded():
         model = load()
         import transformers.models.llama.configuration_llama as edited
         os.utime(edited.__file__)
         return model
-    return known(name, question, loaded, cache)
+    return known(name, ask, loaded, cache)
 resolving.remembered_model = touching
 """
     assert not ask("tiny-llama", path=(editable,), script=touch + ASK)["remembered"]
@@ -310,6 +310,28 @@ print(json.dumps({str(name): bool(hub_question("some/llama", name, 0)) for name 
 """
     hub = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
     assert ask("", script=question, **hub) == {"None": False, "main": False, "a" * 40: True}
+
+
+def test_a_configuration_that_changes_while_it_is_loaded_is_not_remembered(
+    ask: Ask, directory: Path, tmp_path: Path
+) -> None:
+    replace = """
+from pathlib import Path
+import sys
+import vllmc.core.models.resolve as resolving
+known = resolving.remembered_model
+def replacing(name, ask, load, cache):
+    def loaded():
+        file = Path(name) / "config.json"
+        file.write_text(file.read_text().replace('"vocab_size": 96', '"vocab_size": 97'))
+        return load()
+    return known(name, ask, loaded, cache)
+resolving.remembered_model = replacing
+"""
+    before = (directory / "config.json").read_text()
+    assert "vocab_size=97" in ask(directory, script=replace + ASK)["info"]
+    (directory / "config.json").write_text(before)
+    assert "vocab_size=96" in ask(directory)["info"]
 
 
 def test_a_fact_begins_with_its_digest(tmp_path: Path) -> None:
