@@ -38,7 +38,7 @@ CASES: Mapping[str, tuple[str, ...]] = {
     "80 layers": (*LAYERED, "80"),
     "llama-3.2-1b": ("llama-3.2-1b",),
     "llama-3-70b": ("llama-3-70b",),
-    "llama-3-70b, --jobs 1": ("llama-3-70b", "--jobs", "1"),
+    "llama-3-70b, --jobs 2": ("llama-3-70b", "--jobs", "2"),
     "llama-3.2-1b, no header yet": ("llama-3.2-1b",),
     "9 units, --jobs 1": ("llama-3.2-1b", "--layers", "2", *RANGES, "--jobs", "1"),
     "9 units, --jobs 2": ("llama-3.2-1b", "--layers", "2", *RANGES, "--jobs", "2"),

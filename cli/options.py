@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +26,11 @@ from vllmc.core.models.presets import DEFAULT_PRESET
 from vllmc.core.spec import (
     ATTENTION_OP,
     CompileRange,
+    CompileSpec,
     DynamicShapes,
     LayerNames,
     check_ranges,
+    unit_ranges,
 )
 
 if TYPE_CHECKING:
@@ -201,14 +203,14 @@ class WorkerFlags:
             "-j",
             "--jobs",
             metavar="N",
-            show_default="the processors that may be used",
+            show_default="the processors that may be used; for one range on two of them, 1",
             help="Compile up to N units at once, in processes of their own; 1: in this one.",
         ),
     ] = None
 
     @contextmanager
-    def pool(self, settings: Settings) -> Iterator[WorkerPool | None]:
-        """The workers to compile with, none of which is started yet; None for this process.
+    def pool(self, settings: Settings, specs: Iterable[CompileSpec]) -> Iterator[WorkerPool | None]:
+        """The workers to compile `specs` with, none started yet; None for this process.
 
         Raises `UsageError` (`bad-value`).
         """
@@ -216,7 +218,10 @@ class WorkerFlags:
         from vllmc.core.workers.processes import usable_processors
 
         given = () if self.jobs is None else (self.jobs,)
-        setting = settings.find("jobs", given, default=(str(usable_processors()),))
+        processors = usable_processors()
+        # A decoder has three units for each range. Two workers gain what starting them costs.
+        few = processors == 2 and sum(len(unit_ranges(spec)) for spec in specs) == 1
+        setting = settings.find("jobs", given, default=("1" if few else str(processors),))
         (jobs,) = _counts("jobs", setting)
         if jobs == 1 or sys.platform != "linux":
             yield None

@@ -191,7 +191,7 @@ def run(
     )
     with output.progress() as observer:
         entry = _Entry(job, observer)
-        with workers.pool(settings) as pool:
+        with workers.pool(settings, [job.spec]) as pool:
             ready = obtain_program(
                 job,
                 Store(settings.cache_dir),

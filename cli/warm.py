@@ -127,7 +127,7 @@ def warm(
         rows = [_predict(job, store) for job in todo]
         code = max(_PREDICTED_CODES.get(row["outcome"], 0) for row in rows)
     else:
-        with workers.pool(settings) as pool:
+        with workers.pool(settings, [job.spec for job in todo]) as pool:
             rows, code = _obtain(todo, store, output, pool, force=force, weights=kind)
     if (path := _summary_file(settings, summary)) is not None:
         write_summary(path, rows)
