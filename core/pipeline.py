@@ -18,7 +18,7 @@ from vllmc.core.cache.factors import check_in_force
 from vllmc.core.cache.record import ProgramRecord, ProgramUnit
 from vllmc.core.cache.sources import collect
 from vllmc.core.cache.store import Store
-from vllmc.core.compiling import Compilation, Numbered
+from vllmc.core.compilation import Compilation, Numbered
 from vllmc.core.events import Observer, UnitOutcome
 from vllmc.core.graph.layout import Layout
 from vllmc.core.job import Job

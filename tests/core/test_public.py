@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pkgutil
 import subprocess
 import sys
 
@@ -19,6 +20,12 @@ def test_these_names_are_public() -> None:
         "watch_recompiles",
     ]
     assert all(callable(getattr(vllmc.core, name)) for name in vllmc.core.__all__)
+
+
+def test_no_module_has_a_public_name() -> None:
+    """Else importing the module would put it in the place of the function."""
+    modules = {module.name for module in pkgutil.iter_modules(vllmc.core.__path__)}
+    assert modules.isdisjoint(vllmc.core.__all__)
 
 
 def test_another_name_is_an_error_as_of_any_module() -> None:

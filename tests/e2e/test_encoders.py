@@ -13,7 +13,7 @@ from encoder_families import (
     same_embeddings,
     save_encoder,
 )
-from repeating import plans, told, with_layers
+from repeating import plans, told
 
 
 @pytest.mark.parametrize("family", ENCODERS, ids=lambda family: family.name)
@@ -30,7 +30,7 @@ def test_tracing_equal_layers_once_gives_the_graph_of_tracing_all(
     family: EncoderFamily, tmp_path: Path
 ) -> None:
     save_encoder(family, tmp_path)
-    repeating, whole, stood_in = plans(with_layers(str(tmp_path), 4))
+    repeating, whole, stood_in = plans(str(tmp_path))
     assert told(repeating) == told(whole)
     # ALBERT calls one layer again and again.
     assert (stood_in > 0) == (family.name != "albert")

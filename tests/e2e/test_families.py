@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.fx as fx
-from repeating import plans, told, with_layers
+from repeating import plans, told
 
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph import capture as capturing
@@ -208,6 +208,6 @@ def test_tracing_equal_layers_once_gives_the_graph_of_tracing_all(
     family: Any, tmp_path: Path
 ) -> None:
     families.save_config(family, tmp_path)
-    repeating, whole, stood_in = plans(with_layers(str(tmp_path), 4))
+    repeating, whole, stood_in = plans(str(tmp_path))
     assert told(repeating) == told(whole)
     assert (stood_in > 0) == (family.name not in TRACED_WHOLE)

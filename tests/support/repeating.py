@@ -18,29 +18,34 @@ from vllmc.core.torch_compat.config import applied, vllmc_overrides
 from vllmc.core.torch_compat.stand_ins import stands_for
 
 
-def with_layers(directory: str, layers: int) -> Model:
-    """The model of `directory` with that many layers, or its own number where it insists on it."""
+def plans(directory: str) -> tuple[Plan, Plan, int]:
+    """Both plans of the model of `directory`, and how many layers were stood in for.
+
+    Of a model whose two layers differ it is the plans of four layers, if it can have four.
+    """
+    model = resolve(directory)
+    repeating, stood_in = _plan(model)
+    if not stood_in and (deeper := _with_four_layers(directory)) is not None:
+        model = deeper
+        repeating, stood_in = _plan(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capture, "capture_repeating", capture_full_graph)
+        whole, _ = _plan(model)
+    return repeating, whole, stood_in
+
+
+def _with_four_layers(directory: str) -> Model | None:
     try:
-        model = resolve(directory, layers=layers)
-        model.factors()
-        build(model)
+        model = resolve(directory, layers=4)
+        _build(model)
     except (VllmcError, IndexError):
-        return resolve(directory)
+        # Its configuration says something of each layer.
+        return None
     return model
 
 
-def build(model: Model) -> Any:
-    spec = spec_of(model)
-    return model.build("fake", device="cpu", dtype=spec.dtype, layer_names=spec.layer_names, seed=0)
-
-
-def spec_of(model: Model) -> CompileSpec:
-    return resolve_spec(CompileSpec(dtype="float32"), model)
-
-
-def plans(model: Model) -> tuple[Plan, Plan, int]:
-    """The plan of each, and how many layers were stood in for in the last attempt."""
-    spec, stood_in = spec_of(model), [0]
+def _plan(model: Model) -> tuple[Plan, int]:
+    spec, stood_in = _spec_of(model), [0]
 
     def counting(*args: Any) -> Any:
         raw = capture_full_graph(*args)
@@ -49,10 +54,16 @@ def plans(model: Model) -> tuple[Plan, Plan, int]:
 
     with applied(vllmc_overrides(spec)), pytest.MonkeyPatch.context() as patch:
         patch.setattr(repeats, "capture_full_graph", counting)
-        repeating = make_plan(capture.capture(model, build(model), spec), spec)
-        patch.setattr(capture, "capture_repeating", capture_full_graph)
-        whole = make_plan(capture.capture(model, build(model), spec), spec)
-    return repeating, whole, stood_in[-1]
+        return make_plan(capture.capture(model, _build(model), spec), spec), stood_in[-1]
+
+
+def _build(model: Model) -> Any:
+    spec = _spec_of(model)
+    return model.build("fake", device="cpu", dtype=spec.dtype, layer_names=spec.layer_names, seed=0)
+
+
+def _spec_of(model: Model) -> CompileSpec:
+    return resolve_spec(CompileSpec(dtype="float32"), model)
 
 
 def told(plan: Plan) -> tuple[object, ...]:
