@@ -15,6 +15,8 @@ from encoder_families import (
 )
 from repeating import plans, told
 
+TRACED_BY_DEFAULT = {"albert", "bert", "modernbert"}
+
 
 @pytest.mark.parametrize("family", ENCODERS, ids=lambda family: family.name)
 def test_embeddings_are_those_of_transformers(family: EncoderFamily, tmp_path: Path) -> None:
@@ -25,7 +27,17 @@ def test_embeddings_are_those_of_transformers(family: EncoderFamily, tmp_path: P
     assert not same_embeddings(model, {n: e + 1e-3 for n, e in found.items()})
 
 
-@pytest.mark.parametrize("family", ENCODERS, ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(
+            family,
+            id=family.name,
+            marks=() if family.name in TRACED_BY_DEFAULT else pytest.mark.thorough,
+        )
+        for family in ENCODERS
+    ],
+)
 def test_tracing_equal_layers_once_gives_the_graph_of_tracing_all(
     family: EncoderFamily, tmp_path: Path
 ) -> None:

@@ -203,7 +203,13 @@ def test_what_cannot_be_captured_is_refused_with_module_and_line(
 TRACED_WHOLE = {"jetmoe", "gemma3n_text", "gemma4_text", "smollm3"}
 
 
-@pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, id=family.name, marks=() if family.core else pytest.mark.thorough)
+        for family in families.FAMILIES
+    ],
+)
 def test_tracing_equal_layers_once_gives_the_graph_of_tracing_all(
     family: Any, tmp_path: Path
 ) -> None:
