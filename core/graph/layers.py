@@ -31,6 +31,10 @@ class Layers:
         """The layers that need not be traced, and which is traced in their stead."""
         return {number: first for number, first in enumerate(self.first) if number != first}
 
+    def group(self, first: int) -> list[int]:
+        """The layers that are like `first`, itself included."""
+        return [number for number, model in enumerate(self.first) if model == first]
+
     def regrouped(self, tell: Callable[[int], Hashable]) -> Layers:
         """With layers that `tell` tells apart no longer taken for alike."""
         seen: dict[Hashable, int] = {}

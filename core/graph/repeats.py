@@ -44,6 +44,7 @@ from vllmc.core.torch_compat.stand_ins import (
     Traced,
     begins,
     call_of,
+    called,
     ends,
     result_of,
     standing_in,
@@ -95,7 +96,9 @@ class _Trace:
         self._bodies = _bodies(self._graph)
         self._written = written_memory(self._graph)
         self._firsts = frozenset(layers.models.values())
-        self._sources = {number: source_of_module(path) for number, path in enumerate(layers.paths)}
+        self._sources = {
+            number: _source_of(path) for number, path in enumerate(layers.paths)
+        }
         # What the graph takes from each traced layer, in the order of the graph's inputs.
         self._taken = {first: self._placeholders_of(first) for first in self._firsts}
 
@@ -103,8 +106,7 @@ class _Trace:
         """The layers as they must be grouped for each group to be traced alike."""
         calls: dict[int, set[Hashable]] = defaultdict(set)
         for node in self._graph.nodes:
-            number = ends(node) if stands_for(node) is None else stands_for(node)
-            if number is not None:
+            if (number := called(node)) is not None:
                 calls[number].add(_told(call_of(node), self._written))
         values = self._guarded_values()
         sound = {first for first in self._firsts if self._is_sound(first)}
@@ -136,8 +138,7 @@ class _Trace:
         given, results = _nodes(call_of(body.end)), _nodes(result_of(body.end))
         inner, held = {*body.nodes}, _memory((*body.inputs, *given))
         sizes = {s for n in (*body.inputs, *given) for s in symbols_of(value_of(n))}
-        members = [n for n, first_ in enumerate(self._layers.first) if first_ == first]
-        inputs = [id(tensor) for number in members for tensor in self._inputs(number)]
+        inputs = [id(t) for number in self._layers.group(first) for t in self._inputs(number)]
         return (
             all(n in given or n.op == "placeholder" or is_symbolic(n) for n in body.inputs)
             and inner.isdisjoint(given)
@@ -173,7 +174,7 @@ class _Trace:
         """What the values are, in each layer, on which the trace of the first one like it hangs."""
         wanted: dict[int, list[str]] = {}
         for first in self._firsts:
-            group = [number for number, model in enumerate(self._layers.first) if model == first]
+            group = self._layers.group(first)
             differing = self._differing(first, group)
             wanted |= {n: [self._of(e, first, n) for e in differing] for n in group}
         found = read_guarded((e for own in wanted.values() for e in own), self._entry)
@@ -185,7 +186,7 @@ class _Trace:
     def _differing(self, first: int, group: Sequence[int]) -> list[str]:
         """The expressions in the trace of `first` whose values are not one object in all layers."""
         source, layers = self._sources[first], self._layers.modules
-        # What `_form` has seen to be alike is not looked at again.
+        # What `find_layers` has seen to be alike is not looked at again.
         asked = [e for e in self._guarded(first) if not is_of_the_tree(parse_expression(e))]
         lookups = Lookups(layers[first])
         places = [lookups.add(parse_expression(e.replace(source, _SELF))) for e in asked]
@@ -218,8 +219,7 @@ class _Trace:
         inputs: dict[int, dict[fx.Node, fx.Node]] = {}
         marks = []
         for node in list(self._graph.nodes):
-            number = stands_for(node)
-            if number is not None:
+            if (number := stands_for(node)) is not None:
                 first = self._layers.first[number]
                 if number not in inputs:
                     own = {n: self._source(n, number) for n in self._taken[first]}
@@ -249,18 +249,19 @@ class _Places:
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph
         self._rank = {n: (i, 0) for i, n in enumerate(graph.find_nodes(op="placeholder"))}
-        self._last = next(iter(self._rank))
+        self._last = next(iter(self._rank), None)
 
     def use(self, node: fx.Node) -> None:
         """Notes that the graph has come to `node`. Conditions on sizes stand before their turn."""
         for source in node.all_input_nodes:
             if source.op == "placeholder" and not is_symbolic(source):
-                self._last = max(self._last, source, key=self._rank.__getitem__)
+                self._last = max(self._last or source, source, key=self._rank.__getitem__)
 
     def add(self, wanted: Mapping[fx.Node, str]) -> dict[fx.Node, fx.Node]:
         """For each of the inputs another like it, with a source of its own."""
         added = {}
         for like, source in wanted.items():
+            assert self._last is not None, "it follows one that it is like"
             with self._graph.inserting_after(self._last):
                 node = self._graph.placeholder(re.sub(r"\W+", "_", source).lower())
             node.meta, node.type = dict(like.meta), like.type
@@ -270,17 +271,16 @@ class _Places:
         return added
 
 
-def source_of_module(path: str) -> str:
+def _source_of(path: str) -> str:
     """How Dynamo names the module at the dotted `path` below the entry."""
     return _SELF + "".join(f"._modules[{name!r}]" for name in path.split("."))
 
 
 def _attribute(entry: torch.nn.Module, source: str) -> object:
     try:
-        found = find_attribute(entry, read_source(source).name)
+        return find_attribute(entry, read_source(source).name)
     except (KeyError, VllmcError):
         return None
-    return found
 
 
 def _bodies(graph: fx.Graph) -> dict[int, _Body]:

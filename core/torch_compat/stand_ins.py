@@ -131,17 +131,23 @@ def begins(node: fx.Node) -> int | None:
 
 
 def ends(node: fx.Node) -> int | None:
-    """The number of the layer that ends at `node`; its arguments are `call_of(node)`."""
+    """The number of the layer that ends at `node`."""
     return _number(node, _end)
 
 
 def stands_for(node: fx.Node) -> int | None:
-    """The number of the layer that `node` stands for; its arguments are `call_of(node)`."""
+    """The number of the layer that `node` stands for."""
     return _number(node, _stand_in)
 
 
+def called(node: fx.Node) -> int | None:
+    """The number of the layer whose call `node` shows: that ends there, or that it stands for."""
+    number = ends(node)
+    return stands_for(node) if number is None else number
+
+
 def call_of(node: fx.Node) -> tuple[Any, Any]:
-    """The positional and named arguments of the layer at a node that ends or stands for one."""
+    """The positional and named arguments of the layer that is `called` at `node`."""
     _, args, kwargs, *_ = node.args
     return args, kwargs
 

@@ -310,6 +310,39 @@ def test_a_layer_that_is_not_called(check: Any) -> None:
     check(entry_of(*[Layer] * 5, walk=walk), 2, 2)
 
 
+def test_layers_that_return_more_than_tensors(check: Any) -> None:
+    class Telling(Layer):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, int, None]:
+            return super().forward(x), 2, None
+
+    def walk(layers: Any, x: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            x, factor, _ = layer(x)
+            x = x * factor
+        return x
+
+    # Nothing but tensors can stand in: the first attempt fails within Dynamo.
+    check(entry_of(*[Telling] * 4, walk=walk), 0)
+
+
+def test_a_graph_without_inputs(check: Any) -> None:
+    class Constant(nn.Module):
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            self.number = number
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.vllmc_test.cut(x) + 1
+
+    class Deaf(Entry):
+        """Looks at none of its arguments."""
+
+        def forward(self, input_ids: Any, position_ids: Any, logits_indices: Any) -> torch.Tensor:
+            return self.walk(self.layers, torch.ones(1, 8))
+
+    check(Deaf([Constant(n) for n in range(4)], in_turn).eval().requires_grad_(False), 3)
+
+
 def test_a_list_that_the_layers_write_to(check: Any) -> None:
     class Noting(Layer):
         def forward(self, x: torch.Tensor, seen: list[torch.Tensor]) -> torch.Tensor:
