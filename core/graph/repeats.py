@@ -96,9 +96,7 @@ class _Trace:
         self._bodies = _bodies(self._graph)
         self._written = written_memory(self._graph)
         self._firsts = frozenset(layers.models.values())
-        self._sources = {
-            number: _source_of(path) for number, path in enumerate(layers.paths)
-        }
+        self._sources = {number: _source_of(path) for number, path in enumerate(layers.paths)}
         # What the graph takes from each traced layer, in the order of the graph's inputs.
         self._taken = {first: self._placeholders_of(first) for first in self._firsts}
 
