@@ -17,21 +17,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 
 from vllmc.core.cache import facts
 from vllmc.core.cache.key import Factor, JsonValue, canonical_json, key_of, sha256_hex
 from vllmc.core.cache.record import NO_DIGEST, SourceFile
-from vllmc.core.cache.redaction import scrub
 from vllmc.core.cache.sources import collect, verify
 from vllmc.core.errors import VllmcError
+from vllmc.core.models.configured import ConfiguredModel
 from vllmc.core.models.model import EncoderInfo, Model, ModelInfo, Weights
-from vllmc.core.spec import CompileSpec, LayerNames, open_ended
-
-if TYPE_CHECKING:  # importing it takes Dynamo and sympy, which a hit does without
-    from vllmc.core.declare.calls import Call
+from vllmc.core.spec import LayerNames
 
 _FORM: Final = 1
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
@@ -122,18 +119,13 @@ def remembered_model(name: str, ask: Ask, load: Callable[[], Model], cache: Path
     return _answered(ask, load, cache)
 
 
-class RememberedModel:
+class RememberedModel(ConfiguredModel):
     """A Transformers model that has been resolved before."""
 
     def __init__(self, name: str, answer: Answer, load: Callable[[], Model]) -> None:
-        self._name = name
+        super().__init__(name)
         self._answer = answer
         self._load = load
-
-    @property
-    def name(self) -> str:
-        """See `Model.name`."""
-        return scrub(self._name)
 
     @property
     def info(self) -> ModelInfo:
@@ -143,26 +135,6 @@ class RememberedModel:
     def factors(self) -> tuple[Factor, ...]:
         """See `Model.factors`."""
         return self._answer.factors
-
-    @property
-    def made_by_code(self) -> bool:
-        """No: what is made by the user's code is not remembered."""
-        return False
-
-    @property
-    def runs_in_engine(self) -> bool:
-        """Yes."""
-        return True
-
-    def adapt(self, spec: CompileSpec) -> CompileSpec:
-        """See `Model.adapt`."""
-        return open_ended(spec) if self.info.encoder is not None else spec
-
-    def call(self, entry: torch.nn.Module) -> Call:
-        """See `Model.call`."""
-        from vllmc.core.declare.calls import example_call
-
-        return example_call(self.name, entry)
 
     def build(
         self, weights: Weights, *, device: str, dtype: str, layer_names: LayerNames, seed: int

@@ -13,19 +13,18 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, AutoConfig
 
 from vllmc.core.cache.key import Factor, JsonValue
-from vllmc.core.cache.redaction import redact, scrub
+from vllmc.core.cache.redaction import redact
 from vllmc.core.errors import VllmcError
 from vllmc.core.models.config_classes import import_validators
+from vllmc.core.models.configured import ConfiguredModel
 from vllmc.core.models.encoders import encoder_info, limits
 from vllmc.core.models.errors import unsupported_model
 from vllmc.core.models.model import ModelInfo, Weights
-from vllmc.core.spec import CompileSpec, LayerNames, open_ended
+from vllmc.core.spec import LayerNames
 from vllmc.core.torch_compat.config_values import stable
 
 if TYPE_CHECKING:
     import torch
-
-    from vllmc.core.declare.calls import Call
 
 import_validators()
 
@@ -70,21 +69,16 @@ class ConfigSource:
     revision: str | None = None
 
 
-class TransformersModel:
+class TransformersModel(ConfiguredModel):
     """A causal language model or encoder that Transformers can build from a configuration."""
 
     def __init__(
         self, name: str, config: PretrainedConfig, source: ConfigSource, layers: int | None
     ) -> None:
-        self._name = name
+        super().__init__(name)
         self._source = source
         self._layers = layers
         self._config = _with_layers(config, layers)
-
-    @property
-    def name(self) -> str:
-        """The name under which the user asked for it."""
-        return scrub(self._name)
 
     @property
     def info(self) -> ModelInfo:
@@ -129,26 +123,6 @@ class TransformersModel:
             )
         )
         return tuple(rows)
-
-    @property
-    def made_by_code(self) -> bool:
-        """No: the configuration and Transformers' own files decide what it is."""
-        return False
-
-    @property
-    def runs_in_engine(self) -> bool:
-        """Yes."""
-        return True
-
-    def adapt(self, spec: CompileSpec) -> CompileSpec:
-        """See `Model.adapt`."""
-        return open_ended(spec) if self.info.encoder is not None else spec
-
-    def call(self, entry: torch.nn.Module) -> Call:
-        """See `Model.call`."""
-        from vllmc.core.declare.calls import example_call
-
-        return example_call(self.name, entry)
 
     def build(
         self, weights: Weights, *, device: str, dtype: str, layer_names: LayerNames, seed: int
