@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -21,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measuring import Headline, headline, summary, write_report
+from measuring import Headline, headline, in_fresh_process, summary, write_report
 
 WAYS = ("once", "all")
 
@@ -41,7 +39,9 @@ def main() -> None:
     for run in range(options.runs):
         for layers in options.layers:
             for way in WAYS:
-                samples[layers, way].append(in_fresh_process(way, layers))
+                samples[layers, way].append(
+                    in_fresh_process(__file__, ["--one", way, "--layers", str(layers)])
+                )
         print(f"run {run + 1} of {options.runs}", file=sys.stderr, flush=True)
     rows = [{"layers": n, "traced": way, **summary(group)} for (n, way), group in samples.items()]
     grown = growth(samples, min(options.layers), max(options.layers))
@@ -49,18 +49,6 @@ def main() -> None:
     print(f"{grown.what}: {grown.value:.1f} ({grown.figures})")
     if options.json:
         write_report(options.json, options.runs, rows, [grown])
-
-
-def in_fresh_process(way: str, layers: int) -> dict[str, float]:
-    """One measurement."""
-    command = [sys.executable, __file__, "--one", way, "--layers", str(layers)]
-    done = subprocess.run(
-        command, env=dict(os.environ), capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{command} failed:\n{done.stderr}")
-    sample: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return sample
 
 
 def measure(way: str, layers: int) -> dict[str, float]:

@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from measuring import Headline, summary, write_report
+from measuring import Headline, headline, summary, write_report
 
 COMMAND = (sys.executable, "-c", "from vllmc.cli.app import entry_point; entry_point()")
 RANGES = ("--compile-range", "1:1", "--compile-range", "2:64", "--compile-range", "65:8192")
@@ -57,12 +57,12 @@ def main() -> None:
     options = parser.parse_args()
     samples = compare(options.only, options.runs)
     rows = [{"case": case, **summary(group)} for case, group in samples.items()]
-    headlines = find_headlines(samples)
+    shown = find_headlines(samples)
     print(table(rows))
-    for headline in headlines:
-        print(f"{headline.what}: {headline.value:.2f} ({headline.figures})")
+    for line in shown:
+        print(f"{line.what}: {line.value:.2f} ({line.figures})")
     if options.json:
-        write_report(options.json, options.runs, rows, headlines)
+        write_report(options.json, options.runs, rows, shown)
 
 
 def compare(cases: Sequence[str], runs: int) -> dict[str, list[dict[str, float]]]:
@@ -149,26 +149,15 @@ def find_headlines(samples: Mapping[str, Sequence[Mapping[str, float]]]) -> list
             pairs = zip(samples[case], samples[base], strict=True)
             ratios = [one["time"] / other["time"] for one, other in pairs]
             times = [statistics.median(s["time"] for s in samples[c]) for c in (case, base)]
-            found.append(
-                Headline(
-                    what=what,
-                    value=statistics.median(ratios),
-                    low=min(ratios),
-                    high=max(ratios),
-                    figures=f"{times[0]:.1f} s of {times[1]:.1f} s",
-                    at_most=at_most,
-                )
-            )
+            found.append(headline(what, ratios, f"{times[0]:.1f} s of {times[1]:.1f} s", at_most))
     if "llama-3-70b" in samples:
         sizes = [sample["memory_mb"] / 1000 for sample in samples["llama-3-70b"]]
         found.append(
-            Headline(
-                what="memory of a cold start of llama-3-70b, in GB",
-                value=statistics.median(sizes),
-                low=min(sizes),
-                high=max(sizes),
-                figures="all processes, shared pages once",
-                at_most=1.0,
+            headline(
+                "memory of a cold start of llama-3-70b, in GB",
+                sizes,
+                "all processes, shared pages once",
+                1.0,
             )
         )
     return found

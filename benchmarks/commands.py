@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from measuring import Headline, summary, write_report
+from measuring import Headline, headline, summary, write_report
 
 PASS = "python -c pass"
 TORCH = "python -c 'import torch'"
@@ -238,16 +238,7 @@ def headlines(samples: Mapping[str, list[dict[str, float]]]) -> list[Headline]:
             figures, limit = f"{took:.3f} s of {allowed:.3f} s", 1.0
         else:
             continue
-        lines.append(
-            Headline(
-                what=name,
-                value=statistics.median(values),
-                low=min(values),
-                high=max(values),
-                figures=figures,
-                at_most=limit,
-            )
-        )
+        lines.append(headline(name, values, figures, limit))
     return lines
 
 

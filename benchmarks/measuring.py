@@ -6,7 +6,9 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,38 @@ def headline(
         figures=figures,
         at_most=at_most,
     )
+
+
+def row_headline(
+    row: Mapping[str, Any], name: str, what: str, figures: str, at_most: float | None = None
+) -> Headline:
+    """The headline of the value `name` in a row that `summary` made."""
+    low, high = row[f"{name}_spread"]
+    return Headline(
+        what=what, value=row[name], low=low, high=high, figures=figures, at_most=at_most
+    )
+
+
+def in_fresh_process(
+    script: str, words: Sequence[str], caches: Path | None = None
+) -> dict[str, float]:
+    """What a script of this folder prints last, as JSON; all caches lie below `caches`, if given.
+
+    Raises `SystemExit` with what it said where it fails.
+    """
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    if caches is not None:
+        environment |= {
+            "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+            "TRITON_CACHE_DIR": str(caches / "triton"),
+            "VLLMC_CACHE_DIR": str(caches / "vllmc"),
+        }
+    command = [sys.executable, script, *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr}")
+    sample: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return sample
 
 
 def summary(samples: Sequence[dict[str, float]]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from measuring import Headline, headline, summary, write_report
+from measuring import Headline, headline, in_fresh_process, summary, write_report
 
 ALTERNATIVES = ("eager", "stock", "vllmc")
 PROMPT_TOKENS = 16
@@ -71,7 +70,11 @@ def compare(alternatives: Mapping[int, Sequence[str]], runs: int) -> Samples:
             for alternative in alternatives[depth]:
                 with tempfile.TemporaryDirectory() as caches:
                     for state in ("cold", "warm"):
-                        sample = in_fresh_process(alternative, depth, Path(caches))
+                        sample = in_fresh_process(
+                            __file__,
+                            ["--one", alternative, "--layers", str(depth)],
+                            Path(caches),
+                        )
                         samples[depth, alternative, state].append(sample)
                         print(
                             f"{depth} layers, run {run}, {alternative} {state}: {sample}",
@@ -79,23 +82,6 @@ def compare(alternatives: Mapping[int, Sequence[str]], runs: int) -> Samples:
                             flush=True,
                         )
     return samples
-
-
-def in_fresh_process(alternative: str, layers: int, caches: Path) -> dict[str, float]:
-    """One measurement with all caches below `caches`."""
-    environment = {
-        **os.environ,
-        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-        "TRITON_CACHE_DIR": str(caches / "triton"),
-        "VLLMC_CACHE_DIR": str(caches / "vllmc"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [sys.executable, __file__, "--one", alternative, "--layers", str(layers)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{alternative} failed:\n{done.stderr}")
-    sample: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return sample
 
 
 def model_config(layers: int) -> Any:

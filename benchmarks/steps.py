@@ -24,7 +24,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from measuring import Headline, summary, write_report
+from measuring import Headline, in_fresh_process, row_headline, summary, write_report
 
 CONTEXT = 32
 PROMPT = tuple(range(1, 17))
@@ -57,30 +56,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as caches:
         for run in range(options.runs):
             for part, group in samples.items():
-                group.append(in_fresh_process(part, options.layers, Path(caches)))
+                group.append(
+                    in_fresh_process(
+                        __file__, ["--one", part, "--layers", str(options.layers)], Path(caches)
+                    )
+                )
                 print(f"run {run}, {part}: {group[-1]}", file=sys.stderr, flush=True)
     rows = [{"part": part, **summary(group)} for part, group in samples.items()]
     shown = [line for row in rows for line in HEADLINES[row["part"]](row)]
     print(table(shown))
     if options.json:
         write_report(options.json, options.runs, rows, shown)
-
-
-def in_fresh_process(part: str, layers: int, caches: Path) -> dict[str, float]:
-    """One measurement of `part`, with all caches below `caches`."""
-    environment = {
-        **os.environ,
-        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-        "TRITON_CACHE_DIR": str(caches / "triton"),
-        "VLLMC_CACHE_DIR": str(caches / "vllmc"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [sys.executable, __file__, "--one", part, "--layers", str(layers)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{part} failed:\n{done.stderr}")
-    sample: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return sample
 
 
 def measure(part: str, layers: int) -> dict[str, float]:
@@ -381,14 +367,13 @@ PARTS: dict[str, Callable[[int], dict[str, float]]] = {
 def step_headlines(row: Mapping[str, Any]) -> list[Headline]:
     """A decode step to stock's."""
     return [
-        Headline(
-            what=f"a decode step of {tokens}, to stock torch.compile on the same op",
-            value=row[f"vllmc_{tokens}_ratio"],
-            low=row[f"vllmc_{tokens}_ratio_spread"][0],
-            high=row[f"vllmc_{tokens}_ratio_spread"][1],
-            figures=f"{row[f'vllmc_{tokens}'] * 1e3:.1f} ms of {row[f'stock_{tokens}'] * 1e3:.1f} "
+        row_headline(
+            row,
+            f"vllmc_{tokens}_ratio",
+            f"a decode step of {tokens}, to stock torch.compile on the same op",
+            f"{row[f'vllmc_{tokens}'] * 1e3:.1f} ms of {row[f'stock_{tokens}'] * 1e3:.1f} "
             f"ms; eager {row[f'eager_{tokens}'] * 1e3:.1f} ms",
-            at_most=1.0,
+            1.0,
         )
         for tokens in (1, 8)
     ]
@@ -396,16 +381,13 @@ def step_headlines(row: Mapping[str, Any]) -> list[Headline]:
 
 def dispatch_headlines(row: Mapping[str, Any]) -> list[Headline]:
     """Microseconds of dispatch by piece."""
-    low, high = row["microseconds_spread"]
     return [
-        Headline(
-            what="dispatch by piece beyond Inductor's functions, in microseconds",
-            value=row["microseconds"],
-            low=low,
-            high=high,
-            figures=f"a step of {row['program'] * 1e3:.2f} ms, its bare calls "
-            f"{row['bare'] * 1e3:.2f} ms",
-            at_most=5.0,
+        row_headline(
+            row,
+            "microseconds",
+            "dispatch by piece beyond Inductor's functions, in microseconds",
+            f"a step of {row['program'] * 1e3:.2f} ms, its bare calls {row['bare'] * 1e3:.2f} ms",
+            5.0,
         )
     ]
 
@@ -413,14 +395,13 @@ def dispatch_headlines(row: Mapping[str, Any]) -> list[Headline]:
 def engine_headlines(row: Mapping[str, Any]) -> list[Headline]:
     """The engine's share of a step."""
     return [
-        Headline(
-            what=f"the engine's share of a step of {sequences}",
-            value=row[f"share_{sequences}"],
-            low=row[f"share_{sequences}_spread"][0],
-            high=row[f"share_{sequences}_spread"][1],
-            figures=f"{row[f'outside_{sequences}'] * 1e3:.2f} ms of "
+        row_headline(
+            row,
+            f"share_{sequences}",
+            f"the engine's share of a step of {sequences}",
+            f"{row[f'outside_{sequences}'] * 1e3:.2f} ms of "
             f"{row[f'step_{sequences}'] * 1e3:.1f} ms",
-            at_most=0.1,
+            0.1,
         )
         for sequences in (1, 8)
     ]
@@ -428,15 +409,13 @@ def engine_headlines(row: Mapping[str, Any]) -> list[Headline]:
 
 def generate_headlines(row: Mapping[str, Any]) -> list[Headline]:
     """Decoding to Transformers'."""
-    low, high = row["ratio_spread"]
     return [
-        Headline(
-            what="decoding a token, to generate on a static cache compiled by torch",
-            value=row["ratio"],
-            low=low,
-            high=high,
-            figures=f"{row['vllmc']:.1f} tokens/s beside {row['transformers']:.1f}",
-            at_most=1.0,
+        row_headline(
+            row,
+            "ratio",
+            "decoding a token, to generate on a static cache compiled by torch",
+            f"{row['vllmc']:.1f} tokens/s beside {row['transformers']:.1f}",
+            1.0,
         )
     ]
 

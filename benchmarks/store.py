@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measuring import Headline, summary, write_report
+from measuring import Headline, headline, summary, write_report
 
 if TYPE_CHECKING:
     from vllmc.core.cache.store import Store
@@ -212,7 +212,7 @@ def headlines(
     loads: Sequence[dict[str, float]],
     disk: Sequence[Mapping[str, Any]],
 ) -> list[Headline]:
-    """What section 5 of the targets asks for."""
+    """What the store is held to."""
     few, many = samples.values()
     pairs = zip(many, few, strict=True)
     growth = [one["cpu"] / other["cpu"] for one, other in pairs]
@@ -224,26 +224,36 @@ def headlines(
     milliseconds = [1e3 * statistics.median(s["cpu"] for s in group) for group in (few, many)]
     per_piece = ", ".join(f"{size / 1e3:.0f}" for size in large["bytes_per_piece"])
     return [
-        line("a hit among many entries, to one among few", growth, 1.1,
-             f"{milliseconds[1]:.1f} of {milliseconds[0]:.1f} ms"),
-        line("bytes that a hit reads, to those there are", reads, 1.01,
-             f"{statistics.median(s['read'] for s in many) / 1e3:.0f} kB"),
-        line("loading an artifact, ms", loaded, None,
-             f"{statistics.median(loaded):.1f} ms for "
-             f"{statistics.median(load['kilobytes'] for load in loads):.0f} kB"),
-        line("inflating it would add, to opening and loading it", inflating, None,
-             f"{statistics.median(load['inflate'] for load in loads):.2f} ms"),
-        line(f"disk of {large['model']}, MB", [megabytes], DISK_MEGABYTES,
-             f"{megabytes:.2f} MB, its unique pieces {per_piece} kB"),
-    ]  # fmt: skip
-
-
-def line(what: str, values: Sequence[float], at_most: float | None, figures: str) -> Headline:
-    """A headline of the median of `values`."""
-    value = statistics.median(values)
-    return Headline(
-        what=what, value=value, low=min(values), high=max(values), figures=figures, at_most=at_most
-    )
+        headline(
+            "a hit among many entries, to one among few",
+            growth,
+            f"{milliseconds[1]:.1f} of {milliseconds[0]:.1f} ms",
+            1.1,
+        ),
+        headline(
+            "bytes that a hit reads, to those there are",
+            reads,
+            f"{statistics.median(s['read'] for s in many) / 1e3:.0f} kB",
+            1.01,
+        ),
+        headline(
+            "loading an artifact, ms",
+            loaded,
+            f"{statistics.median(loaded):.1f} ms for "
+            f"{statistics.median(load['kilobytes'] for load in loads):.0f} kB",
+        ),
+        headline(
+            "inflating it would add, to opening and loading it",
+            inflating,
+            f"{statistics.median(load['inflate'] for load in loads):.2f} ms",
+        ),
+        headline(
+            f"disk of {large['model']}, MB",
+            [megabytes],
+            f"{megabytes:.2f} MB, its unique pieces {per_piece} kB",
+            DISK_MEGABYTES,
+        ),
+    ]
 
 
 if __name__ == "__main__":
