@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 import torch.fx as fx
 
-from vllmc.core.graph.normalize import value_of
+from vllmc.core.graph.normalize import strides_of, value_of
 
 Memory = frozenset[int]
 """The identities of storages, meaningful while the example values live."""
@@ -77,13 +77,7 @@ def _same_view(node: fx.Node) -> fx.Node | None:
 
 
 def _view(tensor: torch.Tensor) -> tuple[object, ...]:
-    # Symbolic sizes as expressions: comparing them as numbers would ask whether they are equal.
-    numbers = (*tensor.shape, *tensor.stride(), tensor.storage_offset())
-    return (
-        tensor.untyped_storage()._cdata,
-        tensor.dtype,
-        *(n.node.expr if isinstance(n, torch.SymInt) else n for n in numbers),
-    )
+    return (tensor.untyped_storage()._cdata, tensor.dtype, *strides_of(tensor))
 
 
 def _written_arguments(node: fx.Node) -> Iterator[fx.Node]:

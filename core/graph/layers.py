@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 
+from vllmc.core.graph.normalize import expression_of, strides_of
 from vllmc.core.models.guarded import HOOKS
 from vllmc.core.torch_compat.stand_ins import owner_of_forward
 
@@ -128,13 +129,12 @@ def _form(layer: torch.nn.Module) -> Hashable:
 
 
 def look(value: Any) -> Hashable:
-    """What a tensor is, but for its contents; of another value its type."""
+    """What a tensor is, but for its contents, or a symbolic size; of another value its type."""
     if isinstance(value, torch.SymInt):
-        return str(value.node.expr)
+        return expression_of(value)
     if not isinstance(value, torch.Tensor):
         return type(value).__qualname__
     return (
         *(type(value), value.dtype, value.device, value.layout, value.requires_grad),
-        *(str(sizes) for sizes in (tuple(value.shape), tuple(value.stride()))),
-        str(value.storage_offset()),
+        *strides_of(value),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Hashable
 
 import sympy
 import torch
@@ -28,6 +29,17 @@ def symbols_of(value: object) -> set[sympy.Symbol]:
     if isinstance(value, torch.Tensor):
         return {symbol for size in value.shape for symbol in symbols_of(size)}
     return set()
+
+
+def expression_of(number: int | torch.SymInt) -> Hashable:
+    """A number, a symbolic one as an expression, to be compared without asking what it is."""
+    return number.node.expr if isinstance(number, torch.SymInt) else number
+
+
+def strides_of(tensor: torch.Tensor) -> tuple[Hashable, ...]:
+    """How many dimensions `tensor` has, its shape, its strides and its offset."""
+    numbers = (tensor.dim(), *tensor.shape, *tensor.stride(), tensor.storage_offset())
+    return tuple(map(expression_of, numbers))
 
 
 def normalize(graph: fx.Graph) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -128,14 +129,32 @@ class _Symbols:
         if not isinstance(value, torch.SymInt):
             return sympy.Integer(value)
         expr = value.node.expr
-        for free in sorted(expr.free_symbols, key=str):
-            if free not in self._renamed:
-                self._renamed[free] = symbol(len(self._renamed))
-                self.roles.append(self._known.get(free, "data"))
-        return expr.xreplace(self._renamed)
+        free = _free_symbols(expr)
+        for known in free:
+            if known not in self._renamed:
+                self._renamed[known] = symbol(len(self._renamed))
+                self.roles.append(self._known.get(known, "data"))
+        return _renamed(expr, tuple(self._renamed[known] for known in free))
 
     def rewrite_all(self, values: Iterable[int | torch.SymInt]) -> tuple[sympy.Expr, ...]:
         return tuple(self.rewrite(value) for value in values)
+
+
+# The pieces of a model have few sizes between them, and SymPy takes its time over each.
+@lru_cache(maxsize=4096)
+def _free_symbols(expr: sympy.Expr) -> tuple[sympy.Symbol, ...]:
+    return tuple(sorted(expr.free_symbols, key=str))
+
+
+@lru_cache(maxsize=4096)
+def _renamed(expr: sympy.Expr, names: tuple[sympy.Symbol, ...]) -> sympy.Expr:
+    """`expr` with `names` for its symbols, in their order."""
+    return expr.xreplace(dict(zip(_free_symbols(expr), names, strict=True)))
+
+
+@lru_cache(maxsize=4096)
+def _told(expr: sympy.Expr) -> str:
+    return str(expr)
 
 
 def _describe(node: fx.Node, symbols: _Symbols) -> PieceInput:
@@ -199,10 +218,10 @@ def _implementations(nodes: Iterable[fx.Node]) -> dict[str, object]:
 def _row(given: PieceInput) -> list[object]:
     match given:
         case TensorInput():
-            shape, stride = [str(e) for e in given.shape], [str(e) for e in given.stride]
+            shape, stride = [*map(_told, given.shape)], [*map(_told, given.stride)]
             return ["tensor", str(given.dtype), given.device, shape, stride]
         case SizeInput():
-            return ["size", str(given.value)]
+            return ["size", _told(given.value)]
         case OpaqueInput():
             return ["opaque", given.type_name]
 

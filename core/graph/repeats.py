@@ -97,8 +97,12 @@ class _Trace:
         self._written = written_memory(self._graph)
         self._firsts = frozenset(layers.models.values())
         self._sources = {number: _source_of(path) for number, path in enumerate(layers.paths)}
-        # What the graph takes from each traced layer, in the order of the graph's inputs.
+        # What the graph takes from each traced layer, in the order of the graph's inputs, and where
+        # below the layer it is.
         self._taken = {first: self._placeholders_of(first) for first in self._firsts}
+        self._paths = {
+            first: [*map(_path_below, taken.values())] for first, taken in self._taken.items()
+        }
 
     def regrouped(self) -> Layers:
         """The layers as they must be grouped for each group to be traced alike."""
@@ -148,25 +152,18 @@ class _Trace:
             and len({*inputs}) == len(inputs)
         )
 
-    def _placeholders_of(self, number: int) -> tuple[fx.Node, ...]:
+    def _placeholders_of(self, number: int) -> dict[fx.Node, str]:
         source = self._sources[number]
-        return tuple(
-            node
+        return {
+            node: found.removeprefix(source)
             for node in self._graph.find_nodes(op="placeholder")
-            if self._raw.sources[node.name].startswith((f"{source}.", f"{source}["))
-        )
+            if (found := self._raw.sources[node.name]).startswith((f"{source}.", f"{source}["))
+        }
 
     def _inputs(self, number: int) -> list[object]:
         """What the graph takes from a layer, or would if it had been traced. None: not there."""
-        return [
-            _attribute(self._entry, self._source(node, number))
-            for node in self._taken[self._layers.first[number]]
-        ]
-
-    def _source(self, node: fx.Node, number: int) -> str:
-        """Where layer `number` has what a traced layer has for the placeholder `node`."""
-        old = self._sources[self._layers.first[number]]
-        return self._sources[number] + self._raw.sources[node.name].removeprefix(old)
+        layer = self._layers.modules[number]
+        return [_attribute(layer, path) for path in self._paths[self._layers.first[number]]]
 
     def _guarded_values(self) -> dict[int, Hashable]:
         """What the values are, in each layer, on which the trace of the first one like it hangs."""
@@ -220,7 +217,7 @@ class _Trace:
             if (number := stands_for(node)) is not None:
                 first = self._layers.first[number]
                 if number not in inputs:
-                    own = {n: self._source(n, number) for n in self._taken[first]}
+                    own = {n: self._sources[number] + s for n, s in self._taken[first].items()}
                     inputs[number] = places.add(own)
                     sources |= {inputs[number][n].name: source for n, source in own.items()}
                     # Of a class, which both have, Dynamo tells once.
@@ -274,10 +271,18 @@ def _source_of(path: str) -> str:
     return _SELF + "".join(f"._modules[{name!r}]" for name in path.split("."))
 
 
-def _attribute(entry: torch.nn.Module, source: str) -> object:
+def _path_below(source: str) -> str | None:
+    """The dotted path of what Dynamo names `source` below a module."""
     try:
-        return find_attribute(entry, read_source(source).name)
-    except (KeyError, VllmcError):
+        return read_source(_SELF + source).name
+    except VllmcError:
+        return None
+
+
+def _attribute(module: torch.nn.Module, path: str | None) -> object:
+    try:
+        return None if path is None else find_attribute(module, path)
+    except KeyError:
         return None
 
 
