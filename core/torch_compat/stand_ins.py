@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import CodeType
+from types import CodeType, MethodType
 from typing import Any, Final
 
 import torch
@@ -26,9 +26,9 @@ GlobalState = tuple[object, ...]
 """What of the process's state decides how a layer is traced."""
 
 _NUMBER: Final = "vllmc_layer_number"
-_MODEL: Final = "vllmc_layer_model"
+_STOOD_IN_FOR: Final = "vllmc_stood_in_for"
 _FORWARD: Final = "vllmc_plain_forward"
-_OWN: Final = (f"M[{__name__!r}]", _NUMBER, _MODEL, f".{_FORWARD}", f"'{_FORWARD}' in ")
+_OWN: Final = (f"M[{__name__!r}]", _NUMBER, _STOOD_IN_FOR, f".{_FORWARD}", f"'{_FORWARD}' in ")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,18 +67,22 @@ def standing_in(layers: Sequence[torch.nn.Module], models: Mapping[int, int]) ->
         for cls in classes:
             setattr(cls, _FORWARD, vars(cls)["forward"])
             setattr(cls, _NUMBER, None)
+            setattr(cls, _STOOD_IN_FOR, False)
             cls.forward = _forward
         for number, model in shown.items():
-            vars(layers[number]).update({_NUMBER: number, _MODEL: model})
+            layer = layers[number]
+            vars(layer).update({_NUMBER: number, _STOOD_IN_FOR: model != number})
+            if model != number:
+                vars(layer).update({name: MethodType(f, layer) for name, f in _UNTOLD.items()})
         try:
             yield traced
         finally:
             for number in shown:
-                for name in (_NUMBER, _MODEL):
-                    del vars(layers[number])[name]
+                for name in (_NUMBER, _STOOD_IN_FOR, *_UNTOLD):
+                    vars(layers[number]).pop(name, None)
             for cls in classes:
                 cls.forward = vars(cls)[_FORWARD]
-                for name in (_FORWARD, _NUMBER):
+                for name in (_FORWARD, _NUMBER, _STOOD_IN_FOR):
                     delattr(cls, name)
             _RECORDING.reset(token)
 
@@ -166,17 +170,29 @@ def _number(node: fx.Node, function: Callable[..., object]) -> int | None:
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    number = self.vllmc_layer_number
     # Another thread may run the layer meanwhile, or one that is none of the layers.
+    if self.vllmc_stood_in_for and _is_recording():
+        return _stand_in(self.vllmc_layer_number, args, kwargs)
+    number = self.vllmc_layer_number
     if number is None or not _is_recording():
         return self.vllmc_plain_forward(*args, **kwargs)
-    if self.vllmc_layer_model != number:
-        return _stand_in(number, args, kwargs)
     _begin(number)
     result = self.vllmc_plain_forward(*args, **kwargs)
     # Arguments are shown at the end, as a layer may leave some of them untouched till then.
     _end(number, args, kwargs, result)
     return result
+
+
+def _named_parameters(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    return iter(()) if _is_recording() else type(self).named_parameters(self, *args, **kwargs)
+
+
+def _named_buffers(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    return iter(()) if _is_recording() else type(self).named_buffers(self, *args, **kwargs)
+
+
+# Dynamo lists the tensors of each module that it meets; of those that it does not look into none.
+_UNTOLD: Final = {"named_parameters": _named_parameters, "named_buffers": _named_buffers}
 
 
 @assume_constant_result
