@@ -7,6 +7,7 @@ functions. Each tensor of the model is bound once, so that a call passes activat
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -192,14 +193,17 @@ def _step_source(layout: Layout, bound: Mapping[str, object], targets: dict[str,
             lines.append(f"p{index} = {places[given.name]}")
         elif given.kind == "size":
             lines.append(f"p{index} = {places[given.name]}.size({int(given.dim)})")
-    last_use = _last_uses(layout)
+    dead: dict[int, list[str]] = defaultdict(list)
+    for name, use in _last_uses(layout).items():
+        if name not in bound:
+            dead[use].append(name)
     for number, step in enumerate(layout.steps):
         if isinstance(step, UnitStep):
             lines.append(_unit_line(number, step, bound))
         else:
             lines.append(_op_line(step, targets))
-        if dead := [name for name, use in last_use.items() if use == number and name not in bound]:
-            lines.append(f"del {', '.join(dead)}")
+        if number in dead:
+            lines.append(f"del {', '.join(dead[number])}")
     lines.append(f"return {_argument(layout.result, targets)}")
     units = [f"unit_{n}" for n, step in enumerate(layout.steps) if isinstance(step, UnitStep)]
     arguments = ", ".join([*bound, *targets, *units])

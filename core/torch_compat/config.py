@@ -18,7 +18,7 @@ from torch.utils._config_module import _UNSET_SENTINEL
 
 from vllmc.core.torch_compat.config_modules import import_config, present_config
 from vllmc.core.torch_compat.config_scope import CAPTURE, EXCLUDED
-from vllmc.core.torch_compat.config_source import default_without_environment, definitions
+from vllmc.core.torch_compat.config_source import default_without_environment, variables_of
 from vllmc.core.torch_compat.config_values import canonical, stable
 from vllmc.core.torch_compat.options import MODULES, OptionGroup, check_option, option_names
 from vllmc.core.torch_compat.system import portable_march
@@ -227,8 +227,7 @@ def _entry(
 ) -> ConfigEntry:
     registered = present_config(module_name)._config[key]
     value = stable(_value(module_name, key))
-    defined = definitions(module_name).get(key)
-    variables = [v for v in defined.variables if v in environment] if defined else []
+    variables = variables_of(module_name, key, environment)
     default = default_without_environment(module_name, key) if variables else registered.default
     # A variable that forces an option beats every override (torch/utils/_config_module.py).
     if variables and (set_by is None or registered.env_value_force is not _UNSET_SENTINEL):

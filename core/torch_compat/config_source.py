@@ -11,7 +11,8 @@ from __future__ import annotations
 import ast
 import functools
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from types import FunctionType, SimpleNamespace
 from typing import Any, TypeAlias
@@ -44,6 +45,21 @@ def definitions(module: str) -> dict[str, Definition]:
     found: dict[str, Definition] = {}
     _collect(tree.body, "", functions, found)
     return found
+
+
+def variables_of(module: str, name: str, environment: Collection[str]) -> list[str]:
+    """The variables among `environment` that can set an option, the decisive one first."""
+    # Reading the source as Python takes long. Mostly no variable that is set is named in it.
+    if _quoted(module).isdisjoint(environment):
+        return []
+    defined = definitions(module).get(name)
+    return [v for v in defined.variables if v in environment] if defined else []
+
+
+@functools.cache
+def _quoted(module: str) -> frozenset[str]:
+    """The words in quotes in a config module's source, among them all variables that it reads."""
+    return frozenset(re.findall(r"""["'](\w+)["']""", config_file(module).read_text("utf-8")))
 
 
 def default_without_environment(module: str, name: str) -> Any:

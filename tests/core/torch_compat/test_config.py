@@ -32,7 +32,11 @@ from vllmc.core.torch_compat.config import (
 )
 from vllmc.core.torch_compat.config_modules import _stand_in, config_file
 from vllmc.core.torch_compat.config_scope import ABSENT, CAPTURE, EXCLUDED
-from vllmc.core.torch_compat.config_source import default_without_environment, definitions
+from vllmc.core.torch_compat.config_source import (
+    default_without_environment,
+    definitions,
+    variables_of,
+)
 from vllmc.core.torch_compat.config_values import stable
 from vllmc.core.torch_compat.options import MODULES, option_names, parse_option
 from vllmc.core.torch_compat.system import portable_march
@@ -340,6 +344,14 @@ def test_the_source_of_a_config_is_read_whole(module: str) -> None:
         default = default_without_environment(module, name)
         if not {*definition.variables} & {*os.environ}:
             assert default == registered[name].default, name
+
+
+@pytest.mark.parametrize("module", sorted({*MODULES.values(), "torch._dynamo.config"}))
+def test_of_one_variable_alone_every_option_that_reads_it_is_known(module: str) -> None:
+    for name, definition in definitions(module).items():
+        for variable in definition.variables:
+            assert variables_of(module, name, {variable}) == [variable]
+        assert variables_of(module, name, {"PATH", "VLLMC_CACHE_DIR"}) == []
 
 
 def test_every_variable_in_the_source_of_inductors_config_belongs_to_an_option() -> None:
