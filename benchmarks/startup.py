@@ -1,11 +1,12 @@
 """Time to the first output, cold and warm: eager, stock torch.compile and vllmc.
 
-    python benchmarks/startup.py [--layers 2 8 32] [--own-layers 80] [--runs 5] [--json FILE]
+    python benchmarks/startup.py [--layers 32] [--own-layers 2 8 80] [--runs 5] [--json FILE]
 
 Every measurement is a fresh process, and the alternatives take turns. A cold run has empty
 caches; a warm one those of the cold run before it. Times run from the first call to its end, and
 for vllmc also importing it; importing torch and Transformers and building the model are not
-counted. Medians, and ratios to stock torch.compile. With `--own-layers` vllmc alone is measured.
+counted. Of vllmc the time till the program is linked is told as well, before its first step.
+Medians, and ratios to stock torch.compile. With `--own-layers` vllmc alone is measured.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ IMPORTED_FOR_A_HIT = ("vllmc.core.cache.store", "vllmc.core.job", "vllmc.core.pi
 def main() -> None:
     """Runs the comparison, or one measurement of it (`--one`)."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, nargs="+", default=[2, 8, 32])
-    parser.add_argument("--own-layers", type=int, nargs="*", default=[80])
+    parser.add_argument("--layers", type=int, nargs="+", default=[32])
+    parser.add_argument("--own-layers", type=int, nargs="*", default=[2, 8, 80])
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", choices=ALTERNATIVES, help=argparse.SUPPRESS)
@@ -59,6 +60,8 @@ def main() -> None:
         write_report(options.json, options.runs, rows, headlines(samples, options.layers))
 
 
+Start = Callable[[], None]
+Step = Callable[[int], Any]
 Samples = dict[tuple[int, str, str], list[dict[str, float]]]
 
 
@@ -106,8 +109,12 @@ def measure(alternative: str, layers: int) -> dict[str, float]:
     for name in IMPORTED_FOR_A_HIT if alternative == "vllmc" else ():
         importlib.import_module(name)
     imported = time.perf_counter() - imported
-    step = vllmc_step(layers) if alternative == "vllmc" else transformers_step(alternative, layers)
+    start, step = (
+        vllmc_step(layers) if alternative == "vllmc" else transformers_step(alternative, layers)
+    )
     started = time.perf_counter()
+    start()
+    linked = time.perf_counter() - started + imported
     step(PROMPT_TOKENS)
     first = time.perf_counter() - started + imported
     times = {}
@@ -122,14 +129,14 @@ def measure(alternative: str, layers: int) -> dict[str, float]:
         times[tokens] = statistics.median(laps)
     return {
         "first": first,
-        "imported": imported,
+        "linked": linked,
         "step_1": times[1],
         "step_16": times[PROMPT_TOKENS],
         "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
 
-def transformers_step(alternative: str, layers: int) -> Any:
+def transformers_step(alternative: str, layers: int) -> tuple[Start, Step]:
     """A forward of the model as Transformers builds it, plain or under stock `torch.compile`."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -148,11 +155,12 @@ def transformers_step(alternative: str, layers: int) -> Any:
                 input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1
             ).logits
 
-    return step
+    # Both do everything in their first step.
+    return lambda: None, step
 
 
-def vllmc_step(layers: int) -> Any:
-    """The same forward with vllmc. Obtaining and linking the program are part of the first call."""
+def vllmc_step(layers: int) -> tuple[Start, Step]:
+    """What obtains and links vllmc's program, and the same forward with it."""
     import torch
 
     from vllmc.core.cache.store import Store
@@ -196,8 +204,6 @@ def vllmc_step(layers: int) -> Any:
         }
 
     def step(tokens: int) -> torch.Tensor:
-        if not state:
-            start()
         span = SequenceSpan(query_start=0, query_len=tokens, total_len=tokens, table=table)
         metadata = AttentionMetadata(slots=torch.arange(tokens), sequences=(span,))
         with (
@@ -211,7 +217,7 @@ def vllmc_step(layers: int) -> Any:
             )
             return logits
 
-    return step
+    return start, step
 
 
 def summarize(samples: Samples) -> list[dict[str, Any]]:
@@ -228,51 +234,59 @@ def summarize(samples: Samples) -> list[dict[str, Any]]:
 
 def headlines(samples: Samples, layers: Sequence[int]) -> list[Headline]:
     """Cold and warm starts of the most layers that stock was measured with, and how they grow."""
-    many, few, most = max(layers), min(layers), max(depth for depth, _, _ in samples)
-    warm = [sample["first"] for sample in samples[many, "vllmc", "warm"]]
+    many = max(layers)
+    depths = sorted({depth for depth, _, _ in samples})
+    few, middle, most = depths[0], depths[1], depths[-1]
+    warm = samples[many, "vllmc", "warm"]
+    first = statistics.median(sample["first"] for sample in warm)
     return [
         headline(
-            f"warm start, {many} layers, seconds beyond torch and the model",
-            warm,
-            "importing vllmc, the key, loading, linking and the first 16 tokens",
+            f"warm start, {many} layers, seconds till linked, beyond torch and the model",
+            [sample["linked"] for sample in warm],
+            f"importing vllmc, the key, loading, linking; with the first 16 tokens {first:.2f} s",
             0.25,
         ),
-        compared(f"warm start, {many} layers, of stock's", samples, many, "warm", 0.05),
-        compared(f"cold start, {many} layers, of stock's", samples, many, "cold", 0.25),
         *(
-            headline(
-                f"{state} start, {more} layers to {less}",
-                [
-                    large["first"] / small["first"]
-                    for large, small in zip(
-                        samples[more, "vllmc", state], samples[less, "vllmc", state], strict=True
-                    )
-                ],
-                ratio_in_words(samples, (more, "vllmc"), (less, "vllmc"), state),
+            compared(
+                f"{state} start, {many} layers, of stock's",
+                samples[many, "vllmc", state],
+                samples[many, "stock", state],
                 at_most,
             )
-            for state, more, less, at_most in (
-                ("warm", most, few, 1.5),
-                ("cold", most, sorted(layers)[len(layers) // 2], 1.3),
-            )
+            for state, at_most in (("warm", 0.05), ("cold", 0.25))
+        ),
+        compared(
+            f"warm start till linked, {most} layers to {few}",
+            samples[most, "vllmc", "warm"],
+            samples[few, "vllmc", "warm"],
+            1.5,
+            "linked",
+        ),
+        compared(
+            f"warm start with the first step, {most} layers to {few}",
+            samples[most, "vllmc", "warm"],
+            samples[few, "vllmc", "warm"],
+        ),
+        compared(
+            f"cold start, {most} layers to {middle}",
+            samples[most, "vllmc", "cold"],
+            samples[middle, "vllmc", "cold"],
+            1.3,
         ),
     ]
 
 
-def compared(what: str, samples: Samples, depth: int, state: str, at_most: float) -> Headline:
-    """vllmc to stock, run by run."""
-    ours, stock = (samples[depth, name, state] for name in ("vllmc", "stock"))
-    ratios = [a["first"] / b["first"] for a, b in zip(ours, stock, strict=True)]
-    words = ratio_in_words(samples, (depth, "vllmc"), (depth, "stock"), state)
-    return headline(what, ratios, words, at_most)
-
-
-def ratio_in_words(
-    samples: Samples, one: tuple[int, str], other: tuple[int, str], state: str
-) -> str:
-    """The medians behind a ratio."""
-    a, b = (statistics.median(s["first"] for s in samples[*of, state]) for of in (one, other))
-    return f"{a:.2f} s of {b:.2f} s"
+def compared(
+    what: str,
+    ours: Sequence[Mapping[str, float]],
+    others: Sequence[Mapping[str, float]],
+    at_most: float | None = None,
+    name: str = "first",
+) -> Headline:
+    """One group of samples to another, run by run."""
+    ratios = [one[name] / other[name] for one, other in zip(ours, others, strict=True)]
+    medians = [statistics.median(sample[name] for sample in group) for group in (ours, others)]
+    return headline(what, ratios, "{:.2f} s of {:.2f} s".format(*medians), at_most)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
