@@ -51,8 +51,8 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(options.one, options.layers[0])))
         return
-    alternatives = dict.fromkeys(options.layers, ALTERNATIVES)
-    alternatives |= dict.fromkeys(options.own_layers, ("vllmc",))
+    alternatives: dict[int, Sequence[str]] = dict.fromkeys(options.own_layers, ("vllmc",))
+    alternatives |= dict.fromkeys(options.layers, ALTERNATIVES)
     samples = compare(alternatives, options.runs)
     rows = summarize(samples)
     print(table(rows))
@@ -236,7 +236,7 @@ def headlines(samples: Samples, layers: Sequence[int]) -> list[Headline]:
     """Cold and warm starts of the most layers that stock was measured with, and how they grow."""
     many = max(layers)
     depths = sorted({depth for depth, _, _ in samples})
-    few, middle, most = depths[0], depths[1], depths[-1]
+    few, middle, most = depths[0], depths[len(depths) > 1], depths[-1]
     warm = samples[many, "vllmc", "warm"]
     first = statistics.median(sample["first"] for sample in warm)
     return [

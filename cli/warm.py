@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -264,5 +263,6 @@ def _failed_row(job: Job, error: VllmcError) -> Row:
 
 
 def _peak_rss_mb() -> int:
-    # Linux reports kibibytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    # `getrusage` would count what the process held that started this one.
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split(maxsplit=1)[0]) // 1024

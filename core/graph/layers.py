@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import torch
 
-from vllmc.core.graph.normalize import expression_of, strides_of
+from vllmc.core.graph.normalize import strides_of
 from vllmc.core.models.guarded import HOOKS
 from vllmc.core.torch_compat.stand_ins import owner_of_forward
 
@@ -112,10 +112,10 @@ def _values(layer: torch.nn.Module) -> Iterator[tuple[Hashable, Hashable]]:
 def _form(layer: torch.nn.Module) -> Hashable:
     """The classes of a layer's modules, and the form of its tensors.
 
-    Where a layer has hooks, or a module of it a forward of its own, it is like no other.
+    Where a layer has hooks, or a module of it a method of its own, it is like no other.
     """
     modules = dict(layer.named_modules())
-    own = (*HOOKS, "forward")
+    own = (*HOOKS, "forward", "named_parameters", "named_buffers")
     if any(vars(module).get(name) for module in modules.values() for name in own):
         return id(layer)
     return tuple(
@@ -129,9 +129,9 @@ def _form(layer: torch.nn.Module) -> Hashable:
 
 
 def look(value: Any) -> Hashable:
-    """What a tensor is, but for its contents, or a symbolic size; of another value its type."""
-    if isinstance(value, torch.SymInt):
-        return expression_of(value)
+    """What a tensor is, but for its contents, or a symbolic number; of another value its type."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return type(value), value.node.expr
     if not isinstance(value, torch.Tensor):
         return type(value).__qualname__
     return (

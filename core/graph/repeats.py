@@ -12,13 +12,14 @@ what Dynamo says itself, and is checked before anything is copied:
   shared memory in the same places, and no list or dictionary that others could write to;
 - the process is in the same state: of torch, and of all Python objects that were there before;
 - what was traced reads nothing else of the graph, writes to no memory but its own, makes no number
-  that is known only when it runs, and no one looks into it.
+  that is known only when it runs, asks of no module which one it is, and no one looks into it.
 
 What fails a check is traced by itself; where too much fails, all of it is.
 """
 
 from __future__ import annotations
 
+import ast
 import operator
 import re
 from collections import defaultdict
@@ -34,8 +35,8 @@ from vllmc.core.errors import VllmcError
 from vllmc.core.graph.aliases import memory_of, written_memory
 from vllmc.core.graph.inputs import find_attribute, read_source
 from vllmc.core.graph.layers import Layers, find_layers, look
-from vllmc.core.graph.normalize import is_symbolic, symbols_of, value_of
-from vllmc.core.models.guarded import is_of_the_tree, read_guarded
+from vllmc.core.graph.normalize import expression_of, is_symbolic, symbols_of, value_of
+from vllmc.core.models.guarded import is_in_the_tree, is_of_the_tree, read_guarded
 from vllmc.core.models.lookups import Lookups
 from vllmc.core.spec import DynamicShapes
 from vllmc.core.syntax import parse_expression
@@ -97,12 +98,15 @@ class _Trace:
         self._written = written_memory(self._graph)
         self._firsts = frozenset(layers.models.values())
         self._sources = {number: _source_of(path) for number, path in enumerate(layers.paths)}
-        # What the graph takes from each traced layer, in the order of the graph's inputs, and where
-        # below the layer it is.
-        self._taken = {first: self._placeholders_of(first) for first in self._firsts}
-        self._paths = {
-            first: [*map(_path_below, taken.values())] for first, taken in self._taken.items()
+        # What the graph takes from each layer, in the order of the graph's inputs, and where below
+        # the layer it is.
+        self._taken = {
+            number: self._placeholders_of(number) for number in {*self._firsts, *layers.models}
         }
+        self._paths = {
+            first: [*map(_path_below, self._taken[first].values())] for first in self._firsts
+        }
+        self._modules = {*map(id, entry.modules())}
 
     def regrouped(self) -> Layers:
         """The layers as they must be grouped for each group to be traced alike."""
@@ -122,6 +126,9 @@ class _Trace:
             first = self._layers.first[number]
             if first not in self._firsts or number not in calls:
                 return None
+            # Someone else looks into a layer that is stood in for.
+            if number != first and self._taken[number]:
+                return number
             # What is known to be like a layer that cannot stand for others cannot either.
             if first not in sound and known(number) == known(first):
                 return number
@@ -133,6 +140,8 @@ class _Trace:
         """Whether what was traced of a layer can stand for others."""
         body = self._bodies.get(first)
         if body is None or self._sources[first] not in self._raw.guarded:
+            return False
+        if self._asks_for_modules(first):
             return False
         # One state: it left everything as it found it.
         if len(self._traced.states[first]) > 1 or _containers(call_of(body.end)):
@@ -151,6 +160,33 @@ class _Trace:
             and all(symbols_of(value_of(node)) <= sizes for node in body.nodes)
             and len({*inputs}) == len(inputs)
         )
+
+    def _asks_for_modules(self, first: int) -> bool:
+        """Whether a module is looked at otherwise than in its place in the model's tree.
+
+        Then it may be asked whether it is another one, and what is so of one layer is not of all.
+        """
+        source = self._sources[first]
+        if any(
+            e.startswith(source) and is_in_the_tree(parse_expression(e))
+            for e in self._raw.identities
+        ):
+            return True
+        trees = [parse_expression(e) for e in self._raw.guarded if source in e or _SELF not in e]
+        lookups = Lookups(self._entry)
+        places = []
+        for tree in trees:
+            if isinstance(tree, ast.Compare) and isinstance(tree.ops[0], ast.Is):
+                places.append(lookups.add(tree.left))
+            elif not is_of_the_tree(tree):
+                places.append(lookups.add(tree))
+        values, _ = lookups.read()
+        return any(self._holds_a_module(values[place]) for place in places)
+
+    def _holds_a_module(self, value: object) -> bool:
+        held = value if isinstance(value, (list, tuple, set, frozenset, dict)) else (value,)
+        inner = held.values() if isinstance(held, dict) else ()
+        return any(id(item) in self._modules for item in (*held, *inner))
 
     def _placeholders_of(self, number: int) -> dict[fx.Node, str]:
         source = self._sources[number]
@@ -231,11 +267,22 @@ class _Trace:
             marks.append(node)
         for node in reversed(marks):
             self._graph.erase_node(node)
-        for node in self._graph.find_nodes(op="placeholder"):
-            # An argument that the layers are given and that none of them uses.
-            if not node.users and isinstance(value_of(node), torch.Tensor):
-                self._graph.erase_node(node)
+        self._drop_unused()
         return replace(self._raw, sources=sources, guarded=tuple(sorted(guarded)))
+
+    def _drop_unused(self) -> None:
+        """Removes what no layer uses of all that the layers were given, as Dynamo does."""
+        for node in reversed(self._graph.nodes):
+            if is_symbolic(node) and not node.users and node.op != "placeholder":
+                self._graph.erase_node(node)
+        sizes: set[Hashable] = set()
+        for node in self._graph.find_nodes(op="placeholder"):
+            value = value_of(node)
+            known = isinstance(value, torch.SymInt) and expression_of(value) in sizes
+            if not node.users and (known or isinstance(value, torch.Tensor)):
+                self._graph.erase_node(node)
+            elif isinstance(value, torch.SymInt):
+                sizes.add(expression_of(value))
 
 
 class _Places:

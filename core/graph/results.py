@@ -27,7 +27,8 @@ def describe(result: object, known: Mapping[int, JsonValue]) -> JsonValue:
     What it holds of the objects in `known`, by `id`, is told as said there: `{"output": i}` for
     what stands for an output of the graph, `{"argument": i}` for a tensor of the call.
     `{"call": [module, name], ...}` makes an object by its class, `{"object": [module, name], ...}`
-    by its attributes. Raises `VllmcError` (`unsupported-model`) for what no record can hold.
+    by its attributes. Names are in lists, so that none can be taken for a tag. Raises `VllmcError`
+    (`unsupported-model`) for what no record can hold.
     """
 
     def inner(value: object) -> JsonValue:
@@ -60,10 +61,10 @@ def describe(result: object, known: Mapping[int, JsonValue]) -> JsonValue:
         fields = [field.name for field in dataclasses.fields(result) if field.init]
         return {
             "call": [*import_path(type(result))],
-            "kwargs": {name: inner(getattr(result, name)) for name in fields},
+            "kwargs": [[name, inner(getattr(result, name))] for name in fields],
         }
     if hasattr(result, "__dict__") and not isinstance(result, (torch.nn.Module, Mapping)):
-        state = {name: inner(value) for name, value in vars(result).items()}
+        state: list[JsonValue] = [[name, inner(value)] for name, value in vars(result).items()]
         return {"object": [*import_path(type(result))], "state": state}
     raise _unsupported(f"a {type(result).__name__}")
 

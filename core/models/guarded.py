@@ -24,6 +24,7 @@ from vllmc.core.cache.redaction import redact, scrub
 from vllmc.core.models.described import describe
 from vllmc.core.models.lookups import Lookups
 from vllmc.core.syntax import parse_expression
+from vllmc.core.torch_compat.forward import EXCHANGED
 
 HOOKS: Final = (
     "_forward_hooks",
@@ -61,13 +62,18 @@ def read_guarded(expressions: Iterable[str], entry: torch.nn.Module) -> dict[str
     Torch's own modules are not: others replace functions in them. What was told already is told
     by where: code may ask whether two are one.
     """
+    with EXCHANGED:
+        return _read_guarded(sorted(set(map(scrub, expressions))), entry)
+
+
+def _read_guarded(expressions: Iterable[str], entry: torch.nn.Module) -> dict[str, JsonValue]:
     found: dict[str, JsonValue] = {}
     known: dict[int, tuple[str, Any]] = {
         id(tensor): (f"self.{name}", tensor) for name, tensor in _tensors(entry)
     }
     lookups = Lookups(entry)
     places: dict[str, tuple[ast.expr, int]] = {}
-    for expression in sorted(set(map(scrub, expressions))):
+    for expression in expressions:
         if REDACTED in expression:
             found[expression] = REDACTED
         elif not is_of_the_tree(tree := parse_expression(expression)):
@@ -189,19 +195,19 @@ def is_of_the_tree(tree: ast.expr) -> bool:
             ast.Attribute(value=owner, attr=name)
             | ast.Subscript(value=ast.Attribute(value=owner, attr=name))
         ) if name in (*_TABLES, *HOOKS):
-            return _is_module(owner)
+            return is_in_the_tree(owner)
         case ast.Compare(left=ast.Constant(value="forward"), comparators=[ast.Call(args=[owner])]):
-            return _is_module(owner)
+            return is_in_the_tree(owner)
     return False
 
 
-def _is_module(node: ast.expr) -> bool:
+def is_in_the_tree(node: ast.expr) -> bool:
     """Whether an expression goes from the model down its tree of modules."""
     match node:
         case ast.Subscript(value=ast.Name(id="L"), slice=ast.Constant(value="self")):
             return True
         case ast.Subscript(value=ast.Attribute(value=owner, attr="_modules"), slice=ast.Constant()):
-            return _is_module(owner)
+            return is_in_the_tree(owner)
     return False
 
 

@@ -24,6 +24,7 @@ from vllmc.core.models.guarded import HOOKS
 from vllmc.core.models.model import ModelInfo, Weights
 from vllmc.core.spec import CompileSpec, LayerNames, open_ended
 from vllmc.core.torch_compat.config_values import stable
+from vllmc.core.torch_compat.forward import EXCHANGED
 
 _OF_OTHERS = ("class torch.", "class transformers.")
 
@@ -69,6 +70,10 @@ class ModuleModel:
 
         Also of the classes of torch and Transformers, whose methods others may have replaced.
         """
+        with EXCHANGED:
+            return self._factors()
+
+    def _factors(self) -> tuple[Factor, ...]:
         rows: dict[str, JsonValue] = {}
         classes: dict[str, type] = {}
         tensors: dict[int, str] = {}

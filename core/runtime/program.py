@@ -270,10 +270,10 @@ def _object(value: Mapping[str, Any], targets: dict[str, object]) -> str:
             hint="install the version of the package that the program was compiled with",
         ) from error
     if "object" in value:
-        held = ", ".join(f"{k!r}: {_argument(v, targets)}" for k, v in value["state"].items())
+        held = ", ".join(f"{k!r}: {_argument(v, targets)}" for k, v in value["state"])
         return f"{_constant(partial(_with_attributes, cls), targets)}({{{held}}})"
     parts = [_argument(v, targets) for v in value.get("args", ())]
-    parts += [f"{k}={_argument(v, targets)}" for k, v in value.get("kwargs", {}).items()]
+    parts += [f"{k}={_argument(v, targets)}" for k, v in value.get("kwargs", ())]
     return f"{_constant(cls, targets)}({', '.join(parts)})"
 
 

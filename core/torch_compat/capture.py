@@ -57,7 +57,8 @@ class RawCapture:
     (`L['self']._modules['model']._parameters['weight']`); `code` are the code objects traced;
     `guards` are the conditions on backed sizes under which the graph holds. `guarded` are the
     expressions of all Python values that the graph depends on, over `L['self']` (the module) and
-    `M` (modules by name). `replay(outputs)` does what the call does besides the graph: it is
+    `M` (modules by name); `identities` are those of which it matters which object they are, and
+    not only what. `replay(outputs)` does what the call does besides the graph: it is
     given what stands for the graph's outputs, and returns what the call returns.
     """
 
@@ -66,6 +67,7 @@ class RawCapture:
     code: tuple[CodeType, ...]
     guards: tuple[SizeGuard, ...]
     guarded: tuple[str, ...]
+    identities: tuple[str, ...]
     replay: Callable[[Sequence[object]], object]
 
 
@@ -146,6 +148,15 @@ def capture_full_graph(
                 {
                     *without_own(_guarded(captured.graph_capture_output, _closure(module.forward))),
                     *_methods(graph_module.graph),
+                }
+            )
+        ),
+        identities=tuple(
+            sorted(
+                {
+                    _text(guard.name)
+                    for guard in captured.graph_capture_output.output_graph.guards
+                    if guard.create_fn_name() == "ID_MATCH"
                 }
             )
         ),

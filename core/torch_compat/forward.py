@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Mapping
+from typing import Final
 
 import torch
+
+EXCHANGED: Final = threading.RLock()
+"""Held while forwards of classes are exchanged to capture a model, and while models are told."""
 
 
 def positional_and_named(

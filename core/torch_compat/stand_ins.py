@@ -22,6 +22,8 @@ from torch._dynamo.side_effects import SideEffects
 from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
 from torch._dynamo.variables.misc import NewGlobalVariable
 
+from vllmc.core.torch_compat.forward import EXCHANGED
+
 GlobalState = tuple[object, ...]
 """What of the process's state decides how a layer is traced."""
 
@@ -57,34 +59,39 @@ def standing_in(layers: Sequence[torch.nn.Module], models: Mapping[int, int]) ->
 
     Both are numbers in `layers`. The layers that others are mapped to are marked; all must be
     traced before those that they stand for. Another thread may run the layers meanwhile, but none
-    may compile them: it waits.
+    may compile them or tell what they are: it waits.
     """
     traced = Traced(models=models)
     shown = {number: models.get(number, number) for number in {*models, *models.values()}}
     classes = {owner_of_forward(type(layers[number])) for number in shown}
-    with compile_lock, _counting_mutations(traced):
-        token = _RECORDING.set(traced)
+    with (
+        compile_lock,
+        EXCHANGED,
+        _counting_mutations(traced),
+        contextlib.ExitStack() as changes,
+    ):
+        changes.callback(_RECORDING.reset, _RECORDING.set(traced))
         for cls in classes:
-            setattr(cls, _FORWARD, vars(cls)["forward"])
-            setattr(cls, _NUMBER, None)
-            setattr(cls, _STOOD_IN_FOR, False)
+            plain = vars(cls)["forward"]
+            for name, value in ((_FORWARD, plain), (_NUMBER, None), (_STOOD_IN_FOR, False)):
+                changes.callback(_forget, cls, name)
+                setattr(cls, name, value)
+            changes.callback(setattr, cls, "forward", plain)
             cls.forward = _forward
         for number, model in shown.items():
             layer = layers[number]
-            vars(layer).update({_NUMBER: number, _STOOD_IN_FOR: model != number})
+            own: dict[str, object] = {_NUMBER: number, _STOOD_IN_FOR: model != number}
             if model != number:
-                vars(layer).update({name: MethodType(f, layer) for name, f in _UNTOLD.items()})
-        try:
-            yield traced
-        finally:
-            for number in shown:
-                for name in (_NUMBER, _STOOD_IN_FOR, *_UNTOLD):
-                    vars(layers[number]).pop(name, None)
-            for cls in classes:
-                cls.forward = vars(cls)[_FORWARD]
-                for name in (_FORWARD, _NUMBER, _STOOD_IN_FOR):
-                    delattr(cls, name)
-            _RECORDING.reset(token)
+                own |= {name: MethodType(f, layer) for name, f in _UNTOLD.items()}
+            for name in own:
+                changes.callback(vars(layer).pop, name, None)
+            vars(layer).update(own)
+        yield traced
+
+
+def _forget(cls: type, name: str) -> None:
+    if name in vars(cls):
+        delattr(cls, name)
 
 
 @contextlib.contextmanager
@@ -183,15 +190,16 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def _named_parameters(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
-    return iter(()) if _is_recording() else type(self).named_parameters(self, *args, **kwargs)
+def _named_parameters(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return type(self).named_parameters(self, *args, **kwargs)
 
 
-def _named_buffers(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
-    return iter(()) if _is_recording() else type(self).named_buffers(self, *args, **kwargs)
+def _named_buffers(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return type(self).named_buffers(self, *args, **kwargs)
 
 
-# Dynamo lists the tensors of each module that it meets; of those that it does not look into none.
+# Of each module that it meets Dynamo lists the tensors, to have names for them, unless a class has
+# methods of its own for that. Those that it does not look into need no names.
 _UNTOLD: Final = {"named_parameters": _named_parameters, "named_buffers": _named_buffers}
 
 

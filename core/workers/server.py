@@ -88,6 +88,7 @@ def main(descriptor: int) -> NoReturn:
     """Serves the socket `descriptor`: a spec to warm up for, then numbers with sockets."""
     control = socket.socket(fileno=descriptor)
     server = _Server(control=control, scratch=Path(tempfile.mkdtemp(prefix="vllmc-workers-")))
+    signal.signal(signal.SIGTERM, lambda *_: server.end())
     spec = pickle.loads(control.recv(1 << 20))
     write_below(server.scratch)
     _warm_up(spec)
@@ -120,7 +121,8 @@ def _work(channel: socket.socket) -> NoReturn:
     code = 1
     try:
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
         os.setpgid(0, 0)
         write(channel, carry_out(read_one(channel)))
         sys.stderr.flush()

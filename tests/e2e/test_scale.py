@@ -28,7 +28,10 @@ def vllmc(*words: str, cache: Path) -> dict[str, Any]:
 def test_seventy_billion_parameters_are_warmed_without_weights_and_found_again(
     tmp_path: Path,
 ) -> None:
+    held = b"x" * (1500 << 20)
     first = vllmc("warm", "llama-3-70b", "--backend", "eager", cache=tmp_path)
+    # What the process holds that starts it is not its own.
+    del held
     assert first["pieces"] == {"total": 161, "splitting": 80, "compilable": 81, "unique": 3}
     assert first["counts"] == {"hit": 0, "dup": 0, "compiled": 3}
     assert first["peak_rss_mb"] < 1500

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -121,3 +122,33 @@ def test_a_layout_is_the_same_after_a_record(trace_toy: Any, ops: Any) -> None:
     ).layout
     assert any(isinstance(step, OpStep) for step in layout.steps)
     assert Layout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
+
+
+@dataclass
+class Tagged:
+    """What a forward returns, in fields named as the marks of a record are."""
+
+    ref: Any
+    output: Any
+    argument: Any = 0
+
+
+class Attributes:
+    def __init__(self, ref: torch.Tensor, call: torch.Tensor) -> None:
+        self.ref, self.call = ref, call
+
+
+def test_a_result_may_have_fields_of_any_name(link_toy: Any, toy_batch: Any, ops: Any) -> None:
+    def forward(entry: Any, x: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> Any:
+        y = ops.cut(entry.linear(x))
+        return Tagged("v0", 3, Attributes(y * 2, {"ref": y, "tuple": (y + 1, "v1")}))
+
+    toy, arguments = link_toy(forward), toy_batch(5)
+    found, expected = toy.program(*arguments), toy.entry(*arguments)
+    assert (found.ref, found.output) == ("v0", 3)
+    (y, tag), (z, _) = (made.argument.call["tuple"] for made in (found, expected))
+    assert tag == "v1"
+    torch.testing.assert_close(
+        (found.argument.ref, found.argument.call["ref"], y),
+        (expected.argument.ref, expected.argument.call["ref"], z),
+    )

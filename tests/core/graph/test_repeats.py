@@ -13,7 +13,8 @@ from torch import nn
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph import capture, repeats
 from vllmc.core.graph.layers import find_layers
-from vllmc.core.spec import ATTENTION_OP
+from vllmc.core.models.module_model import ModuleModel
+from vllmc.core.spec import ATTENTION_OP, CompileRange
 from vllmc.core.torch_compat.capture import capture_full_graph
 from vllmc.core.torch_compat.stand_ins import standing_in, stands_for
 
@@ -163,10 +164,12 @@ def check(link_toy: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
     """Checks that an entry is captured as a whole capture does it, and computes what it should.
 
     `check(entry, *stood_in, **changes of the spec)`: how many layers were stood in for in each
-    attempt.
+    attempt. It is run with each number of `tokens`.
     """
 
-    def run(entry: nn.Module, *stood_in: int, **changes: Any) -> None:
+    def run(
+        entry: nn.Module, *stood_in: int, tokens: tuple[int, ...] = (1, 2, 9), **changes: Any
+    ) -> None:
         attempts: list[int] = []
 
         def counting(*args: Any) -> Any:
@@ -186,7 +189,7 @@ def check(link_toy: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
         missing = {*whole.captured.guarded} - {*found.captured.guarded}
         assert {e for e in missing if "type(" not in e} == set()
         assert tuple(attempts) == stood_in
-        found.check(1, 2, 9)
+        found.check(*tokens)
 
     return run
 
@@ -438,6 +441,92 @@ def test_tensors_of_another_form_or_none_at_all(check: Any) -> None:
     check(entry_of(*[Biased] * 5, extra=plain), 3, 2)
 
 
+def test_what_others_read_or_write_in_a_layer(check: Any) -> None:
+    def reading(layers: Any, x: torch.Tensor) -> torch.Tensor:
+        return in_turn(layers, x + layers[2].linear.weight.sum())
+
+    def writing(layers: Any, x: torch.Tensor) -> torch.Tensor:
+        layers[1].shift.mul_(2)
+        x = in_turn(layers, x)
+        layers[1].shift.mul_(0.5)
+        return x
+
+    def listing(layers: Any, x: torch.Tensor) -> torch.Tensor:
+        total = sum(p.sum() for layer in layers for p in layer.parameters())
+        return in_turn(layers, x * len(list(layers[1].named_parameters()))) + total
+
+    check(entry_of(*[Layer] * 4, walk=reading), 3, 2)
+    check(entry_of(*[Layer] * 4, walk=writing), 3, 2)
+    check(entry_of(*[Layer] * 4, walk=listing), 3, 0)
+
+
+def test_an_entry_has_methods_of_its_own_for_what_its_layers_hold(check: Any) -> None:
+    entry = entry_of(*[Layer] * 4)
+    own = entry.layers[2].named_parameters
+    entry.layers[2].named_parameters = own
+    check(entry, 2)
+    assert vars(entry.layers[2])["named_parameters"] is own
+
+
+class Asking(Layer):
+    """A layer that may know others: what it does hangs on which one it is."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.known: list[Any] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y * 3 if self.is_special() else y
+
+    def is_special(self) -> bool:
+        return self.known[0] is self
+
+
+def test_a_layer_that_asks_which_one_it_is(check: Any) -> None:
+    class ById(Asking):
+        def is_special(self) -> bool:
+            return id(self) in self.known
+
+    class ByChild(Asking):
+        def is_special(self) -> bool:
+            return self.known[0] is self.linear
+
+    for cls, known in (
+        (Asking, lambda layer: layer),
+        (ById, id),
+        (ByChild, lambda layer: layer.linear),
+    ):
+        entry = entry_of(*[cls] * 4)
+        for layer in entry.layers:
+            layer.known.append(known(entry.layers[2]))
+        check(entry, 3, 0)
+
+
+def test_conditions_and_numbers_that_layers_are_given(check: Any) -> None:
+    class Given(Layer):
+        def forward(self, x: torch.Tensor, given: Any = None) -> torch.Tensor:
+            return super().forward(x) * (2 if given else 3)
+
+    class Compared(Layer):
+        def forward(self, x: torch.Tensor, given: Any = None) -> torch.Tensor:
+            return super().forward(x) * (2 if given > 2 else 3)
+
+    def conditions(layers: Any, x: torch.Tensor) -> torch.Tensor:
+        for number, layer in enumerate(layers):
+            x = layer(x, x.shape[1] > (0 if number < 2 else 400))
+        return x
+
+    def quotients(layers: Any, x: torch.Tensor) -> torch.Tensor:
+        for number, layer in enumerate(layers):
+            x = layer(x, x.shape[1] / (1 if number < 2 else 400))
+        return x
+
+    backed = {"dynamic_shapes": "backed", "ranges": (CompileRange(5, 64),)}
+    check(entry_of(*[Given] * 4, walk=conditions), 3, 2, tokens=(9,), **backed)
+    check(entry_of(*[Compared] * 4, walk=quotients), 3, 2, tokens=(9,), **backed)
+
+
 def test_a_class_beneath_another_s_forward(check: Any) -> None:
     # `Halved.forward` calls that of `Layer`, which must not count as a layer's then.
     check(entry_of(Layer, Halved, Halved, Layer, Layer), 1)
@@ -484,3 +573,16 @@ def test_nothing_is_left_of_it(ops: Any) -> None:
     with standing_in(list(entry.layers), {2: 1}):
         assert dict(vars(Halved)) != before[2]
     assert [dict(vars(entry.layers[0])), dict(vars(Layer)), dict(vars(Halved))] == before
+
+
+def test_what_layers_are_is_told_as_it_was_before(ops: Any) -> None:
+    entry = entry_of(*[Layer] * 3)
+    model = ModuleModel("toy", entry)
+    before, found = model.factors(), []
+    thread = threading.Thread(target=lambda: found.append(model.factors()))
+    with standing_in(list(entry.layers), {1: 0, 2: 0}):
+        thread.start()
+        thread.join(0.5)
+        assert found == []
+    thread.join()
+    assert found == [before]

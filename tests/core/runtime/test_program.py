@@ -243,7 +243,7 @@ def test_results_come_in_the_containers_that_the_forward_returns() -> None:
             "dict": [
                 ["both", {"tuple": [{"ref": "p0"}, {"list": [{"ref": "a1"}, None]}]}],
                 [{"float": (0.5).hex()}, {"call": ["fractions", "Fraction"], "args": [1, 2]}],
-                ["made", {"object": ["types", "SimpleNamespace"], "state": {"x": {"ref": "p1"}}}],
+                ["made", {"object": ["types", "SimpleNamespace"], "state": [["x", {"ref": "p1"}]]}],
             ]
         },
     )  # fmt: skip

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -279,3 +280,15 @@ def test_nothing_is_started_for_a_hit_or_where_nothing_is_compiled(
         with pytest.raises(VllmcError, match="would-miss"):
             obtain_program(job(), Store(tmp_path), Notes(), policy=policy, pool=pool)
         assert servers() == []
+
+
+def test_a_pool_that_was_prepared_for_nothing_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with WorkerPool(2) as pool:
+        pool.prepare(CompileSpec())
+        while not list(tmp_path.glob("vllmc-workers-*")):
+            time.sleep(0.01)
+    assert list(tmp_path.glob("vllmc-workers-*")) == []
+    assert servers() == []
