@@ -6,8 +6,9 @@
   program, stock `torch.compile(fullgraph=True, dynamic=True)` of the very module that vllmc
   compiles, with vllmc's attention op, and that module eager. They take turns, step by step.
 - `dispatch`: a step of a small model (hidden size 64), and the same calls of Inductor's own
-  functions and of the attention op one after the other, with their arguments at hand. What the
-  program takes more, by piece; less than nothing where it spares work that those functions do.
+  functions and of the attention op, called as the program calls it, one after the other, with
+  their arguments at hand. What the program takes more, by piece; less than nothing where it spares
+  work that those functions do.
 - `engine`: the share of generating 64 tokens that passes outside the program (hidden size 256).
 - `generate`: decoding 64 tokens after a prompt of 16 with vllmc's engine, and with Transformers'
   `generate` on a static cache with its forward compiled by torch, of the same weights. The tokens
@@ -210,12 +211,14 @@ def direct_calls(bench: Bench, args: tuple[Any, ...]) -> list[DirectCall]:
     from vllmc.core.graph.layout import UnitStep
     from vllmc.core.runtime import program as linking
     from vllmc.core.runtime.loader import load_artifact
+    from vllmc.kernels.attention import past_dispatcher
     from vllmc.kernels.layer_name import LayerName
 
     layout, calls = bench.program.layout, []
     artifacts = {unit.pieces[0]: unit for unit in bench.ready.units}
     loaded = [load_artifact(artifacts[name].data) for name in layout.pieces]
-    attend = torch.ops.vllmc.unified_attention_with_output.default
+    # As the program calls it: torch's dispatcher is no part of ours.
+    attend = past_dispatcher(torch.ops.vllmc.unified_attention_with_output.default)
 
     def recorded(piece: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
         def call(given: list[Any]) -> Any:
