@@ -4,7 +4,7 @@
 
 Each script runs by itself, in fresh processes with the alternatives in turns (see there), and says
 which of its figures have a target. What a script prints goes to standard error. On a machine with
-nothing else to do it takes about half an hour; `taskset -c 0` keeps it off other cores.
+nothing else to do it takes about an hour and a half; `taskset -c 0` keeps it off other cores.
 """
 
 from __future__ import annotations
