@@ -87,8 +87,11 @@ class _Server:
 def main(descriptor: int) -> NoReturn:
     """Serves the socket `descriptor`: a spec to warm up for, then numbers with sockets."""
     control = socket.socket(fileno=descriptor)
+    # An end that is asked for while the directory is made comes after: else that would stay.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     server = _Server(control=control, scratch=Path(tempfile.mkdtemp(prefix="vllmc-workers-")))
     signal.signal(signal.SIGTERM, lambda *_: server.end())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     spec = pickle.loads(control.recv(1 << 20))
     write_below(server.scratch)
     _warm_up(spec)

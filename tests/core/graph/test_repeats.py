@@ -460,7 +460,7 @@ def test_what_others_read_or_write_in_a_layer(check: Any) -> None:
     check(entry_of(*[Layer] * 4, walk=listing), 3, 0)
 
 
-def test_an_entry_has_methods_of_its_own_for_what_its_layers_hold(check: Any) -> None:
+def test_a_layer_keeps_a_method_of_its_own(check: Any) -> None:
     entry = entry_of(*[Layer] * 4)
     own = entry.layers[2].named_parameters
     entry.layers[2].named_parameters = own
