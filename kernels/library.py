@@ -1,0 +1,35 @@
+"""How vllmc's custom ops are defined: a schema, a fake, what runs on a CPU, what runs on a GPU."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+
+# Through `Library`, not `custom_op`: a call costs 2.3 instead of 6.6 microseconds.
+LIBRARY: Final = torch.library.Library("vllmc", "FRAGMENT")
+
+
+def define_op(schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any], cuda: str) -> None:
+    """Adds an op to the namespace `vllmc`.
+
+    `schema` is its name, arguments and results, as torch writes them; `fake` makes results with
+    neither values nor memory. `cuda` is where the function for a GPU stands, `module:function`:
+    its module imports Triton, so that it is imported when the op is first called there.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, _imported_when_called(cuda), "CUDA")
+    torch.library.register_fake(f"vllmc::{name}", fake, lib=LIBRARY)
+
+
+def _imported_when_called(place: str) -> Callable[..., Any]:
+    module, _, name = place.partition(":")
+
+    def call(*args: object, **kwargs: object) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return call

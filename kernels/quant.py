@@ -1,0 +1,98 @@
+"""Per-tensor quantisation, to fp8 (e4m3) or int8.
+
+A quantised tensor q stands for `scale * q`, where `scale` `[1]` (float32) is one number. What lies
+beyond the type's reach is given its nearest value; a value between two goes to the nearest, of two
+as near to the even one. The formats are those of "FP8 Formats for Deep Learning" (Micikevicius et
+al., arXiv:2209.05433), which has no infinity, and of two's complement.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from vllmc.core.errors import VllmcError
+from vllmc.kernels.library import define_op
+
+LARGEST: Final = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+"""The types to quantise to, and the largest number of each that is used."""
+
+SMALLEST_AMAX: Final = 1e-12
+"""What the largest element is taken for where it is smaller: a tensor of zeros has a scale too."""
+
+
+def static_scaled_quant(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` divided by a scale that is known beforehand, as `dtype`.
+
+    `x` is a floating tensor of any shape, `scale` `[1]` (float32), `dtype` `float8_e4m3fn` or
+    `int8`. The result is contiguous, of `x`'s shape. NaN stays NaN in fp8, and is 0 in int8.
+
+    Raises `VllmcError` (`bad-quant-dtype`).
+    """
+    return quantized(x, scale, require_quant_dtype(dtype))
+
+
+def dynamic_scaled_quant(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x` as `dtype`, and the scale `[1]` (float32) by which its largest element is the type's.
+
+    As `static_scaled_quant` otherwise. An `x` with a NaN or an infinity has such a scale, and a
+    result that means nothing.
+    """
+    scale = scale_of(x, require_quant_dtype(dtype))
+    return quantized(x, scale, dtype), scale
+
+
+def scale_of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The scale `[1]` (float32) by which the largest element of `x` is the largest of `dtype`."""
+    if x.numel() == 0:
+        amax = torch.zeros(1, dtype=torch.float32, device=x.device)
+    else:
+        amax = x.abs().amax().to(torch.float32).view(1)
+    return amax.clamp_(min=SMALLEST_AMAX) / LARGEST[dtype]
+
+
+def quantized(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x / scale` in `dtype`, contiguous."""
+    largest = LARGEST[dtype]
+    scaled = x.contiguous().to(torch.float32) / scale
+    if dtype is torch.int8:
+        scaled = scaled.nan_to_num_(nan=0.0).round_()
+    return scaled.clamp_(-largest, largest).to(dtype)
+
+
+def require_quant_dtype(dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, where it can be quantised to. Raises `VllmcError` (`bad-quant-dtype`)."""
+    if dtype not in LARGEST:
+        raise VllmcError(
+            "bad-quant-dtype",
+            f"{dtype} is no type to quantise to",
+            context={"dtype": str(dtype)},
+            hint=f"take one of {', '.join(map(str, LARGEST))}",
+        )
+    return dtype
+
+
+def _fake_static(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_like(
+        x, dtype=require_quant_dtype(dtype), memory_format=torch.contiguous_format
+    )
+
+
+def _fake_dynamic(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = torch.empty(1, dtype=torch.float32, device=x.device)
+    return _fake_static(x, scale, dtype), scale
+
+
+define_op(
+    "static_scaled_quant(Tensor x, Tensor scale, ScalarType dtype) -> Tensor",
+    cpu=static_scaled_quant,
+    fake=_fake_static,
+    cuda="vllmc.kernels.triton.quant:static_scaled_quant",
+)
+define_op(
+    "dynamic_scaled_quant(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
+    cpu=dynamic_scaled_quant,
+    fake=_fake_dynamic,
+    cuda="vllmc.kernels.triton.quant:dynamic_scaled_quant",
+)
