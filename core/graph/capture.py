@@ -19,6 +19,7 @@ from vllmc.core.graph.call import example_arguments, role_of, sizes_in, symbols_
 from vllmc.core.graph.inputs import find_attribute, read_source
 from vllmc.core.graph.layout import Argument, AttentionSite, GraphInput
 from vllmc.core.graph.normalize import normalize, value_of
+from vllmc.core.graph.passes.report import PassReport
 from vllmc.core.graph.piece import SymbolRole
 from vllmc.core.graph.repeats import capture_repeating
 from vllmc.core.graph.results import NumberMark, describe
@@ -63,7 +64,7 @@ class Capture:
     `assumptions` what is taken for granted of them. `written` are the arguments, by path, that it
     writes to. `functions` are the qualified names of the
     traced functions by their source file, and `guarded` the expressions of the Python values that
-    the graph depends on.
+    the graph depends on. `passes` is what they did to the graph since.
     """
 
     graph: fx.Graph
@@ -76,6 +77,7 @@ class Capture:
     written: tuple[str, ...]
     functions: Mapping[str, tuple[str, ...]]
     guarded: tuple[str, ...]
+    passes: tuple[PassReport, ...] = ()
 
 
 def capture(model: Model, entry: torch.nn.Module, spec: CompileSpec) -> Capture:
