@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from vllmc.cli.options import CompileRequest
 from vllmc.cli.settings import Settings
+from vllmc.core.passes import PASSES
 
 if TYPE_CHECKING:
     from vllmc.core.job import Job
@@ -60,6 +61,7 @@ def make(settings: Settings, request: CompileRequest) -> Job:
         splitting_ops=request.splitting_ops,
         inductor=tuple(sorted(options["inductor"].items())),  # type: ignore[arg-type]
         functorch=tuple(sorted(options["functorch"].items())),  # type: ignore[arg-type]
+        passes=request.passes,
         backend=request.backend,
     )
     return make_job(
@@ -75,4 +77,9 @@ def make(settings: Settings, request: CompileRequest) -> Job:
 def _origins(request: CompileRequest) -> Mapping[tuple[str, str], str]:
     origins = {("spec", field): request.origins[name] for name, field in _FIELDS.items()}
     origins["model", "layers"] = request.origins["layers"]
+    origins |= {
+        ("passes", name): request.origins[f"pass {name}"]
+        for name in PASSES
+        if f"pass {name}" in request.origins
+    }
     return origins | {(row.scope, row.name): row.origin for row in request.options}

@@ -49,6 +49,8 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="dynamic-shapes"),
     Option(name="layer-names"),
     Option(name="splitting-op", repeatable=True),
+    Option(name="pass", repeatable=True),
+    Option(name="no-pass", repeatable=True),
     Option(name="layers", kind="integer"),
     Option(name="backend"),
     Option(name="jobs", kind="integer"),

@@ -1,8 +1,7 @@
 """The passes that there are, by name. Imports no torch.
 
-A pass works in one of two places: on the captured graph, before it is cut, or on a piece as Inductor
-is about to lower it, after autograd, functionalisation and decomposition (Inductor's post-grad
-point).
+A pass works in one of two places: on the captured graph, before it is cut, or on a piece as
+Inductor is about to lower it, functionalised and decomposed (its post-grad point).
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ ALL: Final = "all"
 class PassInfo:
     """What is known of a pass without importing it.
 
-    `version` is raised when what it does changes; `module` is the file in `core/graph/passes` that says
-    how it does it, by whose digest a pass is told from another of its name and version.
+    `version` is raised when what it does changes. `module` is the file in `core/graph/passes` that
+    says how it does it, by whose digest a pass is told from another of its name and version.
     """
 
     name: str
@@ -54,6 +53,13 @@ PASSES: Final[Mapping[str, PassInfo]] = MappingProxyType(
                 version=1,
                 module="no_ops",
                 does="drops what changes nothing: factors of one, slices of the whole",
+            ),
+            PassInfo(
+                name="shared-quant",
+                stage="post-grad",
+                version=1,
+                module="shared",
+                does="a tensor that is quantised in the same way several times is so once",
             ),
             PassInfo(
                 name="norm-quant",
@@ -128,12 +134,8 @@ def chosen(added: Iterable[str], removed: Iterable[str]) -> tuple[PassChoice, ..
 
     `all` stands for every pass in both. Raises what `PassChoice.parse` raises.
     """
-    added, removed = (
-        set(added),
-        {PassChoice.parse(t).name for t in removed if t != ALL}
-        | (set(PASSES) if ALL in removed else set()),
-    )
-    found = {choice.name: choice for choice in DEFAULT_PASSES if choice.name not in removed}
+    added, removed = frozenset(added), frozenset(removed)
+    found = {c.name: c for c in DEFAULT_PASSES if removed.isdisjoint({c.name, ALL})}
     if ALL in added:
         found |= {name: PassChoice(name) for name in PASSES}
     found |= {choice.name: choice for choice in map(PassChoice.parse, added - {ALL})}

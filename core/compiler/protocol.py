@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from vllmc.core.graph.passes.report import PassReport
 from vllmc.core.graph.piece import (
     OpaqueInput,
     Piece,
@@ -13,10 +14,8 @@ from vllmc.core.graph.piece import (
     TensorInput,
     symbol,
 )
-from vllmc.core.graph.passes.report import PassReport
 from vllmc.core.spec import CompileRange, CompileSpec
 from vllmc.core.torch_compat.shapes import ShapeScope, SymbolRange
-
 
 CODE_TEXT: Final = "code.py"
 """The text of `Compiled` that is the generated code."""

@@ -51,6 +51,7 @@ class Setting:
 
 def read_setting(factor: Factor) -> Setting:
     """What `factor` asks to be set. Raises `VllmcError` whose message says why it cannot be."""
+    value: Any
     match factor.group:
         case "passes":
             value = _read_pass(factor.name, factor.value)

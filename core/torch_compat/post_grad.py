@@ -53,6 +53,15 @@ def decomposed(function: Callable[..., Any], examples: Sequence[torch.Tensor]) -
     return graph
 
 
+def readable(graph: fx.Graph) -> str:
+    """The graph as Python, with the dtype, shape and strides of each value."""
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    text: str = module.print_readable(
+        print_output=False, include_stride=True, include_device=False, expanded_def=True
+    )
+    return text
+
+
 def insert_call(graph: fx.Graph, op: Any, args: Sequence[Any]) -> fx.Node:
     """Adds a call of `op` at the graph's insertion point, with its example value."""
     node = graph.call_function(op, tuple(args))

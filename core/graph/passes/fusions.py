@@ -184,12 +184,15 @@ def _norm_of_torch(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor,
 
 
 _NORMS: Final[Mapping[Callable[..., tuple[torch.Tensor, ...]], float]] = {
+    _norm_by_one_and_weight: 1.0,
     _norm_then_weight: 0.0,
     _norm_by_wide_weight: 0.0,
-    _norm_by_one_and_weight: 1.0,
     _norm_of_torch: 0.0,
 }
-"""How models compute an RMSNorm, and what is added to the weight: Llama and most, OLMo 2, Gemma."""
+"""How models compute an RMSNorm, and what is added to the weight: Gemma, Llama and most, OLMo 2.
+
+The weight of a later one may be any tensor, a sum too.
+"""
 
 
 def _after_addition(

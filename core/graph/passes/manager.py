@@ -25,7 +25,7 @@ _HERE: Final = Path(__file__).parent
 def passes_at(
     stage: Stage, choices: Iterable[PassChoice], compiled: CompileRange | None = None
 ) -> tuple[PassChoice, ...]:
-    """Those of `choices` that work at `stage`, for a unit of the range, in the order they run in."""
+    """Those of `choices` that work at `stage` for a unit of the range, as they are to run."""
     by_name = {choice.name: choice for choice in choices}
     found = [by_name[name] for name, info in PASSES.items() if name in by_name]
     return tuple(c for c in found if PASSES[c.name].stage == stage and c.applies_to(compiled))
@@ -62,6 +62,10 @@ def _implementation(name: str) -> GraphPass:
             from vllmc.core.graph.passes.no_ops import drop_no_ops
 
             return drop_no_ops
+        case "shared-quant":
+            from vllmc.core.graph.passes.shared import share_quants
+
+            return share_quants
         case "norm-quant":
             from vllmc.core.graph.passes.fusions import NORM_QUANT
 

@@ -148,15 +148,17 @@ class _Search:
         swaps = found.target in _COMMUTATIVE and not found.kwargs and len(straight) == 2
         return [straight, straight[::-1]] if swaps else [straight]
 
-    def _fail(self, wanted: fx.Node, found: Any, state: _State) -> None:
+    def _fail(self, wanted: fx.Node, found: Any, state: _State) -> _State | None:
         name = found.name if isinstance(found, fx.Node) else repr(found)
-        self._miss(name, str(wanted.target), _told(found), state)
+        return self._miss(name, str(wanted.target), _told(found), state)
 
-    def _miss(self, node: str, expected: str, found: str, state: _State) -> None:
+    def _miss(self, node: str, expected: str, found: str, state: _State) -> _State | None:
+        """Remembers the failure, where it is the closest so far."""
         if self.closest is None or len(state.nodes) > self.closest.matched:
             self.closest = NearMiss(
                 node=node, expected=expected, found=found, matched=len(state.nodes)
             )
+        return None
 
 
 def _is_input(wanted: Any) -> bool:

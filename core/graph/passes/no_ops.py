@@ -47,8 +47,9 @@ def _by_one(node: fx.Node) -> bool:
 
 def _of_all(node: fx.Node) -> bool:
     """Whether a slice leaves nothing out."""
-    _, _, start, end, step = (*node.args, *(0, 0, 0, sys.maxsize, 1)[len(node.args) :])
-    return (start, end, step) == (0, sys.maxsize, 1)
+    defaults = (None, 0, 0, sys.maxsize, 1)
+    given = tuple(node.args)
+    return (given + defaults[len(given) :])[2:] == defaults[2:]
 
 
 def _always(_: fx.Node) -> bool:

@@ -47,7 +47,7 @@ class PassReport:
             "nodes_before": self.nodes_before,
             "nodes_after": self.nodes_after,
             "seconds": round(self.seconds, 6),
-            "missed": self.missed and self.missed.to_json(),
+            "missed": None if self.missed is None else self.missed.to_json(),
         }
 
 
