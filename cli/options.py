@@ -28,6 +28,7 @@ from vllmc.core.spec import (
     CompileRange,
     CompileSpec,
     DynamicShapes,
+    ExpertsKind,
     LayerNames,
     check_ranges,
     unit_ranges,
@@ -156,6 +157,15 @@ class CompileFlags:
             rich_help_panel=SHAPING_PANEL,
         ),
     ] = None
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(get_args(ExpertsKind)),
+            show_default="fused",
+            help="What mixtures of experts run on: vllmc's op, or Transformers' grouped_mm.",
+            rich_help_panel=SHAPING_PANEL,
+        ),
+    ] = None
     splitting_op: Annotated[
         list[str] | None,
         typer.Option(
@@ -248,6 +258,7 @@ class CompileRequest:
     sizes: tuple[int, ...]
     dynamic_shapes: DynamicShapes
     layer_names: LayerNames
+    experts: ExpertsKind
     splitting_ops: tuple[str, ...]
     options: tuple[RawOption, ...]
     backend: str
@@ -273,6 +284,7 @@ def compile_request(
     sizes = _counts("compile-size", given("compile-size", flags.compile_size))
     shapes = given("dynamic-shapes", flags.dynamic_shapes, "unbacked")
     names = given("layer-names", flags.layer_names, "hoisted")
+    experts = given("experts", flags.experts, "fused")
     request = CompileRequest(
         model=model or DEFAULT_PRESET,
         layers=layers[0] if layers else None,
@@ -282,6 +294,7 @@ def compile_request(
         sizes=tuple(sorted(set(sizes))),
         dynamic_shapes=choice("dynamic-shapes", shapes, get_args(DynamicShapes)),
         layer_names=choice("layer-names", names, get_args(LayerNames)),
+        experts=choice("experts", experts, get_args(ExpertsKind)),
         splitting_ops=tuple(dict.fromkeys(_located(ops, _op_name))),
         options=_merge(settings.raw_options, flags.option or ()),
         backend=choice("backend", given("backend", flags.backend, "inductor"), BACKENDS),

@@ -12,12 +12,14 @@ from vllmc.core.errors import UsageError
 
 DynamicShapes: TypeAlias = Literal["unbacked", "backed", "backed-size-oblivious"]
 LayerNames: TypeAlias = Literal["hoisted", "baked"]
+ExpertsKind: TypeAlias = Literal["fused", "grouped_mm"]
 OptionValue: TypeAlias = "bool | int | float | str | list[OptionValue] | None"
 
 OPEN_END: Final = 2**31 - 1
 """The end of a range without one, written `inf`; as far as torch's smaller indices reach."""
 
 ATTENTION_OP = "vllmc::unified_attention_with_output"
+EXPERTS_OP = "vllmc::fused_moe"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -112,6 +114,7 @@ class CompileSpec:
     sizes: tuple[int, ...] = ()
     dynamic_shapes: DynamicShapes = "unbacked"
     layer_names: LayerNames = "hoisted"
+    experts: ExpertsKind = "fused"
     splitting_ops: tuple[str, ...] = (ATTENTION_OP,)
     inductor: tuple[tuple[str, OptionValue], ...] = ()
     functorch: tuple[tuple[str, OptionValue], ...] = ()
