@@ -61,19 +61,29 @@ def mixture(
     experts: Experts, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
 ) -> torch.Tensor:
     """What `fused_moe` returns, of these experts."""
+    width = experts.up.shape[1]
+    inner = hidden.new_empty(topk_ids.numel(), width // 2 if experts.gated_silu else width)
+    parts = hidden.new_empty(topk_ids.numel(), hidden.shape[1], dtype=torch.float32)
+    return mixture_through(experts, hidden, topk_ids, topk_weights, inner=inner, parts=parts)
+
+
+def mixture_through(
+    experts: Experts,
+    hidden: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    *,
+    inner: torch.Tensor,
+    parts: torch.Tensor,
+) -> torch.Tensor:
+    """As `mixture`, overwriting `inner` (see `multiply_up`) and `parts` (see `multiply_down`)."""
     (tokens, size), topk = hidden.shape, topk_ids.shape[1]
-    if not tokens:
-        return torch.empty_like(hidden)
-    count, width, _ = experts.up.shape
-    blocks = blocks_for(tokens * topk, count, hidden.dtype)
-    routing = route(topk_ids, count, blocks.rows)
-    width = width // 2 if experts.gated_silu else width
-    inner = hidden.new_empty(tokens * topk, width)
-    multiply_up(hidden, experts, routing, blocks, out=inner)
-    if not experts.gated_silu:
-        inner = experts.gate(inner)
-    parts = hidden.new_empty(tokens * topk, size, dtype=torch.float32)
-    multiply_down(inner, experts, topk_weights.reshape(-1), routing, blocks, out=parts)
+    if tokens:
+        blocks = blocks_for(tokens * topk, experts.up.shape[0], hidden.dtype)
+        routing = route(topk_ids, experts.up.shape[0], blocks.rows)
+        multiply_up(hidden, experts, routing, blocks, out=inner)
+        gated = inner if experts.gated_silu else experts.gate(inner)
+        multiply_down(gated, experts, topk_weights.reshape(-1), routing, blocks, out=parts)
     return parts.view(tokens, topk, size).sum(dim=1).to(hidden.dtype)
 
 
@@ -172,64 +182,64 @@ def _launch(
         0 if weights is None else weights.stride(0),
         out.stride(0),
         columns * matrices.stride(1),
-        gated=gated,
-        biased=bias is not None,
-        weighted=weights is not None,
-        block_rows=blocks.rows,
-        block_columns=blocks.columns,
-        block_step=blocks.step,
+        GATED=gated,
+        BIASED=bias is not None,
+        WEIGHTED=weights is not None,
+        BLOCK_ROWS=blocks.rows,
+        BLOCK_COLUMNS=blocks.columns,
+        BLOCK_STEP=blocks.step,
         num_warps=blocks.warps,
     )
 
 
 @triton.jit
 def _grouped_product(
-    source,
-    matrices,
-    bias,
-    weights,
-    out,
-    sorted_rows,
-    block_expert,
-    block_start,
-    ends,
-    experts,
-    columns,
-    depth,
-    topk,
-    source_row,
-    source_column,
-    matrix_expert,
-    matrix_row,
-    matrix_column,
-    bias_expert,
-    bias_column,
-    weight_stride,
-    out_row,
-    half,
-    gated: tl.constexpr,
-    biased: tl.constexpr,
-    weighted: tl.constexpr,
-    block_rows: tl.constexpr,
-    block_columns: tl.constexpr,
-    block_step: tl.constexpr,
-):
+    source: tl.tensor,
+    matrices: tl.tensor,
+    bias: tl.tensor,
+    weights: tl.tensor,
+    out: tl.tensor,
+    sorted_rows: tl.tensor,
+    block_expert: tl.tensor,
+    block_start: tl.tensor,
+    ends: tl.tensor,
+    experts: int,
+    columns: int,
+    depth: int,
+    topk: int,
+    source_row: int,
+    source_column: int,
+    matrix_expert: int,
+    matrix_row: int,
+    matrix_column: int,
+    bias_expert: int,
+    bias_column: int,
+    weight_stride: int,
+    out_row: int,
+    half: int,
+    GATED: tl.constexpr,
+    BIASED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_STEP: tl.constexpr,
+) -> None:
     block = tl.program_id(0)
     expert = tl.load(block_expert + block)
     if expert >= experts:
         return
-    places = tl.load(block_start + block) + tl.arange(0, block_rows)
+    places = tl.load(block_start + block) + tl.arange(0, BLOCK_ROWS)
     there = places < tl.load(ends + expert)
     rows = tl.load(sorted_rows + places, mask=there, other=0)
     # The first product reads tokens and writes sorted rows, the second does the reverse.
-    if weighted:
+    if WEIGHTED:
         read, write = places, rows
     else:
         read, write = rows // topk, places
-    column = tl.program_id(1) * block_columns + tl.arange(0, block_columns)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     held = column < columns
     wide = column.to(tl.int64)
-    step = tl.arange(0, block_step)
+    step = tl.arange(0, BLOCK_STEP)
     left = source + read[:, None] * source_row + step[None, :] * source_column
     right = (
         matrices
@@ -237,28 +247,28 @@ def _grouped_product(
         + wide[None, :] * matrix_row
         + step[:, None] * matrix_column
     )
-    first = tl.zeros((block_rows, block_columns), dtype=tl.float32)
-    second = tl.zeros((block_rows, block_columns), dtype=tl.float32)
-    for begin in range(0, depth, block_step):
+    first = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    second = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    for begin in range(0, depth, BLOCK_STEP):
         inside = begin + step < depth
         x = tl.load(left, mask=there[:, None] & inside[None, :], other=0.0)
         filled = inside[:, None] & held[None, :]
         y = tl.load(right, mask=filled, other=0.0)
         first = tl.dot(x, y, first, input_precision="ieee")
-        if gated:
+        if GATED:
             z = tl.load(right + half, mask=filled, other=0.0)
             second = tl.dot(x, z, second, input_precision="ieee")
-        left += block_step * source_column
-        right += block_step * matrix_column
-    if biased:
+        left += BLOCK_STEP * source_column
+        right += BLOCK_STEP * matrix_column
+    if BIASED:
         own = bias + expert * bias_expert + column * bias_column
         first += tl.load(own, mask=held, other=0.0).to(tl.float32)[None, :]
-        if gated:
+        if GATED:
             own += columns * bias_column
             second += tl.load(own, mask=held, other=0.0).to(tl.float32)[None, :]
-    if gated:
+    if GATED:
         first = first * tl.sigmoid(first) * second
-    if weighted:
+    if WEIGHTED:
         weight = tl.load(weights + rows * weight_stride, mask=there, other=0.0)
         first *= weight.to(tl.float32)[:, None]
     target = out + write[:, None] * out_row + wide[None, :]
