@@ -23,6 +23,7 @@ _FIELDS = {
     "compile-size": "sizes",
     "dynamic-shapes": "dynamic_shapes",
     "layer-names": "layer_names",
+    "experts": "experts",
     "splitting-op": "splitting_ops",
     "backend": "backend",
 }
@@ -58,6 +59,7 @@ def make(settings: Settings, request: CompileRequest) -> Job:
         sizes=request.sizes,
         dynamic_shapes=request.dynamic_shapes,
         layer_names=request.layer_names,
+        experts=request.experts,
         splitting_ops=request.splitting_ops,
         inductor=tuple(sorted(options["inductor"].items())),  # type: ignore[arg-type]
         functorch=tuple(sorted(options["functorch"].items())),  # type: ignore[arg-type]

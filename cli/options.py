@@ -29,6 +29,7 @@ from vllmc.core.spec import (
     CompileRange,
     CompileSpec,
     DynamicShapes,
+    ExpertsKind,
     LayerNames,
     check_ranges,
     unit_ranges,
@@ -157,6 +158,15 @@ class CompileFlags:
             rich_help_panel=SHAPING_PANEL,
         ),
     ] = None
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(get_args(ExpertsKind)),
+            show_default="fused",
+            help="What mixtures of experts run on: vllmc's op, or Transformers' grouped_mm.",
+            rich_help_panel=SHAPING_PANEL,
+        ),
+    ] = None
     splitting_op: Annotated[
         list[str] | None,
         typer.Option(
@@ -268,6 +278,7 @@ class CompileRequest:
     sizes: tuple[int, ...]
     dynamic_shapes: DynamicShapes
     layer_names: LayerNames
+    experts: ExpertsKind
     splitting_ops: tuple[str, ...]
     options: tuple[RawOption, ...]
     passes: tuple[PassChoice, ...]
@@ -295,6 +306,7 @@ def compile_request(
     shapes = given("dynamic-shapes", flags.dynamic_shapes, "unbacked")
     names = given("layer-names", flags.layer_names, "hoisted")
     passes = _passes(given("pass", flags.add_pass), given("no-pass", flags.no_pass), origins)
+    experts = given("experts", flags.experts, "fused")
     request = CompileRequest(
         model=model or DEFAULT_PRESET,
         layers=layers[0] if layers else None,
@@ -304,6 +316,7 @@ def compile_request(
         sizes=tuple(sorted(set(sizes))),
         dynamic_shapes=choice("dynamic-shapes", shapes, get_args(DynamicShapes)),
         layer_names=choice("layer-names", names, get_args(LayerNames)),
+        experts=choice("experts", experts, get_args(ExpertsKind)),
         splitting_ops=tuple(dict.fromkeys(_located(ops, _op_name))),
         options=_merge(settings.raw_options, flags.option or ()),
         passes=passes,

@@ -48,6 +48,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="compile-size", kind="integer", repeatable=True),
     Option(name="dynamic-shapes"),
     Option(name="layer-names"),
+    Option(name="experts"),
     Option(name="splitting-op", repeatable=True),
     Option(name="pass", repeatable=True),
     Option(name="no-pass", repeatable=True),

@@ -60,6 +60,7 @@ class Job:
             dtype=self.spec.dtype,
             layer_names=self.spec.layer_names,
             seed=0,
+            experts=self.spec.experts,
         )
         return read_guarded(expressions, entry)
 

@@ -146,7 +146,12 @@ def capture_model(job: Job, weights: Weights = "fake") -> Capture:
 
     spec = job.spec
     entry = job.model.build(
-        weights, device=spec.device, dtype=spec.dtype, layer_names=spec.layer_names, seed=0
+        weights,
+        device=spec.device,
+        dtype=spec.dtype,
+        layer_names=spec.layer_names,
+        seed=0,
+        experts=spec.experts,
     )
     captured = capture(job.model, entry, spec)
     passes = run_passes(captured.graph, passes_at("captured", spec.passes))
@@ -249,7 +254,9 @@ def _build(
         units=results,
         miss=miss,
         layer_names=None if named is None else cost_of(named, results),
-        passes=totals([*captured.passes, *(p for unit in results for p in unit.passes)]),
+        passes=totals(
+            [("the captured graph", captured.passes), *((u.pieces[0], u.passes) for u in results)]
+        ),
         seconds=Seconds(
             total=finished - started,
             capture=captured_at - started,

@@ -14,9 +14,11 @@ from vllmc.core.ranges import CompileRange as CompileRange
 
 DynamicShapes: TypeAlias = Literal["unbacked", "backed", "backed-size-oblivious"]
 LayerNames: TypeAlias = Literal["hoisted", "baked"]
+ExpertsKind: TypeAlias = Literal["fused", "grouped_mm"]
 OptionValue: TypeAlias = "bool | int | float | str | list[OptionValue] | None"
 
 ATTENTION_OP = "vllmc::unified_attention_with_output"
+EXPERTS_OP = "vllmc::fused_moe"
 
 
 def check_ranges(ranges: Sequence[CompileRange], sizes: Sequence[int]) -> None:
@@ -59,6 +61,7 @@ class CompileSpec:
     sizes: tuple[int, ...] = ()
     dynamic_shapes: DynamicShapes = "unbacked"
     layer_names: LayerNames = "hoisted"
+    experts: ExpertsKind = "fused"
     splitting_ops: tuple[str, ...] = (ATTENTION_OP,)
     inductor: tuple[tuple[str, OptionValue], ...] = ()
     functorch: tuple[tuple[str, OptionValue], ...] = ()

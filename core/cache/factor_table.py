@@ -73,6 +73,10 @@ FACTORS: Final[Mapping[tuple[str, str], str]] = MappingProxyType(
         ("spec", "sizes"): "their order plays no part",
         ("spec", "dynamic_shapes"): "how the token count is traced",
         ("spec", "layer_names"): "inputs of the graph, or constants in it",
+        (
+            "spec",
+            "experts",
+        ): "what mixtures of experts run on: vllmc's op, or Transformers' grouped_mm",
         ("spec", "splitting_ops"): "where the graph is cut; their order plays no part",
         ("spec", "backend"): "what compiles the pieces",
         **{("passes", name): info.does for name, info in PASSES.items()},

@@ -286,6 +286,7 @@ def _spec(spec: CompileSpec, origins: Origins) -> Iterator[Factor]:
         "sizes": lambda s: [*sorted(set(s.sizes))],
         "dynamic_shapes": lambda s: s.dynamic_shapes,
         "layer_names": lambda s: s.layer_names,
+        "experts": lambda s: s.experts,
         "splitting_ops": lambda s: [*sorted(set(s.splitting_ops))],
         "backend": lambda s: s.backend,
     }

@@ -19,6 +19,7 @@ _SPEC_FLAGS: Final[Mapping[str, str]] = {
     "sizes": "--compile-size",
     "dynamic_shapes": "--dynamic-shapes",
     "layer_names": "--layer-names",
+    "experts": "--experts",
     "splitting_ops": "--splitting-op",
     "backend": "--backend",
 }

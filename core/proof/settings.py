@@ -16,7 +16,14 @@ from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.passes.manager import identity
 from vllmc.core.passes import PASSES, PassChoice
-from vllmc.core.spec import CompileRange, CompileSpec, DynamicShapes, LayerNames, OptionValue
+from vllmc.core.spec import (
+    CompileRange,
+    CompileSpec,
+    DynamicShapes,
+    ExpertsKind,
+    LayerNames,
+    OptionValue,
+)
 from vllmc.core.torch_compat import system
 from vllmc.core.torch_compat.options import OptionGroup, check_option
 
@@ -98,6 +105,8 @@ def _read_field(name: str, value: JsonValue) -> Any:
         case ("dynamic_shapes", str()) if value in get_args(DynamicShapes):
             return value
         case ("layer_names", str()) if value in get_args(LayerNames):
+            return value
+        case ("experts", str()) if value in get_args(ExpertsKind):
             return value
         case ("dtype", str()) if isinstance(getattr(torch, value, None), torch.dtype):
             return value

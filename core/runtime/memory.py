@@ -17,7 +17,7 @@ def weight_bytes(layout: Layout) -> int:
     """What the tensors that the program binds take, in bytes; each counted once."""
     return sum(
         math.prod(given.shape) * getattr(torch, given.dtype).itemsize
-        for given in layout.inputs
+        for given in (*layout.inputs, *(t for site in layout.experts for t in site.tensors))
         if given.kind == "attribute"
     )
 

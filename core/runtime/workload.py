@@ -100,4 +100,5 @@ def _engine(
             dtype=limits.dtype,
             device=limits.device,
         ),
+        program.experts,
     )

@@ -163,6 +163,7 @@ def test_the_split_graph_computes_what_the_graph_does(compiled: Compiled) -> Non
                 max_tokens_per_step=40,
                 num_blocks=32,
             ),
+            program.experts,
         )
         engine.generate(families.PROMPTS, SamplingParams(max_new_tokens=3))
     split, whole = (step.logits for step in steps)

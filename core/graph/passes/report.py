@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllmc.core.cache.key import JsonValue
 
@@ -12,17 +12,23 @@ from vllmc.core.cache.key import JsonValue
 class NearMiss:
     """Where the closest match of a pass failed: at `node`, of what was `expected` and `found`.
 
-    `matched` is how many nodes had matched by then.
+    `matched` is how many nodes had matched by then; `graph` names the piece that holds the node.
     """
 
     node: str
     expected: str
     found: str
     matched: int
+    graph: str = ""
 
     def to_json(self) -> dict[str, JsonValue]:
         """The `missed` object of `warm --json`."""
-        return {"node": self.node, "expected": self.expected, "found": self.found}
+        return {
+            "graph": self.graph,
+            "node": self.node,
+            "expected": self.expected,
+            "found": self.found,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +57,16 @@ class PassReport:
         }
 
 
-def totals(reports: Iterable[PassReport]) -> tuple[PassReport, ...]:
-    """One report for each pass, in the order in which they come first."""
+def totals(graphs: Iterable[tuple[str, Iterable[PassReport]]]) -> tuple[PassReport, ...]:
+    """One report for each pass, in the order in which they come first.
+
+    `graphs` are the reports of each graph, with its name.
+    """
     found: dict[str, list[PassReport]] = {}
-    for report in reports:
-        found.setdefault(report.name, []).append(report)
+    for graph, reports in graphs:
+        for report in reports:
+            miss = None if report.missed is None else replace(report.missed, graph=graph)
+            found.setdefault(report.name, []).append(replace(report, missed=miss))
     return tuple(_total(rows) for rows in found.values())
 
 

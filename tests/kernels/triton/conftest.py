@@ -47,7 +47,27 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         result = numbers.to(_TORCH[target])
         return result.view(_BITS.get(target, result.dtype)).numpy()
 
+    _dot = interpreter.InterpreterBuilder.create_dot
+
+    def _create_dot(
+        self: interpreter.InterpreterBuilder,
+        left: interpreter.TensorHandle,
+        right: interpreter.TensorHandle,
+        *rest: object,
+    ) -> interpreter.TensorHandle:
+        """Multiplies numbers where the interpreter would multiply the bits of bfloat16."""
+        operands = [
+            interpreter.TensorHandle(
+                _convert_float(operand.data, operand.dtype, tl.float32, None), tl.float32
+            )
+            if operand.dtype == tl.bfloat16
+            else operand
+            for operand in (left, right)
+        ]
+        return _dot(self, *operands, *rest)
+
     interpreter._convert_float = _convert_float
+    interpreter.InterpreterBuilder.create_dot = _create_dot
 
 else:
 
