@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._guards import detect_fake_mode
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.virtualized import V
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 
@@ -47,7 +48,8 @@ def at_post_grad(run: Callable[[fx.Graph], None], identity: str) -> Iterator[Non
 def decomposed(function: Callable[..., Any], examples: Sequence[torch.Tensor]) -> fx.Graph:
     """What `function` of `examples` is in the ops that Inductor lowers."""
     with torch.no_grad():
-        module = make_fx(function, select_decomp_table(), tracing_mode="fake")(*examples)
+        traced = make_fx(functionalize(function), select_decomp_table(), tracing_mode="fake")
+        module = traced(*examples)
     graph: fx.Graph = module.graph
     graph.eliminate_dead_code()
     return graph
@@ -66,6 +68,6 @@ def insert_call(graph: fx.Graph, op: Any, args: Sequence[Any]) -> fx.Node:
     """Adds a call of `op` at the graph's insertion point, with its example value."""
     node = graph.call_function(op, tuple(args))
     values = fx.node.map_arg(node.args, lambda n: n.meta["val"])
-    with V.fake_mode:
+    with detect_fake_mode(values):
         node.meta["val"] = op(*values)
     return node

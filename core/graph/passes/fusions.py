@@ -27,8 +27,9 @@ _vllmc = torch.ops.vllmc
 _STATIC: Final = _vllmc.static_scaled_quant.default
 _DYNAMIC: Final = _vllmc.dynamic_scaled_quant.default
 
-# Stands for any number that is added to the mean of squares; no model has it.
-_EPS: Final = 0.0123456789
+# Stands for any number that is added to the mean of squares. No model has it, and torch's own norm
+# rounds it to float32 first.
+_EPS: Final = 63 / 1024
 _NUMBERS: Final = {_EPS: "eps"}
 
 _ROWS, _SIZE = 3, 5
@@ -106,7 +107,7 @@ def _odd_input(way: Way, match: Match) -> NearMiss | None:
                 node=node.name if isinstance(node, fx.Node) else name,
                 expected=f"{name} of shape {list(wanted)}",
                 found=str(told),
-                matched=len(way.inputs),
+                matched=len(match.nodes) + 1,
             )
     return None
 
@@ -171,8 +172,12 @@ def _norm_then_weight(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tens
     return (weight * _normed(x).to(x.dtype),)
 
 
+def _norm_by_weight(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return ((weight * _normed(x)).to(x.dtype),)
+
+
 def _norm_by_wide_weight(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return ((_normed(x) * weight.to(torch.float32)).to(x.dtype),)
+    return ((weight.to(torch.float32) * _normed(x)).to(x.dtype),)
 
 
 def _norm_by_one_and_weight(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -186,10 +191,13 @@ def _norm_of_torch(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor,
 _NORMS: Final[Mapping[Callable[..., tuple[torch.Tensor, ...]], float]] = {
     _norm_by_one_and_weight: 1.0,
     _norm_then_weight: 0.0,
+    _norm_by_weight: 0.0,
     _norm_by_wide_weight: 0.0,
     _norm_of_torch: 0.0,
 }
-"""How models compute an RMSNorm, and what is added to the weight: Gemma, Llama and most, OLMo 2.
+"""How models compute an RMSNorm, and what is added to the weight.
+
+Gemma does it the first way, Llama and most the second, OLMo 2 the third, Gemma 3n the fourth.
 
 The weight of a later one may be any tensor, a sum too.
 """

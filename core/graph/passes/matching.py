@@ -66,7 +66,7 @@ def find_match(pattern: Pattern, root: fx.Node, reader: fx.Node) -> Match | Near
                 node=node.name,
                 expected="nothing else to read it",
                 found=f"{_told(others[0])} reads it",
-                matched=len(state.nodes),
+                matched=len(state.nodes) + 1,
             )
     ordered = tuple(state.nodes[node] for node in pattern.graph.nodes if node in state.nodes)
     return Match(inputs=state.inputs, results=results, nodes=ordered)
