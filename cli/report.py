@@ -47,7 +47,7 @@ _SHOWN_FACTORS = 16
 _SHOWN_NUMBERS = 6
 
 
-def warm(rows: Sequence[Row], *, verbose: bool) -> RenderableType:
+def warm(rows: Sequence[Row], *, verbose: bool = False) -> RenderableType:
     """The report of `warm`, one part per model; `verbose` shows what the passes did."""
     parts: list[RenderableType] = []
     for row in rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from vllmc.core.graph.passes.report import PassReport
@@ -40,8 +40,8 @@ class Compiled:
     format: str
     artifact: bytes
     code: str
-    passes: tuple[PassReport, ...] = ()
-    texts: tuple[tuple[str, str], ...] = ()
+    passes: tuple[PassReport, ...] = field(default=(), compare=False)
+    texts: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
 
 class Compiler(Protocol):

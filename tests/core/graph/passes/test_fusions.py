@@ -48,7 +48,7 @@ def _close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
         return torch.allclose(found, wanted, rtol=1e-2, atol=1e-3)
     # Rounded once where the model's code rounds twice: a quantised value may be its neighbour.
     steps = (found.view(torch.int8).int() - wanted.view(torch.int8).int()).abs()
-    return int(steps.max()) <= 1 and float((steps > 0).float().mean()) < 0.1
+    return int(steps.max()) <= 1 and float((steps > 0).float().mean()) < 0.25
 
 
 SCALE = torch.full((1,), 0.02)
