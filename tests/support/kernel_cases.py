@@ -6,7 +6,7 @@ it is off by half a unit in the last place of its dtype, and by a few of float32
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from torch.nn.functional import gelu, silu
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 QUANTIZED = (torch.float8_e4m3fn, torch.int8)
 LAYOUTS = ("dense", "padded", "transposed", "spread")
+STRIDED = tuple(zip((*FLOATING, torch.float32), LAYOUTS, strict=True))
 T = TypeVar("T")
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -121,6 +122,19 @@ def steps_apart(a: torch.Tensor, b: torch.Tensor) -> int:
     """How many values of their dtype are at most between elements of quantised tensors, plus 1."""
     difference = (_place(a) - _place(b)).abs()
     return int(difference.max()) if difference.numel() else 0
+
+
+def assert_same(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    """Results are equal; on a GPU, where another kernel may round otherwise, within one step."""
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype is b.dtype
+        assert a.shape == b.shape
+        if a.device.type == "cpu":
+            assert torch.equal(a.float(), b.float())
+        elif a.dtype in QUANTIZED:
+            assert steps_apart(a, b) <= 1
+        else:
+            torch.testing.assert_close(a, b)
 
 
 def _place(q: torch.Tensor) -> torch.Tensor:
