@@ -26,7 +26,7 @@ def scaled_mm(
     Products of int8 are summed as int32, those of fp8 as float32.
     """
     rows = a.reshape(-1, a.shape[-1])
-    if a.dtype is torch.int8:
+    if a.dtype is torch.int8 and a.shape[-1] > 1:
         product = int8_product(rows, weight.t()).to(torch.float32)
     else:
         product = rows.to(torch.float32) @ weight.to(torch.float32).t()
