@@ -32,8 +32,8 @@ def fused_moe(
     0. Nothing is mutated. The result `[T, H]` is of `hidden`'s dtype.
 
     What a token's experts give is weighted and added up in float32 (float64 where `hidden` is), in
-    the order of the experts, and rounded once: in float32 the result is, bit by bit, that of
-    Transformers' own loop over the experts. Only experts that some token has are read.
+    the order of the experts, as Transformers' own loop over the experts does, and rounded once,
+    which that does after each. Only experts that some token has are read.
 
     Raises `VllmcError`: `no-forward-context`, `unknown-layer`.
     """

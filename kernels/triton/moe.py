@@ -47,13 +47,15 @@ class Routing:
 
     `rows` `[S]` are the rows sorted by expert. `block_expert` and `block_start` (one for each
     block) are the expert of each block, E where it is empty, and where among the sorted rows it
-    starts; `ends` `[E]` is where each expert's rows end. `topk` is k.
+    starts; `ends` `[E]` is where each expert's rows end. A block has up to `height` rows; `topk` is
+    k.
     """
 
     rows: torch.Tensor
     block_expert: torch.Tensor
     block_start: torch.Tensor
     ends: torch.Tensor
+    height: int
     topk: int
 
 
@@ -79,24 +81,31 @@ def mixture_through(
     """As `mixture`, overwriting `inner` (see `multiply_up`) and `parts` (see `multiply_down`)."""
     (tokens, size), topk = hidden.shape, topk_ids.shape[1]
     if tokens:
-        blocks = blocks_for(tokens * topk, experts.up.shape[0], hidden.dtype)
-        routing = route(topk_ids, experts.up.shape[0], blocks.rows)
-        multiply_up(hidden, experts, routing, blocks, out=inner)
+        count = experts.up.shape[0]
+        routing = route(topk_ids, count, height_for(tokens * topk, count, hidden.dtype))
+        multiply_up(hidden, experts, routing, out=inner)
         gated = inner if experts.gated_silu else experts.gate(inner)
-        multiply_down(gated, experts, topk_weights.reshape(-1), routing, blocks, out=parts)
+        multiply_down(gated, experts, topk_weights.reshape(-1), routing, out=parts)
     return parts.view(tokens, topk, size).sum(dim=1).to(hidden.dtype)
 
 
-def blocks_for(rows: int, experts: int, dtype: torch.dtype) -> Blocks:
-    """Blocks for `rows` rows over so many experts: about as high as an expert has rows."""
+def height_for(rows: int, experts: int, dtype: torch.dtype) -> int:
+    """How many rows a block has, of `rows` over so many experts: about as many as an expert."""
     each = triton.next_power_of_2(max(1, rows // experts))
-    height = min(max(each, 16), 128)
-    wide = height >= 64
+    return min(max(each, 16), 64 if dtype == torch.float32 else 128)
+
+
+def blocks_for(height: int, dtype: torch.dtype, *, gated: bool) -> Blocks:
+    """The blocks of a product, or of the two that a gated one is, for blocks of `height` rows.
+
+    What a multiprocessor holds of them stays below 100 KB and 255 registers (for sm_90, by ptxas).
+    """
+    full = dtype == torch.float32
     return Blocks(
         rows=height,
-        columns=128 if wide and dtype != torch.float32 else 64,
-        step=32 if dtype == torch.float32 else 64,
-        warps=8 if wide else 4,
+        columns=128 if height >= 64 and not (gated or full) else 64,
+        step=32 if full else 64,
+        warps=8 if height >= 64 else 4,
     )
 
 
@@ -121,18 +130,19 @@ def route(topk_ids: torch.Tensor, experts: int, height: int) -> Routing:
         block_expert=block_expert,
         block_start=(ends - counts)[own] + (numbers - first) * height,
         ends=ends,
+        height=height,
         topk=topk_ids.shape[1],
     )
 
 
 def multiply_up(
-    hidden: torch.Tensor, experts: Experts, routing: Routing, blocks: Blocks, *, out: torch.Tensor
+    hidden: torch.Tensor, experts: Experts, routing: Routing, *, out: torch.Tensor
 ) -> None:
     """Fills `out` `[S, N]`: sorted rows of `hidden` `[T, H]`, times `up`, plus its bias.
 
     Where `experts.gated_silu`, with its activation: `[S, I]`, rounded after it only.
     """
-    _launch(hidden, experts.up, experts.up_bias, None, routing, blocks, out, experts.gated_silu)
+    _launch(hidden, experts.up, experts.up_bias, None, routing, out, experts.gated_silu)
 
 
 def multiply_down(
@@ -140,7 +150,6 @@ def multiply_down(
     experts: Experts,
     weights: torch.Tensor,
     routing: Routing,
-    blocks: Blocks,
     *,
     out: torch.Tensor,
 ) -> None:
@@ -148,7 +157,7 @@ def multiply_down(
 
     `weights` `[S]` and `out` are in the order of the rows before they were sorted.
     """
-    _launch(inner, experts.down, experts.down_bias, weights, routing, blocks, out, gated=False)
+    _launch(inner, experts.down, experts.down_bias, weights, routing, out, gated=False)
 
 
 def _launch(
@@ -157,11 +166,11 @@ def _launch(
     bias: torch.Tensor | None,
     weights: torch.Tensor | None,
     routing: Routing,
-    blocks: Blocks,
     out: torch.Tensor,
     gated: bool,
 ) -> None:
     columns = out.shape[1]
+    blocks = blocks_for(routing.height, source.dtype, gated=gated)
     _grouped_product[(len(routing.block_expert), triton.cdiv(columns, blocks.columns))](
         source,
         matrices,

@@ -383,9 +383,10 @@ def test_a_unit_depends_on_neither_model_nor_capture(
         ("spec", "ranges"),
         ("spec", "sizes"),
         ("spec", "layer_names"),
+        ("spec", "experts"),
     ):
         assert absent not in names
-    ranges = CompileSpec(ranges=(CompileRange(1, 7),), layer_names="baked")
+    ranges = CompileSpec(ranges=(CompileRange(1, 7),), layer_names="baked", experts="grouped_mm")
     assert key_of(unit_factors(factors_of(cache, ranges))) == key_of(unit)
     option = CompileSpec(functorch=(("cse", False),))
     assert key_of(unit_factors(factors_of(cache, option))) != key_of(unit)

@@ -32,6 +32,7 @@ def refusal(group: str, name: str, value: Any) -> str:
         ("sizes", [4, 8], (4, 8)),
         ("dynamic_shapes", "backed", "backed"),
         ("layer_names", "baked", "baked"),
+        ("experts", "grouped_mm", "grouped_mm"),
         ("splitting_ops", ["a::b"], ("a::b",)),
         ("backend", "eager", "eager"),
     ],
@@ -109,6 +110,7 @@ def test_a_value_known_by_its_digest_cannot_be_set(value: Any) -> None:
         ("sizes", ["4"]),
         ("dynamic_shapes", "some"),
         ("layer_names", None),
+        ("experts", "eager"),
         ("novel", 1),
     ],
 )

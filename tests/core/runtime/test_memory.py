@@ -3,29 +3,37 @@ from __future__ import annotations
 import pytest
 
 from vllmc.core.errors import VllmcError
-from vllmc.core.graph.layout import GraphInput, Layout
+from vllmc.core.graph.layout import ExpertsSite, GraphInput, Layout
 from vllmc.core.runtime.memory import free_bytes, require_memory, weight_bytes
 
 
-def layout(*rows: int) -> Layout:
-    weights = tuple(
+def weights_of(*rows: int) -> tuple[GraphInput, ...]:
+    return tuple(
         GraphInput(kind="attribute", name=f"w{i}", dtype="float16", shape=(n, 8), stride=(8, 1))
         for i, n in enumerate(rows)
     )
+
+
+def layout(*rows: int, experts: int = 0) -> Layout:
     ids = GraphInput(kind="activation", name="input_ids")
     return Layout(
         pieces=(),
         ranges=(),
-        inputs=(ids, *weights),
+        inputs=(ids, *weights_of(*rows)),
         steps=(),
         arguments=(),
         result={"ref": "p0"},
         attention=(),
+        experts=(ExpertsSite(layer="mlp", tensors=weights_of(experts)),),
     )
 
 
 def test_weights_are_counted_in_bytes_of_their_dtype() -> None:
     assert weight_bytes(layout(3, 5)) == (3 + 5) * 8 * 2
+
+
+def test_weights_of_experts_are_counted_though_no_input_of_the_graph() -> None:
+    assert weight_bytes(layout(3, experts=5)) == weight_bytes(layout(3, 5))
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_allocated() -> None:

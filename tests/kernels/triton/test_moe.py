@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllmc.kernels.experts import Experts
-from vllmc.kernels.triton.moe import Blocks, blocks_for, mixture, mixture_through, route
+from vllmc.kernels.triton.moe import blocks_for, height_for, mixture, mixture_through, route
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = 240
@@ -208,7 +208,16 @@ def test_each_row_is_in_one_block_and_that_block_is_its_expert_s(height: int) ->
 
 
 def test_blocks_are_as_high_as_experts_have_rows() -> None:
-    assert blocks_for(8, 128, torch.bfloat16) == Blocks(rows=16, columns=64, step=64, warps=4)
-    assert blocks_for(4096, 128, torch.bfloat16).rows == 32
-    assert blocks_for(65536, 8, torch.bfloat16) == Blocks(rows=128, columns=128, step=64, warps=8)
-    assert blocks_for(65536, 8, torch.float32) == Blocks(rows=128, columns=64, step=32, warps=8)
+    assert height_for(8, 128, torch.bfloat16) == 16
+    assert height_for(4096, 128, torch.bfloat16) == 32
+    assert height_for(65536, 8, torch.float16) == 128
+    assert height_for(65536, 8, torch.float32) == 64
+
+
+def test_a_gated_product_which_is_two_has_narrower_blocks() -> None:
+    for height in (16, 32, 64, 128):
+        for dtype in DTYPES:
+            gated, plain = (blocks_for(height, dtype, gated=gated) for gated in (True, False))
+            assert gated.rows == plain.rows == height
+            assert gated.columns == 64
+            assert plain.columns == (128 if height >= 64 and dtype != torch.float32 else 64)
