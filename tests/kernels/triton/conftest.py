@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
@@ -47,7 +48,23 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         result = numbers.to(_TORCH[target])
         return result.view(_BITS.get(target, result.dtype)).numpy()
 
+    _patch_lang = interpreter._patch_lang
+    _patched: set[tuple[int, ...]] = set()
+
+    def _patch_once(function: FunctionType) -> object:
+        """Patches a language's modules at the first call, and never takes it back.
+
+        The interpreter's own function does it at each call of a kernel and of its helpers, which is
+        half the time of small kernels.
+        """
+        modules = tuple(id(v) for v in function.__globals__.values() if v is tl or v is tl.core)
+        if modules not in _patched:
+            _patched.add(modules)
+            _patch_lang(function)
+        return interpreter._LangPatchScope()
+
     interpreter._convert_float = _convert_float
+    interpreter._patch_lang = _patch_once
 
 else:
 
