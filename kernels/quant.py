@@ -55,10 +55,11 @@ def scale_of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def quantized(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`x / scale` in `dtype`, contiguous."""
     largest = LARGEST[dtype]
-    scaled = x.contiguous().to(torch.float32) / scale
+    wide, divisor = x.to(torch.float32), scale.view(())
+    scaled = wide / divisor if wide is x else wide.div_(divisor)
     if dtype is torch.int8:
         scaled = scaled.nan_to_num_(nan=0.0).round_()
-    return scaled.clamp_(-largest, largest).to(dtype)
+    return scaled.clamp_(-largest, largest).to(dtype).contiguous()
 
 
 def require_quant_dtype(dtype: torch.dtype) -> torch.dtype:

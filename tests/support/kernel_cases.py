@@ -78,14 +78,14 @@ def exact_activation(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.T
 def exact_rotation(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
 ) -> torch.Tensor:
-    """Rotary embedding in float64, pair by pair."""
-    out, rotary = x.double().clone(), cos.shape[-1]
-    for pair in range(rotary // 2):
-        i, j = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + rotary // 2)
-        a, b = x[..., i].double(), x[..., j].double()
-        c, s = cos.double()[:, :, None], sin.double()[:, :, None]
-        out[..., i] = a * c[..., i] - b * s[..., i]
-        out[..., j] = b * c[..., j] + a * s[..., j]
+    """Rotary embedding in float64."""
+    size, wide = cos.shape[-1], x.double()
+    out = wide.clone()
+    c, s = cos.double()[:, :, None], sin.double()[:, :, None]
+    halves = (slice(0, size // 2), slice(size // 2, size))
+    i, j = (slice(0, size, 2), slice(1, size, 2)) if interleaved else halves
+    out[..., i] = wide[..., i] * c[..., i] - wide[..., j] * s[..., i]
+    out[..., j] = wide[..., j] * c[..., j] + wide[..., i] * s[..., j]
     return out
 
 
