@@ -52,6 +52,12 @@ def scale_of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return amax.clamp_(min=SMALLEST_AMAX) / LARGEST[dtype]
 
 
+def block_scales_of(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `scale_of`, for each row of the last dimension of `blocks` `[..., n]`: `[...]`."""
+    amax = blocks.abs().amax(dim=-1).to(torch.float32)
+    return amax.clamp_(min=SMALLEST_AMAX) / LARGEST[dtype]
+
+
 def quantized(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`x / scale` in `dtype`, contiguous."""
     largest = LARGEST[dtype]
