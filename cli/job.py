@@ -23,6 +23,7 @@ _FIELDS = {
     "dynamic-shapes": "dynamic_shapes",
     "layer-names": "layer_names",
     "splitting-op": "splitting_ops",
+    "split-kv-update": "split_kv_update",
     "backend": "backend",
 }
 
@@ -58,6 +59,7 @@ def make(settings: Settings, request: CompileRequest) -> Job:
         dynamic_shapes=request.dynamic_shapes,
         layer_names=request.layer_names,
         splitting_ops=request.splitting_ops,
+        split_kv_update=request.split_kv_update,
         inductor=tuple(sorted(options["inductor"].items())),  # type: ignore[arg-type]
         functorch=tuple(sorted(options["functorch"].items())),  # type: ignore[arg-type]
         backend=request.backend,

@@ -165,6 +165,15 @@ class CompileFlags:
             rich_help_panel=SHAPING_PANEL,
         ),
     ] = None
+    split_kv_update: Annotated[
+        bool | None,
+        typer.Option(
+            "--split-kv-update/--no-split-kv-update",
+            show_default="no",
+            help="Store keys and values in the piece before attention, not in the attention op.",
+            rich_help_panel=SHAPING_PANEL,
+        ),
+    ] = None
     option: Annotated[
         list[str] | None,
         typer.Option(
@@ -249,6 +258,7 @@ class CompileRequest:
     dynamic_shapes: DynamicShapes
     layer_names: LayerNames
     splitting_ops: tuple[str, ...]
+    split_kv_update: bool
     options: tuple[RawOption, ...]
     backend: str
     origins: Mapping[str, str]
@@ -273,6 +283,7 @@ def compile_request(
     sizes = _counts("compile-size", given("compile-size", flags.compile_size))
     shapes = given("dynamic-shapes", flags.dynamic_shapes, "unbacked")
     names = given("layer-names", flags.layer_names, "hoisted")
+    split = None if flags.split_kv_update is None else str(flags.split_kv_update).lower()
     request = CompileRequest(
         model=model or DEFAULT_PRESET,
         layers=layers[0] if layers else None,
@@ -283,6 +294,7 @@ def compile_request(
         dynamic_shapes=choice("dynamic-shapes", shapes, get_args(DynamicShapes)),
         layer_names=choice("layer-names", names, get_args(LayerNames)),
         splitting_ops=tuple(dict.fromkeys(_located(ops, _op_name))),
+        split_kv_update=_truth("split-kv-update", given("split-kv-update", split, "false")),
         options=_merge(settings.raw_options, flags.option or ()),
         backend=choice("backend", given("backend", flags.backend, "inductor"), BACKENDS),
         origins=origins,
@@ -312,6 +324,10 @@ def _device(setting: Setting) -> str:
             hint="--device takes auto, cpu, cuda or cuda:N",
         )
     return setting.value
+
+
+def _truth(name: str, setting: Setting) -> bool:
+    return choice(name, setting, ("false", "true", "0", "1")) in ("true", "1")
 
 
 def _counts(name: str, setting: Setting) -> tuple[int, ...]:

@@ -267,7 +267,12 @@ class _Entry:
             require_memory(Layout.from_json(record.program), spec.device)
             started = time.perf_counter()
             self._entry = self._job.model.build(
-                "real", device=spec.device, dtype=spec.dtype, layer_names=spec.layer_names, seed=0
+                "real",
+                device=spec.device,
+                dtype=spec.dtype,
+                layer_names=spec.layer_names,
+                split_kv_update=spec.split_kv_update,
+                seed=0,
             )
             self.seconds = time.perf_counter() - started
         return self._entry

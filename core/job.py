@@ -59,6 +59,7 @@ class Job:
             device=self.spec.device,
             dtype=self.spec.dtype,
             layer_names=self.spec.layer_names,
+            split_kv_update=self.spec.split_kv_update,
             seed=0,
         )
         return read_guarded(expressions, entry)

@@ -142,7 +142,12 @@ def capture_model(job: Job, weights: Weights = "fake") -> Capture:
 
     spec = job.spec
     entry = job.model.build(
-        weights, device=spec.device, dtype=spec.dtype, layer_names=spec.layer_names, seed=0
+        weights,
+        device=spec.device,
+        dtype=spec.dtype,
+        layer_names=spec.layer_names,
+        split_kv_update=spec.split_kv_update,
+        seed=0,
     )
     return capture(job.model, entry, spec)
 

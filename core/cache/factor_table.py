@@ -71,6 +71,7 @@ FACTORS: Final[Mapping[tuple[str, str], str]] = MappingProxyType(
         ("spec", "dynamic_shapes"): "how the token count is traced",
         ("spec", "layer_names"): "inputs of the graph, or constants in it",
         ("spec", "splitting_ops"): "where the graph is cut; their order plays no part",
+        ("spec", "split_kv_update"): "whether pieces store keys and values, and not attention",
         ("spec", "backend"): "what compiles the pieces",
     }
 )

@@ -131,7 +131,9 @@ class PlainEntry(torch.nn.Module):
         return self.model(input_ids, position_ids)[0, logits_indices]
 
 
-def build_entry(model: torch.nn.Module, layer_names: LayerNames) -> torch.nn.Module:
+def build_entry(
+    model: torch.nn.Module, layer_names: LayerNames, *, split_kv_update: bool = False
+) -> torch.nn.Module:
     """The entry module of `model`, in eval mode, with vllmc's attention and layer names.
 
     A module of a class that was declared is its own entry.
@@ -148,7 +150,7 @@ def build_entry(model: torch.nn.Module, layer_names: LayerNames) -> torch.nn.Mod
         entry = EncoderEntry(model) if encodes else DecoderEntry(model)
     else:
         entry = PlainEntry(model)
-    attach_layer_names(entry, layer_names)
+    attach_layer_names(entry, layer_names, split_kv_update=split_kv_update)
     return entry
 
 

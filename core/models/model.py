@@ -98,7 +98,14 @@ class Model(Protocol):
         """The call of `entry`, which `build` made, that is captured."""
 
     def build(
-        self, weights: Weights, *, device: str, dtype: str, layer_names: LayerNames, seed: int
+        self,
+        weights: Weights,
+        *,
+        device: str,
+        dtype: str,
+        layer_names: LayerNames,
+        split_kv_update: bool = False,
+        seed: int,
     ) -> torch.nn.Module:
         """The entry module, of a class that says what it is called with.
 

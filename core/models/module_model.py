@@ -144,11 +144,18 @@ class ModuleModel:
         return {"tensors": tensors, "constants": describe(dict(call.constants))}
 
     def build(
-        self, weights: Weights, *, device: str, dtype: str, layer_names: LayerNames, seed: int
+        self,
+        weights: Weights,
+        *,
+        device: str,
+        dtype: str,
+        layer_names: LayerNames,
+        split_kv_update: bool = False,
+        seed: int,
     ) -> torch.nn.Module:
         """See `Model.build`."""
         model = self._instantiate(weights, device, getattr(torch, dtype), seed=seed)
-        return build_entry(model, layer_names)
+        return build_entry(model, layer_names, split_kv_update=split_kv_update)
 
     def _instantiate(
         self, weights: Weights, device: str, dtype: torch.dtype | None, *, seed: int

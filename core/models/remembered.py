@@ -137,7 +137,14 @@ class RememberedModel(ConfiguredModel):
         return self._answer.factors
 
     def build(
-        self, weights: Weights, *, device: str, dtype: str, layer_names: LayerNames, seed: int
+        self,
+        weights: Weights,
+        *,
+        device: str,
+        dtype: str,
+        layer_names: LayerNames,
+        split_kv_update: bool = False,
+        seed: int,
     ) -> torch.nn.Module:
         """See `Model.build`. Raises `VllmcError` (`model-changed`) if it is another by now."""
         model = self._load()
@@ -147,7 +154,14 @@ class RememberedModel(ConfiguredModel):
                 f"the model '{self.name}' is no longer what its key was made of",
                 hint="its configuration or Transformers was replaced meanwhile: run it again",
             )
-        return model.build(weights, device=device, dtype=dtype, layer_names=layer_names, seed=seed)
+        return model.build(
+            weights,
+            device=device,
+            dtype=dtype,
+            layer_names=layer_names,
+            split_kv_update=split_kv_update,
+            seed=seed,
+        )
 
 
 def _answered(ask: Ask, load: Callable[[], Model], cache: Path) -> Model:

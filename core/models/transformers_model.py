@@ -125,7 +125,14 @@ class TransformersModel(ConfiguredModel):
         return tuple(rows)
 
     def build(
-        self, weights: Weights, *, device: str, dtype: str, layer_names: LayerNames, seed: int
+        self,
+        weights: Weights,
+        *,
+        device: str,
+        dtype: str,
+        layer_names: LayerNames,
+        split_kv_update: bool = False,
+        seed: int,
     ) -> torch.nn.Module:
         """See `Model.build`. Raises `VllmcError` (`bad-weights`, `unsupported-model`)."""
         # Transformers' modeling code takes two seconds to import, which a prediction does without.
@@ -138,7 +145,7 @@ class TransformersModel(ConfiguredModel):
             )
         else:
             model = initialize(self._name, config, weights, device=device, dtype=dtype, seed=seed)
-        return build_entry(model, layer_names)
+        return build_entry(model, layer_names, split_kv_update=split_kv_update)
 
     def _weights_source(self) -> str | None:
         """The directory or hub id that the weights come from, if the model has any."""

@@ -85,6 +85,8 @@ def _read_field(name: str, value: JsonValue) -> Any:
             return value
         case ("layer_names", str()) if value in get_args(LayerNames):
             return value
+        case ("split_kv_update", bool()):
+            return value
         case ("dtype", str()) if isinstance(getattr(torch, value, None), torch.dtype):
             return value
         case ("device", str()) if _DEVICE.fullmatch(value):

@@ -59,7 +59,14 @@ def _plan(model: Model) -> tuple[Plan, int]:
 
 def _build(model: Model) -> Any:
     spec = _spec_of(model)
-    return model.build("fake", device="cpu", dtype=spec.dtype, layer_names=spec.layer_names, seed=0)
+    return model.build(
+        "fake",
+        device="cpu",
+        dtype=spec.dtype,
+        layer_names=spec.layer_names,
+        split_kv_update=spec.split_kv_update,
+        seed=0,
+    )
 
 
 def _spec_of(model: Model) -> CompileSpec:
