@@ -131,7 +131,7 @@ def _call_op(
     packet = torch.ops.vllmc.unified_attention_with_output
     op = packet.str if isinstance(name, str) else packet.default
     # Where attention goes both ways nothing is stored.
-    if causal and getattr(module, SPLIT_KV_UPDATE_ATTRIBUTE):
+    if causal and getattr(module, SPLIT_KV_UPDATE_ATTRIBUTE, False):
         update = torch.ops.vllmc.unified_kv_cache_update
         token = (update.str if isinstance(name, str) else update.default)(k, v, name)
         op(q, k, v, output, name, scale, *others, causal, kv_cache_dummy_dep=token)

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from vllmc.cli.app import run
 from vllmc.cli.options import CommonFlags, CompileFlags, CompileRequest, command, compile_request
 from vllmc.cli.settings import load_settings
-from vllmc.core.errors import UsageError
+from vllmc.core.errors import UsageError, VllmcError
 from vllmc.core.spec import ATTENTION_OP, CompileRange
 
 Ask = Callable[..., CompileRequest]
@@ -38,6 +38,7 @@ def test_nothing_given_is_the_default_model_with_the_contract_s_defaults(ask: As
     assert (request.ranges, request.sizes) == ((CompileRange(1, 8192),), ())
     assert (request.dynamic_shapes, request.layer_names) == ("unbacked", "hoisted")
     assert request.splitting_ops == (ATTENTION_OP,)
+    assert request.split_kv_update is False
     assert (request.layers, request.options) == (None, ())
     assert set(request.origins.values()) == {"default"}
 
@@ -52,6 +53,7 @@ def test_each_flag_reaches_the_request(ask: Ask) -> None:
         dynamic_shapes="backed-size-oblivious",
         layer_names="baked",
         splitting_op=["my::op", "other::op.default", "my::op"],
+        split_kv_update=True,
         option=["max_autotune=true"],
         layers="3",
         backend="eager",
@@ -62,7 +64,22 @@ def test_each_flag_reaches_the_request(ask: Ask) -> None:
     assert request.sizes == (2, 8)
     assert (request.dynamic_shapes, request.layer_names) == ("backed-size-oblivious", "baked")
     assert request.splitting_ops == ("my::op", "other::op.default")
+    assert request.split_kv_update is True
     assert set(request.origins.values()) == {"flag"}
+
+
+@pytest.mark.parametrize("text", ["1", "true"])
+def test_a_truth_value_is_set_and_taken_back_at_each_place(ask: Ask, text: str) -> None:
+    on = "split-kv-update = true"
+    assert ask(toml=on).split_kv_update
+    assert ask(VLLMC_SPLIT_KV_UPDATE=text).split_kv_update
+    assert not ask(toml=on, VLLMC_SPLIT_KV_UPDATE="0").split_kv_update
+    taken_back = ask(VLLMC_SPLIT_KV_UPDATE=text, split_kv_update=False)
+    assert (taken_back.split_kv_update, taken_back.origins["split-kv-update"]) == (False, "flag")
+    with pytest.raises(UsageError, match="'yes' is no split-kv-update"):
+        ask(VLLMC_SPLIT_KV_UPDATE="yes")
+    with pytest.raises(VllmcError, match="should be true or false, and is 'true'"):
+        ask(toml='split-kv-update = "true"')
 
 
 def test_every_origin_is_told(ask: Ask) -> None:

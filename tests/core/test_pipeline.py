@@ -420,6 +420,8 @@ def test_pieces_differ_by_layer_only_where_a_baked_name_is_inside(job: Any, tmp_
         {"layer_names": "baked"},
         {"splitting_ops": SILU},
         {"splitting_ops": SILU, "layer_names": "baked"},
+        {"split_kv_update": True},
+        {"split_kv_update": True, "splitting_ops": SILU, "layer_names": "baked"},
         {"splitting_ops": (*CompileSpec().splitting_ops, *SILU)},
         {"dynamic_shapes": "backed"},
         {"dynamic_shapes": "backed-size-oblivious"},

@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from repeating import plans, told
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    PreTrainedModel,
+)
 
 from vllmc.core.cache.store import Store
 from vllmc.core.compiler.container import unpack
@@ -99,6 +106,37 @@ def test_tokens_are_those_of_transformers_and_hoisted_names_cost_nothing(
     tokens = generated(eager, *words)
     assert tokens == [continued(model, prompt) for prompt in PROMPTS]
     assert len({token for row in tokens for token in row}) > 3
+
+
+def test_updates_are_in_what_is_copied_of_a_layer_that_was_traced(tmp_path: Path) -> None:
+    save(tmp_path, "qwen3", 4)
+    repeating, whole, stood_in = plans(str(tmp_path), split_kv_update=True)
+    assert told(repeating) == told(whole)
+    assert stood_in == 3
+
+
+def test_an_encoder_stores_nothing_and_has_the_same_pieces(eager: Run, tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    ways = ((), ("--split-kv-update",))
+    plain, split = (eager("warm", tmp_path / "bert", *way, "--json").json for way in ways)
+    assert {unit["outcome"] for unit in split["units"]} == {"hit"}
+    assert [u["artifact"] for u in split["units"]] == [u["artifact"] for u in plain["units"]]
+
+
+def test_a_miss_says_how_to_get_back(eager: Run) -> None:
+    eager("warm", "--split-kv-update")
+    assert "--split-kv-update" in eager("warm", "--check").out
+    eager("warm", "--force")
+    row = eager("inspect-key", "--split-kv-update", "--json").json
+    [factor] = [f for f in row["factors"] if f["name"] == "split_kv_update"]
+    assert (factor["group"], factor["value"], factor["origin"]) == ("spec", True, "flag")
 
 
 def code_of(cache: Path, row: dict[str, Any]) -> list[str]:

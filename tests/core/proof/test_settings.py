@@ -31,6 +31,7 @@ def refusal(group: str, name: str, value: Any) -> str:
         ("dynamic_shapes", "backed", "backed"),
         ("layer_names", "baked", "baked"),
         ("splitting_ops", ["a::b"], ("a::b",)),
+        ("split_kv_update", True, True),
         ("backend", "eager", "eager"),
     ],
 )
@@ -107,6 +108,7 @@ def test_a_value_known_by_its_digest_cannot_be_set(value: Any) -> None:
         ("sizes", ["4"]),
         ("dynamic_shapes", "some"),
         ("layer_names", None),
+        ("split_kv_update", "true"),
         ("novel", 1),
     ],
 )
