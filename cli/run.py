@@ -266,14 +266,7 @@ class _Entry:
             spec = self._job.spec
             require_memory(Layout.from_json(record.program), spec.device)
             started = time.perf_counter()
-            self._entry = self._job.model.build(
-                "real",
-                device=spec.device,
-                dtype=spec.dtype,
-                layer_names=spec.layer_names,
-                seed=0,
-                experts=spec.experts,
-            )
+            self._entry = self._job.model.build("real", self._job.spec)
             self.seconds = time.perf_counter() - started
         return self._entry
 

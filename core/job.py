@@ -54,14 +54,7 @@ class Job:
         """
         if not expressions or not self.model.made_by_code:
             return {}
-        entry = self.model.build(
-            "fake",
-            device=self.spec.device,
-            dtype=self.spec.dtype,
-            layer_names=self.spec.layer_names,
-            seed=0,
-            experts=self.spec.experts,
-        )
+        entry = self.model.build("fake", self.spec)
         return read_guarded(expressions, entry)
 
 

@@ -145,14 +145,7 @@ def capture_model(job: Job, weights: Weights = "fake") -> Capture:
     from vllmc.core.graph.passes.manager import passes_at, run_passes
 
     spec = job.spec
-    entry = job.model.build(
-        weights,
-        device=spec.device,
-        dtype=spec.dtype,
-        layer_names=spec.layer_names,
-        seed=0,
-        experts=spec.experts,
-    )
+    entry = job.model.build(weights, job.spec)
     captured = capture(job.model, entry, spec)
     passes = run_passes(captured.graph, passes_at("captured", spec.passes))
     return replace(captured, passes=passes)

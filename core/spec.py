@@ -52,6 +52,7 @@ class CompileSpec:
     """Everything about a compilation that the user chooses, apart from the model.
 
     `device` is `cpu`, `cuda` or `cuda:N`; `dtype` a torch dtype's name without the prefix.
+    With `split_kv_update` keys and values are stored by an op before attention, inside the piece.
     `inductor` and `functorch` hold the `-O` options, `passes` those that run, sorted by name.
     """
 
@@ -63,6 +64,7 @@ class CompileSpec:
     layer_names: LayerNames = "hoisted"
     experts: ExpertsKind = "fused"
     splitting_ops: tuple[str, ...] = (ATTENTION_OP,)
+    split_kv_update: bool = False
     inductor: tuple[tuple[str, OptionValue], ...] = ()
     functorch: tuple[tuple[str, OptionValue], ...] = ()
     passes: tuple[PassChoice, ...] = DEFAULT_PASSES

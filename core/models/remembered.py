@@ -28,7 +28,7 @@ from vllmc.core.cache.sources import collect, verify
 from vllmc.core.errors import VllmcError
 from vllmc.core.models.configured import ConfiguredModel
 from vllmc.core.models.model import EncoderInfo, Model, ModelInfo, Weights
-from vllmc.core.spec import ExpertsKind, LayerNames
+from vllmc.core.spec import CompileSpec
 
 _FORM: Final = 1
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
@@ -136,16 +136,7 @@ class RememberedModel(ConfiguredModel):
         """See `Model.factors`."""
         return self._answer.factors
 
-    def build(
-        self,
-        weights: Weights,
-        *,
-        device: str,
-        dtype: str,
-        layer_names: LayerNames,
-        seed: int,
-        experts: ExpertsKind = "fused",
-    ) -> torch.nn.Module:
+    def build(self, weights: Weights, spec: CompileSpec, *, seed: int = 0) -> torch.nn.Module:
         """See `Model.build`. Raises `VllmcError` (`model-changed`) if it is another by now."""
         model = self._load()
         if (model.info, key_of(model.factors())) != (self.info, key_of(self.factors())):
@@ -154,14 +145,7 @@ class RememberedModel(ConfiguredModel):
                 f"the model '{self.name}' is no longer what its key was made of",
                 hint="its configuration or Transformers was replaced meanwhile: run it again",
             )
-        return model.build(
-            weights,
-            device=device,
-            dtype=dtype,
-            layer_names=layer_names,
-            seed=seed,
-            experts=experts,
-        )
+        return model.build(weights, spec, seed=seed)
 
 
 def _answered(ask: Ask, load: Callable[[], Model], cache: Path) -> Model:

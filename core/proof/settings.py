@@ -108,6 +108,8 @@ def _read_field(name: str, value: JsonValue) -> Any:
             return value
         case ("experts", str()) if value in get_args(ExpertsKind):
             return value
+        case ("split_kv_update", bool()):
+            return value
         case ("dtype", str()) if isinstance(getattr(torch, value, None), torch.dtype):
             return value
         case ("device", str()) if _DEVICE.fullmatch(value):
