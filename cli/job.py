@@ -23,6 +23,7 @@ _FIELDS = {
     "dynamic-shapes": "dynamic_shapes",
     "layer-names": "layer_names",
     "splitting-op": "splitting_ops",
+    "quantize": "quantize",
     "backend": "backend",
 }
 
@@ -58,6 +59,7 @@ def make(settings: Settings, request: CompileRequest) -> Job:
         dynamic_shapes=request.dynamic_shapes,
         layer_names=request.layer_names,
         splitting_ops=request.splitting_ops,
+        quantize=request.quantize,
         inductor=tuple(sorted(options["inductor"].items())),  # type: ignore[arg-type]
         functorch=tuple(sorted(options["functorch"].items())),  # type: ignore[arg-type]
         backend=request.backend,

@@ -29,6 +29,7 @@ from vllmc.core.spec import (
     CompileSpec,
     DynamicShapes,
     LayerNames,
+    Quantization,
     check_ranges,
     unit_ranges,
 )
@@ -165,6 +166,14 @@ class CompileFlags:
             rich_help_panel=SHAPING_PANEL,
         ),
     ] = None
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(get_args(Quantization)),
+            help="Quantise the model's linears: weights, and what they are given.",
+            rich_help_panel=SHAPING_PANEL,
+        ),
+    ] = None
     option: Annotated[
         list[str] | None,
         typer.Option(
@@ -236,8 +245,8 @@ class CompileRequest:
 
     `device` and `dtype` may still be `auto`, and `options` are neither looked up nor typed. The
     order of ranges and sizes means nothing, so they are sorted. `layers` is None where the
-    model's own number holds. `origins` maps an option's name (`compile-range`) to where its
-    value came from; each of `options` has its own.
+    model's own number holds, `quantize` where nothing is quantised. `origins` maps an option's name
+    (`compile-range`) to where its value came from; each of `options` has its own.
     """
 
     model: str
@@ -249,6 +258,7 @@ class CompileRequest:
     dynamic_shapes: DynamicShapes
     layer_names: LayerNames
     splitting_ops: tuple[str, ...]
+    quantize: Quantization | None
     options: tuple[RawOption, ...]
     backend: str
     origins: Mapping[str, str]
@@ -273,6 +283,7 @@ def compile_request(
     sizes = _counts("compile-size", given("compile-size", flags.compile_size))
     shapes = given("dynamic-shapes", flags.dynamic_shapes, "unbacked")
     names = given("layer-names", flags.layer_names, "hoisted")
+    modes = given("quantize", flags.quantize)
     request = CompileRequest(
         model=model or DEFAULT_PRESET,
         layers=layers[0] if layers else None,
@@ -283,6 +294,7 @@ def compile_request(
         dynamic_shapes=choice("dynamic-shapes", shapes, get_args(DynamicShapes)),
         layer_names=choice("layer-names", names, get_args(LayerNames)),
         splitting_ops=tuple(dict.fromkeys(_located(ops, _op_name))),
+        quantize=choice("quantize", modes, get_args(Quantization)) if modes.values else None,
         options=_merge(settings.raw_options, flags.option or ()),
         backend=choice("backend", given("backend", flags.backend, "inductor"), BACKENDS),
         origins=origins,

@@ -49,6 +49,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="dynamic-shapes"),
     Option(name="layer-names"),
     Option(name="splitting-op", repeatable=True),
+    Option(name="quantize"),
     Option(name="layers", kind="integer"),
     Option(name="backend"),
     Option(name="jobs", kind="integer"),

@@ -23,6 +23,7 @@ from vllmc.core.events import Observer, UnitOutcome
 from vllmc.core.graph.layout import Layout
 from vllmc.core.job import Job
 from vllmc.core.layer_names import LayerNameCost, cost_of
+from vllmc.core.models.built import build_model
 from vllmc.core.models.model import Weights
 from vllmc.core.obtain import Policy, Reader, UnitResult, Wanted, find, label_of
 from vllmc.core.prediction import ANY_RANGE, Found, Meanwhile, Miss, explain_miss
@@ -135,16 +136,12 @@ def open_program(ready: Ready, entry: torch.nn.Module, guards: Guards | None = N
 def capture_model(job: Job, weights: Weights = "fake") -> Capture:
     """Builds and captures the job's model, under the configuration in force.
 
-    Raises what `Model.build` and `capture` raise.
+    Raises what `build_model` and `capture` raise.
     """
     # What only a miss needs is imported on a miss: Dynamo, Inductor and sympy take a second.
     from vllmc.core.graph.capture import capture
 
-    spec = job.spec
-    entry = job.model.build(
-        weights, device=spec.device, dtype=spec.dtype, layer_names=spec.layer_names, seed=0
-    )
-    return capture(job.model, entry, spec)
+    return capture(job.model, build_model(job.model, job.spec, weights), job.spec)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

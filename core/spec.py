@@ -12,6 +12,7 @@ from vllmc.core.errors import UsageError
 
 DynamicShapes: TypeAlias = Literal["unbacked", "backed", "backed-size-oblivious"]
 LayerNames: TypeAlias = Literal["hoisted", "baked"]
+Quantization: TypeAlias = Literal["fp8-static", "fp8-dynamic", "int8-dynamic"]
 OptionValue: TypeAlias = "bool | int | float | str | list[OptionValue] | None"
 
 OPEN_END: Final = 2**31 - 1
@@ -103,7 +104,8 @@ class CompileSpec:
     """Everything about a compilation that the user chooses, apart from the model.
 
     `device` is `cpu`, `cuda` or `cuda:N`; `dtype` a torch dtype's name without the prefix.
-    `inductor` and `functorch` hold the `-O` options, sorted by name.
+    `quantize` says how the model's linears are quantised, None that they are not. `inductor` and
+    `functorch` hold the `-O` options, sorted by name.
     """
 
     device: str = "cpu"
@@ -113,6 +115,7 @@ class CompileSpec:
     dynamic_shapes: DynamicShapes = "unbacked"
     layer_names: LayerNames = "hoisted"
     splitting_ops: tuple[str, ...] = (ATTENTION_OP,)
+    quantize: Quantization | None = None
     inductor: tuple[tuple[str, OptionValue], ...] = ()
     functorch: tuple[tuple[str, OptionValue], ...] = ()
     backend: str = "inductor"

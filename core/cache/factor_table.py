@@ -71,6 +71,7 @@ FACTORS: Final[Mapping[tuple[str, str], str]] = MappingProxyType(
         ("spec", "dynamic_shapes"): "how the token count is traced",
         ("spec", "layer_names"): "inputs of the graph, or constants in it",
         ("spec", "splitting_ops"): "where the graph is cut; their order plays no part",
+        ("spec", "quantize"): "how the linears are quantised; the values of scales play no part",
         ("spec", "backend"): "what compiles the pieces",
     }
 )

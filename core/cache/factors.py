@@ -283,6 +283,7 @@ def _spec(spec: CompileSpec, origins: Origins) -> Iterator[Factor]:
         "dynamic_shapes": lambda s: s.dynamic_shapes,
         "layer_names": lambda s: s.layer_names,
         "splitting_ops": lambda s: [*sorted(set(s.splitting_ops))],
+        "quantize": lambda s: s.quantize,
         "backend": lambda s: s.backend,
     }
     default = CompileSpec()

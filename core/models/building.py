@@ -6,6 +6,7 @@ import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from vllmc.core.models.attention import (
     attach_layer_names,
     register_attention,
 )
+from vllmc.core.models.checkpoint import read_weights
 from vllmc.core.models.encoders import encoder_info
 from vllmc.core.models.errors import unsupported_model
 from vllmc.core.models.model import EncoderInfo, Weights
@@ -250,6 +252,23 @@ def load_weights(
         )
     loaded: torch.nn.Module = model
     return loaded
+
+
+def load_dequantized(
+    name: str, config: PretrainedConfig, directory: Path, dtype: str
+) -> torch.nn.Module:
+    """As `load_weights`, of a directory whose weights are quantised, brought to `dtype`.
+
+    Raises `VllmcError` (`bad-weights`).
+    """
+    auto, options = _auto_class(name, config)
+    made = auto._model_mapping[type(config)]
+    to = getattr(torch, dtype)
+    with _MAKING, _no_progress_bar():
+        model: torch.nn.Module = made.from_pretrained(
+            None, config=config, state_dict=read_weights(directory, to), dtype=to, **options
+        )
+    return model
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -27,10 +27,17 @@ from vllmc.core.cache.record import NO_DIGEST, SourceFile
 from vllmc.core.cache.sources import collect, verify
 from vllmc.core.errors import VllmcError
 from vllmc.core.models.configured import ConfiguredModel
-from vllmc.core.models.model import EncoderInfo, Model, ModelInfo, Weights
+from vllmc.core.models.model import (
+    EncoderInfo,
+    Model,
+    ModelInfo,
+    OwnQuantization,
+    Scales,
+    Weights,
+)
 from vllmc.core.spec import LayerNames
 
-_FORM: Final = 1
+_FORM: Final = 2
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _ELSEWHERE: Final = frozenset({"auto_map", "configuration_files"})
 """The fields by which a config.json names other files."""
@@ -140,6 +147,15 @@ class RememberedModel(ConfiguredModel):
         self, weights: Weights, *, device: str, dtype: str, layer_names: LayerNames, seed: int
     ) -> torch.nn.Module:
         """See `Model.build`. Raises `VllmcError` (`model-changed`) if it is another by now."""
+        return self._loaded().build(
+            weights, device=device, dtype=dtype, layer_names=layer_names, seed=seed
+        )
+
+    def own_scales(self) -> Mapping[str, Scales]:
+        """See `Model.own_scales`. Raises `VllmcError` (`model-changed`) as `build` does."""
+        return self._loaded().own_scales()
+
+    def _loaded(self) -> Model:
         model = self._load()
         if (model.info, key_of(model.factors())) != (self.info, key_of(self.factors())):
             raise VllmcError(
@@ -147,7 +163,7 @@ class RememberedModel(ConfiguredModel):
                 f"the model '{self.name}' is no longer what its key was made of",
                 hint="its configuration or Transformers was replaced meanwhile: run it again",
             )
-        return model.build(weights, device=device, dtype=dtype, layer_names=layer_names, seed=seed)
+        return model
 
 
 def _answered(ask: Ask, load: Callable[[], Model], cache: Path) -> Model:
@@ -204,7 +220,7 @@ def _encode(answer: Answer, since: float) -> str | None:
 
 def _decode(known: dict[str, Any], directory: Path | None) -> Answer:
     info = known["info"]
-    encoder = info["encoder"]
+    encoder, quantization = info["encoder"], info["quantization"]
     return Answer(
         info=ModelInfo(
             **info
@@ -212,6 +228,9 @@ def _decode(known: dict[str, Any], directory: Path | None) -> Answer:
                 "layer_types": tuple(info["layer_types"]),
                 "stop_token_ids": tuple(info["stop_token_ids"]),
                 "encoder": None if encoder is None else EncoderInfo(**encoder),
+                "quantization": None
+                if quantization is None
+                else OwnQuantization(**{name: tuple(value) for name, value in quantization.items()}),
                 "directory": directory,
             }
         ),

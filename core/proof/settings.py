@@ -14,7 +14,7 @@ import torch
 
 from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.errors import VllmcError
-from vllmc.core.spec import CompileRange, CompileSpec, DynamicShapes, LayerNames, OptionValue
+from vllmc.core.spec import CompileRange, CompileSpec, DynamicShapes, LayerNames, OptionValue, Quantization
 from vllmc.core.torch_compat import system
 from vllmc.core.torch_compat.options import OptionGroup, check_option
 
@@ -84,6 +84,8 @@ def _read_field(name: str, value: JsonValue) -> Any:
         case ("dynamic_shapes", str()) if value in get_args(DynamicShapes):
             return value
         case ("layer_names", str()) if value in get_args(LayerNames):
+            return value
+        case ("quantize", None | str()) if value in (None, *get_args(Quantization)):
             return value
         case ("dtype", str()) if isinstance(getattr(torch, value, None), torch.dtype):
             return value
