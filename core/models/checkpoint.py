@@ -9,7 +9,7 @@ activations are fixed `input_scale`; a quantised tensor q stands for `scale * q`
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,38 +24,40 @@ from vllmc.core.spec import Quantization
 _INDEX: Final = "model.safetensors.index.json"
 _WEIGHT_SCALE: Final = ".weight_scale"
 _INPUT_SCALE: Final = ".input_scale"
-# Of the keys and values in a cache, which is not quantised here.
-_CACHE_SCALES: Final = (".k_scale", ".v_scale", ".kv_scale")
+_SCALES: Final = (_WEIGHT_SCALE, _INPUT_SCALE)
+# Some are of the keys and values in a cache, which is not quantised here.
+_NO_WEIGHTS: Final = (*_SCALES, ".k_scale", ".v_scale", ".kv_scale")
 
 _STATIC: Final[tuple[Quantization, ...]] = ("fp8-static", "fp8-dynamic")
 _DYNAMIC: Final[tuple[Quantization, ...]] = ("fp8-dynamic", "fp8-static")
 _INT8: Final[tuple[Quantization, ...]] = ("int8-dynamic",)
 
 
-def read_quantization(name: str, fields: Mapping[str, Any] | None) -> OwnQuantization | None:
-    """What a configuration's `quantization_config` says; None for methods that vllmc leaves alone.
+def read_quantization(name: str, fields: Mapping[str, Any]) -> OwnQuantization | None:
+    """What a configuration's `quantization_config` says; None for methods left to Transformers.
 
     `name` is for errors. Raises `VllmcError` (`unsupported-model`) where the weights are in fp8 or
     int8 with other scales than one for each.
     """
-    match fields:
-        case {"quant_method": "fp8"}:
+    kept: tuple[str, ...]
+    match fields.get("quant_method"):
+        case "fp8":
             if fields.get("weight_block_size"):
                 raise _unsupported(name, "its weights have a scale for each block")
             modes = _STATIC if fields.get("activation_scheme") == "static" else _DYNAMIC
-            kept = (fields.get("ignored_layers"), fields.get("modules_to_not_convert"))
-        case {"quant_method": "modelopt"}:
+            kept = ("ignored_layers", "modules_to_not_convert")
+        case "modelopt":
             if fields.get("quant_algo") != "FP8":
                 raise _unsupported(name, f"quant_algo is {fields.get('quant_algo')}")
             modes = _STATIC
-            kept = (fields.get("exclude_modules"), fields.get("ignore"))
-        case {"quant_method": "compressed-tensors"}:
+            kept = ("exclude_modules", "ignore")
+        case "compressed-tensors":
             modes = _modes_of_groups(name, fields.get("config_groups"))
-            kept = (fields.get("ignore"),)
+            kept = ("ignore",)
         case _:
             return None
     return OwnQuantization(
-        modes=modes, kept=tuple(pattern for patterns in kept for pattern in patterns or ())
+        modes=modes, kept=tuple(path for field in kept for path in fields.get(field) or ())
     )
 
 
@@ -83,8 +85,7 @@ def read_scales(directory: Path) -> dict[str, Scales]:
     """
     found = {
         key: _number(key, tensor)
-        for key, tensor in _tensors(directory)
-        if key.endswith((_WEIGHT_SCALE, _INPUT_SCALE))
+        for key, tensor in _tensors(directory, lambda key: key.endswith(_SCALES))
     }
     return {
         path: Scales(weight=scale, input=found.get(path + _INPUT_SCALE))
@@ -101,9 +102,7 @@ def read_weights(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]
     """
     scales = read_scales(directory)
     weights = {}
-    for key, tensor in _tensors(directory):
-        if key.endswith((_WEIGHT_SCALE, _INPUT_SCALE, *_CACHE_SCALES)):
-            continue
+    for key, tensor in _tensors(directory, lambda key: not key.endswith(_NO_WEIGHTS)):
         path = key.removesuffix(".weight")
         if tensor.dtype in (torch.float8_e4m3fn, torch.int8):
             if path not in scales:
@@ -113,7 +112,7 @@ def read_weights(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]
     return weights
 
 
-def _tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(directory: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
     index = directory / _INDEX
     try:
         names = (
@@ -123,7 +122,7 @@ def _tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
         )
         for name in names:
             with safe_open(directory / name, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 - it is no dictionary
+                for key in filter(wanted, file.keys()):
                     yield key, file.get_tensor(key)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _bad_weights(directory.name, str(error)) from error
@@ -131,7 +130,9 @@ def _tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _number(key: str, scale: torch.Tensor) -> float:
     if scale.numel() != 1:
-        raise _bad_weights(key, f"there is one scale for each weight, and its shape is {[*scale.shape]}")
+        raise _bad_weights(
+            key, f"there is one scale for each weight, and its shape is {[*scale.shape]}"
+        )
     return float(scale.to(torch.float32))
 
 

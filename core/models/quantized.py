@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from typing import Final, TypeAlias
 
@@ -90,9 +91,9 @@ def quantize(
     """Exchanges the linears of `entry`, which `build_entry` made; its weights may be fake.
 
     `own` are the scales of a checkpoint whose weights were quantised, by the linears' paths in the
-    model, `kept` are the modules that it did not quantise, by path, or by a pattern of paths. Scales of activations are those that
-    `calibrate` comes to, else the checkpoint's own, else 1. Raises `VllmcError`
-    (`nothing-to-quantize`, `bad-weights`).
+    model, `kept` the modules that it did not quantise (see `_is_kept`). Scales of activations are
+    those that `calibrate` comes to, else the checkpoint's own, else 1. Raises `VllmcError`
+    (`nothing-to-quantize`, `bad-weights`), and what `calibrate` raises.
     """
     model = model_of(entry)
     paths = linears_to_quantize(model, kept)
@@ -106,18 +107,16 @@ def quantize(
     input_scales = {}
     if mode == "fp8-static":
         input_scales = _input_scales(entry, paths, own, calibrate)
-    for path in paths:
+    for path, places in zip(paths, _places(model, paths), strict=True):
         linear = model.get_submodule(path)
         made = _quantized(linear, _DTYPES[mode], own.get(path), input_scales.get(path))
-        # One that is held in several places stays one.
-        for place in _places(model, linear):
+        # One that is held in several places stays one. Each is let go before the next is made.
+        for place in places:
             model.set_submodule(place, made)
         del linear
 
 
-def linears_to_quantize(
-    model: torch.nn.Module, kept: Collection[str] = ()
-) -> list[str]:
+def linears_to_quantize(model: torch.nn.Module, kept: Collection[str] = ()) -> list[str]:
     """The paths of the linears of `model` that are quantised, each once.
 
     These are the modules of the classes `torch.nn.Linear` and Transformers' `Conv1D` themselves,
@@ -141,7 +140,12 @@ def linears_to_quantize(
         if type(module) not in (torch.nn.Linear, Conv1D) or module is head:
             continue
         n, k = _weight(module).shape
-        if n % _MULTIPLE == 0 and k % _MULTIPLE == 0 and n not in outputs and not _is_kept(path, kept):
+        if (
+            n % _MULTIPLE == 0
+            and k % _MULTIPLE == 0
+            and n not in outputs
+            and not _is_kept(path, kept)
+        ):
             found.append(path)
     return found
 
@@ -168,8 +172,12 @@ def _weight(linear: torch.nn.Module) -> torch.Tensor:
     return weight.t() if isinstance(linear, Conv1D) else weight
 
 
-def _places(model: torch.nn.Module, linear: torch.nn.Module) -> list[str]:
-    return [p for p, m in model.named_modules(remove_duplicate=False) if m is linear]
+def _places(model: torch.nn.Module, paths: Collection[str]) -> list[list[str]]:
+    """All the paths of each of the modules at `paths`."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules(remove_duplicate=False):
+        found[id(module)].append(path)
+    return [found[id(model.get_submodule(path))] for path in paths]
 
 
 def _require_all(paths: Collection[str], own: Mapping[str, Scales]) -> None:
@@ -192,8 +200,8 @@ def _input_scales(
     """The scale of what each linear is given: one tensor for all that are given the same."""
     model = model_of(entry)
     largest = calibrate(entry, paths) if calibrate is not None else None
-    device = _weight(model.get_submodule(paths[0])).device
-    scales = {}
+    device = next(model.parameters()).device
+    scales: dict[str, torch.Tensor] = {}
     for group in groups_by_input(entry, model, paths, device):
         if largest is not None:
             amax = max(SMALLEST_AMAX, *(largest[path] for path in group))
@@ -208,7 +216,10 @@ def _input_scales(
 
 
 def _quantized(
-    linear: torch.nn.Module, dtype: torch.dtype, own: Scales | None, input_scale: torch.Tensor | None
+    linear: torch.nn.Module,
+    dtype: torch.dtype,
+    own: Scales | None,
+    input_scale: torch.Tensor | None,
 ) -> QuantizedLinear:
     with torch.no_grad(), like_weights(linear):
         weight = _weight(linear)

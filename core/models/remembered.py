@@ -230,7 +230,9 @@ def _decode(known: dict[str, Any], directory: Path | None) -> Answer:
                 "encoder": None if encoder is None else EncoderInfo(**encoder),
                 "quantization": None
                 if quantization is None
-                else OwnQuantization(**{name: tuple(value) for name, value in quantization.items()}),
+                else OwnQuantization(
+                    **{name: tuple(value) for name, value in quantization.items()}
+                ),
                 "directory": directory,
             }
         ),

@@ -158,9 +158,8 @@ class TransformersModel(ConfiguredModel):
         directory = self._quantized_weights()
         return {} if directory is None else read_scales(directory)
 
-    def _quantization_config(self) -> Mapping[str, Any] | None:
-        found: Mapping[str, Any] | None = getattr(self._config, "quantization_config", None)
-        return found
+    def _quantization_config(self) -> Mapping[str, Any]:
+        return getattr(self._config, "quantization_config", None) or {}
 
     def _quantized_weights(self) -> Path | None:
         """The directory of weights that are quantised already, if the model has any."""

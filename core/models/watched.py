@@ -38,7 +38,7 @@ def groups_by_input(
     `entry` calls the model. It is run once on fake tensors, so that nothing is computed and real
     weights are not looked at. What is never called is in no group.
     """
-    # Kept, so that no other takes its address.
+    # Kept, so that no other tensor takes the address of one.
     seen: list[tuple[torch.Tensor, str]] = []
     declaration = declaration_of(entry)
     assert declaration is not None, f"{type(entry).__name__} is no entry"
@@ -50,12 +50,12 @@ def groups_by_input(
         watching(model, paths, lambda path, x: seen.append((x, path))),
     ):
         entry(**example_values(type(model).__name__, entry, declaration))
-    groups: list[tuple[set[int], dict[str, None]]] = []
+    groups: dict[object, list[str]] = {}
     for tensor, path in seen:
         # A linear that is called more than once joins what it is called with.
-        same = [g for g in groups if id(tensor) in g[0] or path in g[1]]
-        ids = {id(tensor)}.union(*(g[0] for g in same))
-        members = {name: None for g in same for name in g[1]} | {path: None}
-        groups = [g for g in groups if g not in same]
-        groups.append((ids, members))
-    return [list(members) for _, members in groups]
+        own = groups.setdefault(path, [path])
+        group = groups.setdefault(id(tensor), own)
+        if group is not own:
+            group += own
+            groups |= dict.fromkeys([key for key in groups if groups[key] is own], group)
+    return list({id(group): group for group in groups.values()}.values())

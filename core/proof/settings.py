@@ -14,7 +14,14 @@ import torch
 
 from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.errors import VllmcError
-from vllmc.core.spec import CompileRange, CompileSpec, DynamicShapes, LayerNames, OptionValue, Quantization
+from vllmc.core.spec import (
+    CompileRange,
+    CompileSpec,
+    DynamicShapes,
+    LayerNames,
+    OptionValue,
+    Quantization,
+)
 from vllmc.core.torch_compat import system
 from vllmc.core.torch_compat.options import OptionGroup, check_option
 
