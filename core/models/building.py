@@ -42,6 +42,10 @@ experts, in the model's dtype.
 """
 
 
+FAKE_EXPERTS_NAME = "batched_mm"
+"""The one for a run on fake tensors: `grouped_mm` has no fake for other types than bfloat16."""
+
+
 def _decoder_inputs(_: torch.nn.Module) -> dict[str, torch.Tensor]:
     ids, positions = torch.zeros(2, 1, 2, dtype=torch.int64)
     return {
@@ -159,6 +163,19 @@ def encoder_of(name: str, model: torch.nn.Module) -> EncoderInfo | None:
     if not isinstance(model, PreTrainedModel) or model.base_model is not model:
         return None
     return encoder_info(name, model.config)
+
+
+@contextmanager
+def on_fake_experts(model: torch.nn.Module) -> Iterator[None]:
+    """Within it, mixtures of experts of `model`, which `build_entry` was given, take fake tensors."""
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    model.config._experts_implementation = FAKE_EXPERTS_NAME
+    try:
+        yield
+    finally:
+        model.config._experts_implementation = EXPERTS_NAME
 
 
 _ENTRIES = (DecoderEntry, EncoderEntry, PlainEntry)

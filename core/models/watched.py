@@ -10,6 +10,7 @@ import torch
 from vllmc.core.declare.declaration import declaration_of
 from vllmc.core.declare.examples import example_values
 from vllmc.core.declare.session import plainly
+from vllmc.core.models.building import on_fake_experts
 from vllmc.core.torch_compat.fake import faking
 
 
@@ -46,6 +47,7 @@ def groups_by_input(
         torch.device(device),
         faking(entry),
         plainly(),
+        on_fake_experts(model),
         torch.no_grad(),
         watching(model, paths, lambda path, x: seen.append((x, path))),
     ):
