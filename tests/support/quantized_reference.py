@@ -6,9 +6,13 @@ Written from the definitions alone: nothing here is vllmc's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -45,7 +49,9 @@ def logits_of(model: PreTrainedModel, prompt: Sequence[int]) -> torch.Tensor:
         return model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0].double()
 
 
-def input_scales(model: PreTrainedModel, prompts: Iterable[Sequence[int]]) -> dict[str, torch.Tensor]:
+def input_scales(
+    model: PreTrainedModel, prompts: Iterable[Sequence[int]]
+) -> dict[str, torch.Tensor]:
     """The scale of what each linear is given while `model` runs `prompts`, by its path."""
     largest: dict[str, torch.Tensor] = {}
 
@@ -65,7 +71,9 @@ def input_scales(model: PreTrainedModel, prompts: Iterable[Sequence[int]]) -> di
 
 
 @contextmanager
-def quantized(model: PreTrainedModel, mode: str, scales: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def quantized(
+    model: PreTrainedModel, mode: str, scales: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
     """Within it, `model` computes as a quantised one; `scales` are those of `fp8-static`.
 
     Products are in float64, and rounded once to the dtype that the model computes in.
@@ -90,3 +98,88 @@ def quantized(model: PreTrainedModel, mode: str, scales: Mapping[str, torch.Tens
     finally:
         for linear in found.values():
             del linear.forward
+
+
+QUANTIZATION_CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    "fp8 static": {
+        "quant_method": "fp8",
+        "activation_scheme": "static",
+        "ignored_layers": ["lm_head"],
+    },
+    "fp8 dynamic": {"quant_method": "fp8", "activation_scheme": "dynamic"},
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]},
+    "compressed static": {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": 8,
+                    "type": "float",
+                    "strategy": "tensor",
+                    "symmetric": True,
+                },
+                "input_activations": {
+                    "num_bits": 8,
+                    "type": "float",
+                    "strategy": "tensor",
+                    "symmetric": True,
+                    "dynamic": False,
+                },
+            }
+        },
+    },
+    "compressed int8": {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": True},
+                "input_activations": {
+                    "num_bits": 8,
+                    "type": "int",
+                    "strategy": "token",
+                    "symmetric": True,
+                    "dynamic": True,
+                },
+            }
+        },
+    },
+}
+"""What checkpoints of each layout say of themselves."""
+
+
+def save_quantized(
+    model: PreTrainedModel,
+    directory: Path,
+    layout: str,
+    *,
+    scales: Mapping[str, torch.Tensor] | None = None,
+    kept: Sequence[str] = (),
+) -> dict[str, torch.Tensor]:
+    """Saves `model` as a checkpoint that was quantised before, and returns its tensors.
+
+    `scales` are those of what its linears are given. Weights have a scale that is none of those
+    which `scale_of` gives: it is twice as large.
+    """
+    dtype = torch.int8 if "int8" in layout else torch.float8_e4m3fn
+    tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("lm_head")}
+    for path in linears(model).keys() - set(kept):
+        weight = tensors[f"{path}.weight"]
+        scale = 2 * scale_of(weight, "int8-dynamic" if dtype is torch.int8 else "fp8-static")
+        scaled = weight.float() / scale
+        tensors[f"{path}.weight"] = (scaled.round() if dtype is torch.int8 else scaled).to(dtype)
+        tensors[f"{path}.weight_scale"] = scale
+        if scales is not None:
+            tensors[f"{path}.input_scale"] = scales[path].view(1)
+    directory.mkdir(exist_ok=True)
+    safetensors.torch.save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    fields = model.config.to_dict() | {"quantization_config": QUANTIZATION_CONFIGS[layout]}
+    (directory / "config.json").write_text(json.dumps(fields))
+    return tensors
