@@ -14,10 +14,40 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+VOCAB = 128
+PROMPTS = tuple(
+    tuple(torch.randint(3, VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist())
+    for n in (19, 5, 33)
+)
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+}
 LARGEST = {"fp8-static": 448.0, "fp8-dynamic": 448.0, "int8-dynamic": 127.0}
+
+
+def make_model(model_type: str) -> PreTrainedModel:
+    """A tiny decoder with weights that vary enough for each token to matter."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **SIZES)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise, alpha=0.3 if parameter.dim() > 1 else 0.2)
+        # Else a tied embedding makes each token its own likeliest successor.
+        model.get_input_embeddings().weight.mul_(0.2)
+    return model.eval()
 
 
 def rounded(x: torch.Tensor, scale: torch.Tensor, mode: str) -> torch.Tensor:
