@@ -26,6 +26,7 @@ _FIELDS = {
     "experts": "experts",
     "splitting-op": "splitting_ops",
     "split-kv-update": "split_kv_update",
+    "quantize": "quantize",
     "backend": "backend",
 }
 
@@ -63,6 +64,7 @@ def make(settings: Settings, request: CompileRequest) -> Job:
         experts=request.experts,
         splitting_ops=request.splitting_ops,
         split_kv_update=request.split_kv_update,
+        quantize=request.quantize,
         inductor=tuple(sorted(options["inductor"].items())),  # type: ignore[arg-type]
         functorch=tuple(sorted(options["functorch"].items())),  # type: ignore[arg-type]
         passes=request.passes,

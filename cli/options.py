@@ -31,6 +31,7 @@ from vllmc.core.spec import (
     DynamicShapes,
     ExpertsKind,
     LayerNames,
+    Quantization,
     check_ranges,
     unit_ranges,
 )
@@ -185,6 +186,14 @@ class CompileFlags:
             rich_help_panel=SHAPING_PANEL,
         ),
     ] = None
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(get_args(Quantization)),
+            help="Quantise the model's linears: weights, and what they are given.",
+            rich_help_panel=SHAPING_PANEL,
+        ),
+    ] = None
     option: Annotated[
         list[str] | None,
         typer.Option(
@@ -275,8 +284,9 @@ class CompileRequest:
 
     `device` and `dtype` may still be `auto`, and `options` are neither looked up nor typed. The
     order of ranges and sizes means nothing, so they are sorted. `layers` is None where the
-    model's own number holds. `origins` maps an option's name (`compile-range`) to where its
-    value came from, and `pass NAME` that of a pass; each of `options` has its own.
+    model's own number holds, `quantize` where nothing is quantised. `origins` maps an option's name
+    (`compile-range`) to where its value came from, and `pass NAME` that of a pass; each of
+    `options` has its own.
     """
 
     model: str
@@ -290,6 +300,7 @@ class CompileRequest:
     experts: ExpertsKind
     splitting_ops: tuple[str, ...]
     split_kv_update: bool
+    quantize: Quantization | None
     options: tuple[RawOption, ...]
     passes: tuple[PassChoice, ...]
     backend: str
@@ -318,6 +329,7 @@ def compile_request(
     passes = _passes(given("pass", flags.add_pass), given("no-pass", flags.no_pass), origins)
     experts = given("experts", flags.experts, "fused")
     split = None if flags.split_kv_update is None else str(flags.split_kv_update).lower()
+    modes = given("quantize", flags.quantize)
     request = CompileRequest(
         model=model or DEFAULT_PRESET,
         layers=layers[0] if layers else None,
@@ -330,6 +342,7 @@ def compile_request(
         experts=choice("experts", experts, get_args(ExpertsKind)),
         splitting_ops=tuple(dict.fromkeys(_located(ops, _op_name))),
         split_kv_update=_truth("split-kv-update", given("split-kv-update", split, "false")),
+        quantize=choice("quantize", modes, get_args(Quantization)) if modes.values else None,
         options=_merge(settings.raw_options, flags.option or ()),
         passes=passes,
         backend=choice("backend", given("backend", flags.backend, "inductor"), BACKENDS),

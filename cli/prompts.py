@@ -66,21 +66,34 @@ class PromptFlags:
             if size < 1:
                 raise UsageError("bad-value", f"a batch of {size} prompts", hint="--batch-size 1")
         texts = self.prompt or []
-        if texts and tokenizer is None:
-            raise VllmcError(
-                "no-tokenizer",
-                "the model has no tokenizer for the text of --prompt",
-                hint="give prompts as token ids: --prompt-ids 1,2,3",
-            )
         numbers = self.prompt_ids or ([] if texts else [DEFAULT_PROMPT])
         return Prompts(
             names=(*texts, *numbers),
-            ids=(
-                *(list(tokenizer(text).input_ids) for text in texts if tokenizer),
-                *map(_ids, numbers),
-            ),
+            ids=tokenized(texts, numbers, tokenizer, "--prompt"),
             batch_sizes=tuple(self.batch_size or ()),
         )
+
+
+def tokenized(
+    texts: Sequence[str],
+    numbers: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    flag: str,
+) -> tuple[Sequence[int], ...]:
+    """The token ids of `texts`, then those written in `numbers`; `flag` takes the texts.
+
+    Raises `UsageError` (`bad-value`), `VllmcError` (`no-tokenizer`).
+    """
+    if texts and tokenizer is None:
+        raise VllmcError(
+            "no-tokenizer",
+            f"the model has no tokenizer for the text of {flag}",
+            hint=f"give prompts as token ids: {flag}-ids 1,2,3",
+        )
+    return (
+        *(list(tokenizer(text).input_ids) for text in texts if tokenizer),
+        *(_ids(text, flag) for text in numbers),
+    )
 
 
 def load_tokenizer(directory: Path | None) -> PreTrainedTokenizerBase | None:
@@ -101,12 +114,12 @@ def load_tokenizer(directory: Path | None) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
-def _ids(text: str) -> list[int]:
+def _ids(text: str, flag: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(
             "bad-value",
             f"'{text}' is no list of token ids",
-            hint="separate them by commas: --prompt-ids 1,2,3",
+            hint=f"separate them by commas: {flag}-ids 1,2,3",
         ) from None

@@ -10,6 +10,7 @@ import typer
 
 from vllmc.cli import job as jobs
 from vllmc.cli import report
+from vllmc.cli.calibration import Calibration, CalibrationFlags
 from vllmc.cli.embed import EmbeddingFlags, embed
 from vllmc.cli.options import (
     CommonFlags,
@@ -111,6 +112,7 @@ def run(
     prompting: PromptFlags,
     generation: GenerationFlags,
     embedding: EmbeddingFlags,
+    calibrating: CalibrationFlags,
     workers: WorkerFlags,
     common: CommonFlags,
     model: Annotated[
@@ -147,6 +149,10 @@ def run(
     than the last compile range are computed in parts; an encoder (--embed) runs them whole, and
     its last compile range has no end. --fail-on-miss is decided before anything is compiled.
 
+    With --quantize fp8-static the scales of activations are those of the checkpoint, where it was
+    quantised so, else they come from a run of the --calibrate prompts before the model is
+    quantised. They change no key: what was compiled under others is found again.
+
     A program runs without guards. With --guards check, what capture assumed is evaluated before
     each step: guards on sizes that do not follow from the compile ranges, and, of a model that
     Python code makes (module:attribute), the Python values that it read. What fails is reported
@@ -170,6 +176,7 @@ def run(
     job = jobs.make(settings, compile_request(settings, compilation, model))
     if not job.model.runs_in_engine:
         raise _declared(job.label)
+    calibrating.check(job.spec)
 
     from vllmc.core.obtain import Policy
     from vllmc.core.pipeline import obtain_program
@@ -189,8 +196,15 @@ def run(
         vocab_size=limits.vocab_size,
         max_position=limits.max_position,
     )
+    calibration = Calibration(prompts=calibrating.read(tokenizer), limits=limits)
+    check_prompts(
+        calibration.prompts,
+        1 if pooling is None else 0,
+        vocab_size=limits.vocab_size,
+        max_position=limits.max_position,
+    )
     with output.progress() as observer:
-        entry = _Entry(job, observer)
+        entry = _Entry(job, calibration, observer)
         with workers.pool(settings, [job.spec]) as pool:
             ready = obtain_program(
                 job,
@@ -250,23 +264,32 @@ def _limits(job: Job) -> Limits:
 class _Entry:
     """The model with its weights, built once; `seconds` is what that took."""
 
-    def __init__(self, job: Job, observer: Observer) -> None:
+    def __init__(self, job: Job, calibration: Calibration, observer: Observer) -> None:
         self._job = job
+        self._calibration = calibration
         self._observer = observer
         self._entry: torch.nn.Module | None = None
         self.seconds = 0.0
 
     def build(self, record: ProgramRecord) -> torch.nn.Module:
-        """The entry module. Raises what `Model.build` does, and `not-enough-memory`."""
+        """The entry module.
+
+        Raises what `build_model` does, what calibrating does, and `not-enough-memory`.
+        """
+        import torch
+
         from vllmc.core.graph.layout import Layout
+        from vllmc.core.models.built import build_model
         from vllmc.core.runtime.memory import require_memory
 
         if self._entry is None:
             self._observer.stage("load")
-            spec = self._job.spec
-            require_memory(Layout.from_json(record.program), spec.device)
+            job = self._job
+            layout = Layout.from_json(record.program)
+            require_memory(layout, job.spec.device, getattr(torch, job.spec.dtype))
             started = time.perf_counter()
-            self._entry = self._job.model.build("real", self._job.spec)
+            calibrate = self._calibration.of(job, layout, self._observer)
+            self._entry = build_model(job.model, job.spec, "real", calibrate)
             self.seconds = time.perf_counter() - started
         return self._entry
 

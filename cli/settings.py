@@ -58,6 +58,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="pass", repeatable=True),
     Option(name="no-pass", repeatable=True),
     Option(name="split-kv-update", kind="truth"),
+    Option(name="quantize"),
     Option(name="layers", kind="integer"),
     Option(name="backend"),
     Option(name="jobs", kind="integer"),

@@ -12,6 +12,7 @@ import torch
 
 from vllmc.core.cache.factors import program_factors, unit_factors
 from vllmc.core.cache.key import Factor, JsonValue, key_of
+from vllmc.core.models.built import build_model
 from vllmc.core.models.guarded import read_guarded
 from vllmc.core.models.model import Model
 from vllmc.core.spec import CompileSpec
@@ -54,8 +55,7 @@ class Job:
         """
         if not expressions or not self.model.made_by_code:
             return {}
-        entry = self.model.build("fake", self.spec)
-        return read_guarded(expressions, entry)
+        return read_guarded(expressions, build_model(self.model, self.spec))
 
 
 def make_job(

@@ -24,6 +24,7 @@ from vllmc.core.graph.layout import Layout
 from vllmc.core.graph.passes.report import PassReport, totals
 from vllmc.core.job import Job
 from vllmc.core.layer_names import LayerNameCost, cost_of
+from vllmc.core.models.built import build_model
 from vllmc.core.models.model import Weights
 from vllmc.core.obtain import Policy, Reader, UnitResult, Wanted, find, label_of
 from vllmc.core.prediction import ANY_RANGE, Found, Meanwhile, Miss, explain_miss
@@ -138,16 +139,14 @@ def open_program(ready: Ready, entry: torch.nn.Module, guards: Guards | None = N
 def capture_model(job: Job, weights: Weights = "fake") -> Capture:
     """Builds and captures the job's model, and runs the passes over the graph that work there.
 
-    Runs under the configuration in force. Raises what `Model.build` and `capture` raise.
+    Runs under the configuration in force. Raises what `build_model` and `capture` raise.
     """
     # What only a miss needs is imported on a miss: Dynamo, Inductor and sympy take a second.
     from vllmc.core.graph.capture import capture
     from vllmc.core.graph.passes.manager import passes_at, run_passes
 
-    spec = job.spec
-    entry = job.model.build(weights, job.spec)
-    captured = capture(job.model, entry, spec)
-    passes = run_passes(captured.graph, passes_at("captured", spec.passes))
+    captured = capture(job.model, build_model(job.model, job.spec, weights), job.spec)
+    passes = run_passes(captured.graph, passes_at("captured", job.spec.passes))
     return replace(captured, passes=passes)
 
 

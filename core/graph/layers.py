@@ -72,9 +72,20 @@ def _lists(entry: torch.nn.Module) -> Iterator[tuple[str, dict[str, torch.nn.Mod
         if not isinstance(module, torch.nn.ModuleList) or path.startswith(done):
             continue
         done = (*done, f"{path}.")
-        # Of what is found in two places Dynamo names one only.
-        if all(times[id(held)] == 1 for held in _held(module)):
-            yield path, dict(module.named_children())
+        # Of what is found in two places Dynamo names one only. In layers of one form that is the
+        # same place below each, as long as no tensor is that of another layer too.
+        members = dict(module.named_children())
+        if all(_is_whole(member, times) for member in members.values()):
+            yield path, members
+
+
+def _is_whole(layer: torch.nn.Module, times: Mapping[int, int]) -> bool:
+    """Whether all that a layer holds is held by it alone, and each module of it once."""
+    own = Counter(map(id, _held(layer)))
+    modules = [id(module) for module in layer.modules()]
+    return all(times[held] == count for held, count in own.items()) and all(
+        own[module] <= 1 for module in modules
+    )
 
 
 def _held(module: torch.nn.Module) -> Iterator[object]:
@@ -110,7 +121,7 @@ def _values(layer: torch.nn.Module) -> Iterator[tuple[Hashable, Hashable]]:
 
 
 def _form(layer: torch.nn.Module) -> Hashable:
-    """The classes of a layer's modules, and the form of its tensors.
+    """The classes of a layer's modules, and the form of its tensors; of one held twice also where.
 
     Where a layer has hooks, or a module of it a method of its own, it is like no other.
     """
@@ -118,11 +129,15 @@ def _form(layer: torch.nn.Module) -> Hashable:
     own = (*HOOKS, "forward", "named_parameters", "named_buffers")
     if any(vars(module).get(name) for module in modules.values() for name in own):
         return id(layer)
+    places: dict[int, tuple[str, str]] = {}
     return tuple(
         (
             path,
             type(module),
-            *((n, look(t)) for n, t in (module._parameters | module._buffers).items()),
+            *(
+                (n, look(t), None if t is None else places.setdefault(id(t), (path, n)))
+                for n, t in (module._parameters | module._buffers).items()
+            ),
         )
         for path, module in modules.items()
     )

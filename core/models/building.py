@@ -6,6 +6,7 @@ import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +24,16 @@ from vllmc.core.models.attention import (
     attach_layer_names,
     register_attention,
 )
+from vllmc.core.models.checkpoint import read_weights
 from vllmc.core.models.encoders import encoder_info
 from vllmc.core.models.errors import unsupported_model
 from vllmc.core.models.experts import EXPERTS_NAME, attach_expert_names, register_experts
 from vllmc.core.models.model import EncoderInfo, Weights
 from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat.fake import fake_weights
+
+FAKE_EXPERTS_NAME = "batched_mm"
+"""The one for a run on fake tensors: `grouped_mm` has no fake for other types than bfloat16."""
 
 
 def _decoder_inputs(_: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -158,6 +163,20 @@ def encoder_of(name: str, model: torch.nn.Module) -> EncoderInfo | None:
     return encoder_info(name, model.config)
 
 
+@contextmanager
+def on_fake_experts(model: torch.nn.Module) -> Iterator[None]:
+    """Within it, mixtures of experts of `model`, as `build_entry` left it, take fake tensors."""
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    before = model.config._experts_implementation
+    model.config._experts_implementation = FAKE_EXPERTS_NAME
+    try:
+        yield
+    finally:
+        model.config._experts_implementation = before
+
+
 _ENTRIES = (DecoderEntry, EncoderEntry, PlainEntry)
 
 
@@ -249,6 +268,23 @@ def load_weights(
         )
     loaded: torch.nn.Module = model
     return loaded
+
+
+def load_dequantized(
+    name: str, config: PretrainedConfig, directory: Path, dtype: str
+) -> torch.nn.Module:
+    """As `load_weights`, of a directory whose weights are quantised, brought to `dtype`.
+
+    Raises `VllmcError` (`bad-weights`).
+    """
+    auto, options = _auto_class(name, config)
+    made = auto._model_mapping[type(config)]
+    to = getattr(torch, dtype)
+    with _MAKING, _no_progress_bar():
+        model: torch.nn.Module = made.from_pretrained(
+            None, config=config, state_dict=read_weights(directory, to), dtype=to, **options
+        )
+    return model
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 from vllmc.core.cache.redaction import scrub
+from vllmc.core.errors import VllmcError
 from vllmc.core.models.model import ModelInfo
 from vllmc.core.spec import CompileSpec, open_ended
 
@@ -43,6 +44,16 @@ class ConfiguredModel(ABC):
 
     def adapt(self, spec: CompileSpec) -> CompileSpec:
         """See `Model.adapt`."""
+        own = self.info.quantization
+        if own is not None and spec.quantize not in own.modes:
+            asked = "as they are" if spec.quantize is None else f"with {spec.quantize}"
+            raise VllmcError(
+                "quantized-weights",
+                f"the weights of {self.name} were quantised for {own.modes[0]}, and it cannot be "
+                f"run {asked}",
+                context={"quantize": spec.quantize, "possible": own.modes},
+                hint=f"--quantize {own.modes[0]}",
+            )
         return open_ended(spec) if self.info.encoder is not None else spec
 
     def call(self, entry: torch.nn.Module) -> Call:

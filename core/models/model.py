@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 import torch
 
 from vllmc.core.cache.key import Factor
-from vllmc.core.spec import CompileSpec
+from vllmc.core.spec import CompileSpec, Quantization
 
 if TYPE_CHECKING:  # importing it takes Dynamo and sympy, which a hit does without
     from vllmc.core.declare.calls import Call
@@ -44,6 +44,26 @@ class EncoderInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OwnQuantization:
+    """How the weights of a checkpoint were quantised.
+
+    `modes` are those that they can be run in, the one that they were made for first. `kept` are
+    the modules that were left as they were, as the checkpoint names them.
+    """
+
+    modes: tuple[Quantization, ...]
+    kept: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scales:
+    """The scales that a checkpoint has of a linear; `input` is None where it has none of that."""
+
+    weight: float
+    input: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """Facts for the engine.
 
@@ -51,7 +71,8 @@ class ModelInfo:
     `layer_types` and `sliding_window` (tokens, with the token itself) what the configuration says
     of their windows, `max_position` the longest sequence in tokens, `directory` where its tokenizer
     would be. `device` is where its weights are, of a model that is there already. `encoder` is set
-    where every token attends to the whole of its sequence.
+    where every token attends to the whole of its sequence, `quantization` where its weights are
+    quantised already.
     """
 
     dtype: str
@@ -64,6 +85,7 @@ class ModelInfo:
     directory: Path | None = None
     device: str | None = None
     encoder: EncoderInfo | None = None
+    quantization: OwnQuantization | None = None
 
 
 class Model(Protocol):
@@ -92,7 +114,11 @@ class Model(Protocol):
         """
 
     def adapt(self, spec: CompileSpec) -> CompileSpec:
-        """The spec by which it can be compiled: an encoder's last range has no end."""
+        """The spec by which it can be compiled: an encoder's last range has no end.
+
+        Raises `VllmcError` (`cannot-quantize`, `quantized-weights`) where `spec.quantize` is
+        nothing for the model, or for its weights.
+        """
 
     def call(self, entry: torch.nn.Module) -> Call:
         """The call of `entry`, which `build` made, that is captured."""
@@ -103,5 +129,11 @@ class Model(Protocol):
         For the engine: `forward(input_ids, position_ids, logits_indices) -> logits`, `[1, T]`,
         `[1, T]`, `[B]` (all int64) to `[B, vocab]`; of an encoder `forward(input_ids,
         position_ids)`, to hidden states `[T, H]`. Real weights are random ones, drawn from `seed`,
-        where the model has none of its own.
+        where the model has none of its own, and quantised ones are brought to `dtype`.
+        """
+
+    def own_scales(self) -> Mapping[str, Scales]:
+        """The scales of its checkpoint, by the paths of the linears that were quantised.
+
+        Empty where none were. Raises `VllmcError` (`bad-weights`).
         """

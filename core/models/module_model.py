@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,7 @@ from vllmc.core.models.building import build_entry, encoder_of, weights_of
 from vllmc.core.models.described import class_digest, describe
 from vllmc.core.models.encoders import limits
 from vllmc.core.models.guarded import HOOKS
-from vllmc.core.models.model import ModelInfo, Weights
+from vllmc.core.models.model import ModelInfo, Scales, Weights
 from vllmc.core.spec import CompileSpec, open_ended
 from vllmc.core.torch_compat.config_values import stable
 from vllmc.core.torch_compat.forward import EXCHANGED
@@ -111,6 +111,8 @@ class ModuleModel:
 
     def adapt(self, spec: CompileSpec) -> CompileSpec:
         """See `Model.adapt`."""
+        if spec.quantize is not None:
+            self._require_quantizable()
         if self.runs_in_engine:
             return open_ended(spec) if self.info.encoder is not None else spec
         if self._declaration().is_encoder:
@@ -119,6 +121,16 @@ class ModuleModel:
         if call.sizes and call.sizes[0] in call.unbacked:
             spec = replace(spec, dynamic_shapes="unbacked")
         return spec
+
+    def _require_quantizable(self) -> None:
+        """Refuses what is called in a way of its own, and what would be changed for its owner."""
+        if not self.runs_in_engine:
+            cause, hint = "it declares its own arguments", "quantise it in its own code"
+        elif isinstance(self._make, torch.nn.Module):
+            cause, hint = "it is there already, and is not changed", "give a factory that makes it"
+        else:
+            return
+        raise VllmcError("cannot-quantize", f"{self.name} is not quantised: {cause}", hint=hint)
 
     def call(self, entry: torch.nn.Module) -> Call:
         """See `Model.call`."""
@@ -147,6 +159,10 @@ class ModuleModel:
         """See `Model.build`."""
         dtype = getattr(torch, spec.dtype)
         return build_entry(self._instantiate(weights, spec.device, dtype, seed=seed), spec)
+
+    def own_scales(self) -> Mapping[str, Scales]:
+        """See `Model.own_scales`: none."""
+        return {}
 
     def _instantiate(
         self, weights: Weights, device: str, dtype: torch.dtype | None, *, seed: int

@@ -14,7 +14,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -27,10 +27,17 @@ from vllmc.core.cache.record import NO_DIGEST, SourceFile
 from vllmc.core.cache.sources import collect, verify
 from vllmc.core.errors import VllmcError
 from vllmc.core.models.configured import ConfiguredModel
-from vllmc.core.models.model import EncoderInfo, Model, ModelInfo, Weights
+from vllmc.core.models.model import (
+    EncoderInfo,
+    Model,
+    ModelInfo,
+    OwnQuantization,
+    Scales,
+    Weights,
+)
 from vllmc.core.spec import CompileSpec
 
-_FORM: Final = 1
+_FORM: Final = 2
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _ELSEWHERE: Final = frozenset({"auto_map", "configuration_files"})
 """The fields by which a config.json names other files."""
@@ -138,6 +145,13 @@ class RememberedModel(ConfiguredModel):
 
     def build(self, weights: Weights, spec: CompileSpec, *, seed: int = 0) -> torch.nn.Module:
         """See `Model.build`. Raises `VllmcError` (`model-changed`) if it is another by now."""
+        return self._loaded().build(weights, spec, seed=seed)
+
+    def own_scales(self) -> Mapping[str, Scales]:
+        """See `Model.own_scales`. Raises `VllmcError` (`model-changed`) as `build` does."""
+        return self._loaded().own_scales()
+
+    def _loaded(self) -> Model:
         model = self._load()
         if (model.info, key_of(model.factors())) != (self.info, key_of(self.factors())):
             raise VllmcError(
@@ -145,7 +159,7 @@ class RememberedModel(ConfiguredModel):
                 f"the model '{self.name}' is no longer what its key was made of",
                 hint="its configuration or Transformers was replaced meanwhile: run it again",
             )
-        return model.build(weights, spec, seed=seed)
+        return model
 
 
 def _answered(ask: Ask, load: Callable[[], Model], cache: Path) -> Model:
@@ -202,7 +216,7 @@ def _encode(answer: Answer, since: float) -> str | None:
 
 def _decode(known: dict[str, Any], directory: Path | None) -> Answer:
     info = known["info"]
-    encoder = info["encoder"]
+    encoder, quantization = info["encoder"], info["quantization"]
     return Answer(
         info=ModelInfo(
             **info
@@ -210,6 +224,11 @@ def _decode(known: dict[str, Any], directory: Path | None) -> Answer:
                 "layer_types": tuple(info["layer_types"]),
                 "stop_token_ids": tuple(info["stop_token_ids"]),
                 "encoder": None if encoder is None else EncoderInfo(**encoder),
+                "quantization": None
+                if quantization is None
+                else OwnQuantization(
+                    **{name: tuple(value) for name, value in quantization.items()}
+                ),
                 "directory": directory,
             }
         ),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, AutoConfig
@@ -15,11 +16,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, Au
 from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.cache.redaction import redact
 from vllmc.core.errors import VllmcError
+from vllmc.core.models.checkpoint import read_quantization, read_scales
 from vllmc.core.models.config_classes import import_validators
 from vllmc.core.models.configured import ConfiguredModel
 from vllmc.core.models.encoders import encoder_info, limits
 from vllmc.core.models.errors import unsupported_model
-from vllmc.core.models.model import ModelInfo, Weights
+from vllmc.core.models.model import ModelInfo, Scales, Weights
 from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat.config_values import stable
 
@@ -97,6 +99,7 @@ class TransformersModel(ConfiguredModel):
             stop_token_ids=self._stop_token_ids(),
             directory=self._source.directory,
             encoder=encoder,
+            quantization=read_quantization(self._name, self._quantization_config()),
         )
 
     def factors(self) -> tuple[Factor, ...]:
@@ -127,10 +130,21 @@ class TransformersModel(ConfiguredModel):
     def build(self, weights: Weights, spec: CompileSpec, *, seed: int = 0) -> torch.nn.Module:
         """See `Model.build`. Raises `VllmcError` (`bad-weights`, `unsupported-model`)."""
         # Transformers' modeling code takes two seconds to import, which a prediction does without.
-        from vllmc.core.models.building import build_entry, initialize, load_weights
+        from vllmc.core.models.building import (
+            build_entry,
+            initialize,
+            load_dequantized,
+            load_weights,
+        )
 
         config = type(self._config).from_dict(self._config.to_dict())
-        if weights == "real" and (source := self._weights_source()) is not None:
+        if self.info.quantization is not None:
+            # Transformers would quantise the model in its own way.
+            del config.quantization_config
+        if weights == "real" and (directory := self._quantized_weights()) is not None:
+            model = load_dequantized(self._name, config, directory, spec.dtype)
+            model = model.to(spec.device)
+        elif weights == "real" and (source := self._weights_source()) is not None:
             revision = self._source.revision
             model = load_weights(self._name, config, source, revision, spec.dtype)
             model = model.to(spec.device)
@@ -139,6 +153,27 @@ class TransformersModel(ConfiguredModel):
                 self._name, config, weights, device=spec.device, dtype=spec.dtype, seed=seed
             )
         return build_entry(model, spec)
+
+    def own_scales(self) -> Mapping[str, Scales]:
+        """See `Model.own_scales`."""
+        directory = self._quantized_weights()
+        return {} if directory is None else read_scales(directory)
+
+    def _quantization_config(self) -> Mapping[str, Any]:
+        return getattr(self._config, "quantization_config", None) or {}
+
+    def _quantized_weights(self) -> Path | None:
+        """The directory of weights that are quantised already, if the model has any."""
+        source = None if self.info.quantization is None else self._weights_source()
+        if source is None or self._source.hub_id is None:
+            return None if source is None else Path(source)
+        return Path(
+            snapshot_download(
+                source,
+                revision=self._source.revision,
+                allow_patterns=["*.safetensors", "*.safetensors.index.json"],
+            )
+        )
 
     def _weights_source(self) -> str | None:
         """The directory or hub id that the weights come from, if the model has any."""

@@ -23,6 +23,7 @@ from vllmc.core.spec import (
     ExpertsKind,
     LayerNames,
     OptionValue,
+    Quantization,
 )
 from vllmc.core.torch_compat import system
 from vllmc.core.torch_compat.options import OptionGroup, check_option
@@ -109,6 +110,8 @@ def _read_field(name: str, value: JsonValue) -> Any:
         case ("experts", str()) if value in get_args(ExpertsKind):
             return value
         case ("split_kv_update", bool()):
+            return value
+        case ("quantize", None | str()) if value in (None, *get_args(Quantization)):
             return value
         case ("dtype", str()) if isinstance(getattr(torch, value, None), torch.dtype):
             return value

@@ -9,17 +9,25 @@ import torch
 
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.layout import Layout
+from vllmc.kernels.quant import LARGEST
 
 _MEMINFO = Path("/proc/meminfo")
 
 
-def weight_bytes(layout: Layout) -> int:
-    """What the tensors that the program binds take, in bytes; each counted once."""
+def weight_bytes(layout: Layout, dtype: torch.dtype) -> int:
+    """What the tensors that the program binds take while they are made, in bytes.
+
+    Each counts once, a quantised weight as the one in `dtype` that it is made of.
+    """
     return sum(
-        math.prod(given.shape) * getattr(torch, given.dtype).itemsize
+        math.prod(given.shape) * _itemsize(getattr(torch, given.dtype), dtype)
         for given in (*layout.inputs, *(t for site in layout.experts for t in site.tensors))
         if given.kind == "attribute"
     )
+
+
+def _itemsize(dtype: torch.dtype, made_of: torch.dtype) -> int:
+    return made_of.itemsize if dtype in LARGEST else dtype.itemsize
 
 
 def free_bytes(device: str) -> int | None:
@@ -34,9 +42,12 @@ def free_bytes(device: str) -> int | None:
     return int(found.split()[1]) * 1024 if found else None
 
 
-def require_memory(layout: Layout, device: str) -> None:
-    """Raises `VllmcError` (`not-enough-memory`) where the weights alone do not fit."""
-    needed, free = weight_bytes(layout), free_bytes(device)
+def require_memory(layout: Layout, device: str, dtype: torch.dtype) -> None:
+    """Raises `VllmcError` (`not-enough-memory`) where the weights of a model in `dtype` do not fit.
+
+    All of them are there before the first is quantised.
+    """
+    needed, free = weight_bytes(layout, dtype), free_bytes(device)
     if free is not None and needed > free:
         raise VllmcError(
             "not-enough-memory",

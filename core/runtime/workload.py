@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
 from vllmc.core.diagnose.live import watch_recompiles
 from vllmc.core.diagnose.recompiles import Recompile
-from vllmc.core.runtime.engine import Engine, EngineConfig, Output, Timings
+from vllmc.core.graph.layout import AttentionSite
+from vllmc.core.runtime.engine import Engine, EngineConfig, Output, Step, Timings
 from vllmc.core.runtime.program import Program
 from vllmc.core.runtime.sampler import SamplingParams
+from vllmc.core.spec import CompileRange
+from vllmc.kernels.experts import Experts
 from vllmc.kernels.kv_cache import KVCacheSpec, blocks_needed
 
 BLOCK_SIZE = 16
@@ -52,7 +56,16 @@ def run_workload(
     Raises what `Engine.generate` raises.
     """
     batches = [repeat(prompts, size) for size in batch_sizes] or [list(prompts)]
-    engine = _engine(program, batches, params, limits)
+    engine = make_engine(
+        program,
+        program.layout.attention,
+        batches,
+        params,
+        limits,
+        max_tokens=program.max_tokens,
+        token_counts=program.ranges,
+        experts=program.experts,
+    )
     started = time.perf_counter()
     with watch_recompiles() as report:
         results = [engine.generate(batch, params) for batch in batches]
@@ -69,18 +82,28 @@ def repeat(prompts: Sequence[Sequence[int]], size: int) -> list[Sequence[int]]:
     return list(itertools.islice(itertools.cycle(prompts), size))
 
 
-def _engine(
-    program: Program,
+def make_engine(
+    step: Step,
+    attention: Sequence[AttentionSite],
     batches: Sequence[Sequence[Sequence[int]]],
     params: SamplingParams,
     limits: Limits,
+    *,
+    max_tokens: int,
+    token_counts: tuple[CompileRange, ...] = (),
+    experts: Mapping[str, Experts] = MappingProxyType({}),
 ) -> Engine:
+    """An engine for `step`, with caches that are large enough for each of `batches`.
+
+    `max_tokens` and `token_counts` are what a step may hold, as in `EngineConfig`; `experts` are
+    those of its mixtures, as in `Engine`.
+    """
     needed = max(
         sum(blocks_needed(len(p) + params.max_new_tokens, BLOCK_SIZE) for p in batch)
         for batch in batches
     )
     return Engine(
-        program,
+        step,
         [
             KVCacheSpec(
                 layer_name=site.layer,
@@ -88,17 +111,17 @@ def _engine(
                 key_size=site.key_size,
                 value_size=site.value_size,
             )
-            for site in program.layout.attention
+            for site in attention
         ],
         EngineConfig(
             vocab_size=limits.vocab_size,
             max_position=limits.max_position,
-            max_tokens_per_step=program.max_tokens,
-            token_counts=program.ranges,
+            max_tokens_per_step=max_tokens,
+            token_counts=token_counts,
             num_blocks=max(needed, 1),
             block_size=BLOCK_SIZE,
             dtype=limits.dtype,
             device=limits.device,
         ),
-        program.experts,
+        experts,
     )

@@ -25,6 +25,14 @@ def like_weights(module: torch.nn.Module) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def faking(module: torch.nn.Module) -> Iterator[None]:
+    """Within it, tensors made are fake, and `module` takes them, be its own fake or not."""
+    mode = next((p.fake_mode for p in module.parameters() if isinstance(p, FakeTensor)), None)
+    with mode or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+        yield
+
+
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether `tensor` has no storage."""
     return isinstance(tensor, FakeTensor)

@@ -12,6 +12,7 @@ from vllmc.core.errors import VllmcError
 from vllmc.core.graph import capture, repeats
 from vllmc.core.graph.plan import Plan, make_plan
 from vllmc.core.job import resolve_spec
+from vllmc.core.models.built import build_model
 from vllmc.core.models.model import Model
 from vllmc.core.models.resolve import resolve
 from vllmc.core.spec import CompileSpec
@@ -62,7 +63,7 @@ def _plan(model: Model, changes: Mapping[str, Any]) -> tuple[Plan, int]:
 
 
 def _build(model: Model, spec: CompileSpec) -> Any:
-    return model.build("fake", spec)
+    return build_model(model, spec)
 
 
 def _spec_of(model: Model) -> CompileSpec:

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.layout import ExpertsSite, GraphInput, Layout
 from vllmc.core.runtime.memory import free_bytes, require_memory, weight_bytes
 
 
-def weights_of(*rows: int) -> tuple[GraphInput, ...]:
+def weights_of(*rows: int, dtype: str = "float16") -> tuple[GraphInput, ...]:
     return tuple(
-        GraphInput(kind="attribute", name=f"w{i}", dtype="float16", shape=(n, 8), stride=(8, 1))
+        GraphInput(kind="attribute", name=f"w{i}", dtype=dtype, shape=(n, 8), stride=(8, 1))
         for i, n in enumerate(rows)
     )
 
@@ -29,7 +30,12 @@ def layout(*rows: int, experts: int = 0) -> Layout:
 
 
 def test_weights_are_counted_in_bytes_of_their_dtype() -> None:
-    assert weight_bytes(layout(3, 5)) == (3 + 5) * 8 * 2
+    assert weight_bytes(layout(3, 5), torch.float32) == (3 + 5) * 8 * 2
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+def test_a_quantised_weight_counts_as_the_one_that_it_is_made_of(dtype: str) -> None:
+    assert weight_bytes(layout(3, dtype=dtype), torch.bfloat16) == 3 * 8 * 2
 
 
 def test_weights_of_experts_are_counted_though_no_input_of_the_graph() -> None:
@@ -37,9 +43,9 @@ def test_weights_of_experts_are_counted_though_no_input_of_the_graph() -> None:
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_allocated() -> None:
-    require_memory(layout(4), "cpu")
+    require_memory(layout(4), "cpu", torch.float16)
     with pytest.raises(VllmcError) as caught:
-        require_memory(layout(2**56), "cpu")
+        require_memory(layout(2**56), "cpu", torch.float16)
     assert caught.value.code == "not-enough-memory"
     assert caught.value.context["needed_bytes"] == 2**60
     assert caught.value.context["free_bytes"] == pytest.approx(free_bytes("cpu"), rel=0.5)

@@ -1,0 +1,153 @@
+"""Checkpoints whose weights are quantised already: what they say of it, their weights and scales.
+
+Read are those with one scale for each weight, in any of three layouts that differ in their
+`quantization_config` alone: AutoFP8's (`fp8`), that of compressed-tensors, and ModelOpt's. In all
+of them a linear has the tensors `weight` (fp8 or int8), `weight_scale`, and where the scales of
+activations are fixed `input_scale`; a quantised tensor q stands for `scale * q`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from vllmc.core.errors import VllmcError
+from vllmc.core.models.errors import unsupported_model
+from vllmc.core.models.model import OwnQuantization, Scales
+from vllmc.core.spec import Quantization
+
+_INDEX: Final = "model.safetensors.index.json"
+_WEIGHT_SCALE: Final = ".weight_scale"
+_INPUT_SCALE: Final = ".input_scale"
+_SCALES: Final = (_WEIGHT_SCALE, _INPUT_SCALE)
+# Some are of the keys and values in a cache, which is not quantised here.
+_NO_WEIGHTS: Final = (*_SCALES, ".k_scale", ".v_scale", ".kv_scale")
+
+_STATIC: Final[tuple[Quantization, ...]] = ("fp8-static", "fp8-dynamic")
+_DYNAMIC: Final[tuple[Quantization, ...]] = ("fp8-dynamic", "fp8-static")
+_INT8: Final[tuple[Quantization, ...]] = ("int8-dynamic",)
+
+
+def read_quantization(name: str, fields: Mapping[str, Any]) -> OwnQuantization | None:
+    """What a configuration's `quantization_config` says; None for methods left to Transformers.
+
+    `name` is for errors. Raises `VllmcError` (`unsupported-model`) where the weights are in fp8 or
+    int8 with other scales than one for each.
+    """
+    kept: tuple[str, ...]
+    match fields.get("quant_method"):
+        case "fp8":
+            if fields.get("weight_block_size"):
+                raise _unsupported(name, "its weights have a scale for each block")
+            modes = _STATIC if fields.get("activation_scheme") == "static" else _DYNAMIC
+            kept = ("ignored_layers", "modules_to_not_convert")
+        case "modelopt":
+            if fields.get("quant_algo") != "FP8":
+                raise _unsupported(name, f"quant_algo is {fields.get('quant_algo')}")
+            modes = _STATIC
+            kept = ("exclude_modules", "ignore")
+        case "compressed-tensors":
+            modes = _modes_of_groups(name, fields.get("config_groups"))
+            kept = ("ignore",)
+        case _:
+            return None
+    return OwnQuantization(
+        modes=modes, kept=tuple(path for field in kept for path in fields.get(field) or ())
+    )
+
+
+def _modes_of_groups(name: str, groups: Any) -> tuple[Quantization, ...]:
+    """The modes of a `config_groups` of compressed-tensors."""
+    match [*groups.values()] if isinstance(groups, dict) else []:
+        case [
+            {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 8, "type": kind, "strategy": "tensor", "symmetric": True},
+                "input_activations": {"num_bits": 8, "type": given, "symmetric": True} as given_to,
+            }
+        ] if kind == given and kind in ("float", "int"):
+            if kind == "int":
+                return _INT8
+            fixed = not given_to.get("dynamic") and given_to.get("strategy") == "tensor"
+            return _STATIC if fixed else _DYNAMIC
+    raise _unsupported(name, "not all of it is in 8 bits, with one scale for each weight")
+
+
+def read_scales(directory: Path) -> dict[str, Scales]:
+    """The scales of the checkpoint in `directory`, by the paths of its linears.
+
+    Raises `VllmcError` (`bad-weights`).
+    """
+    found = {
+        key: _number(key, tensor)
+        for key, tensor in _tensors(directory, lambda key: key.endswith(_SCALES))
+    }
+    return {
+        path: Scales(weight=scale, input=found.get(path + _INPUT_SCALE))
+        for key, scale in found.items()
+        if (path := key.removesuffix(_WEIGHT_SCALE)) != key
+    }
+
+
+def read_weights(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights of the checkpoint in `directory`, with quantised ones brought to `dtype`.
+
+    To quantise such a weight by its own scale gives the one that is stored, bit by bit: floating
+    types tell more numbers apart than fp8 and int8. Raises `VllmcError` (`bad-weights`).
+    """
+    scales = read_scales(directory)
+    weights = {}
+    for key, tensor in _tensors(directory, lambda key: not key.endswith(_NO_WEIGHTS)):
+        path = key.removesuffix(".weight")
+        if tensor.dtype in (torch.float8_e4m3fn, torch.int8):
+            if path not in scales:
+                raise _bad_weights(key, f"it is in {tensor.dtype} and has no weight_scale")
+            tensor = (tensor.to(torch.float32) * scales[path].weight).to(dtype)
+        weights[key] = tensor
+    return weights
+
+
+def _tensors(directory: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
+    index = directory / _INDEX
+    try:
+        names = (
+            sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+            if index.is_file()
+            else sorted(file.name for file in directory.glob("*.safetensors"))
+        )
+        for name in names:
+            with safe_open(directory / name, framework="pt") as file:
+                for key in filter(wanted, file.keys()):
+                    yield key, file.get_tensor(key)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise _bad_weights(directory.name, str(error)) from error
+
+
+def _number(key: str, scale: torch.Tensor) -> float:
+    if scale.numel() != 1:
+        raise _bad_weights(
+            key, f"there is one scale for each weight, and its shape is {[*scale.shape]}"
+        )
+    return float(scale.to(torch.float32))
+
+
+def _unsupported(name: str, cause: str) -> VllmcError:
+    return unsupported_model(
+        name,
+        f"its weights are quantised in a way that vllmc does not read: {cause}",
+        hint="docs/quantization.md says which checkpoints it reads",
+    )
+
+
+def _bad_weights(what: str, cause: str) -> VllmcError:
+    return VllmcError(
+        "bad-weights",
+        f"the quantised weights cannot be read: {what}",
+        context={"cause": cause},
+        hint="docs/quantization.md says what such a checkpoint holds",
+    )

@@ -1,0 +1,84 @@
+"""Calibration: how large what each linear is given gets, while a model runs prompts as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Final
+
+import torch
+
+from vllmc.core.declare.session import plainly
+from vllmc.core.errors import VllmcError
+from vllmc.core.graph.layout import Layout
+from vllmc.core.models.building import model_of
+from vllmc.core.models.experts import experts_in
+from vllmc.core.models.model import EncoderInfo
+from vllmc.core.models.watched import watching
+from vllmc.core.runtime.embeddings import Embedder
+from vllmc.core.runtime.sampler import SamplingParams
+from vllmc.core.runtime.workload import Limits, make_engine
+
+_MAX_TOKENS: Final = 2048
+"""How many tokens are computed at once."""
+
+_PROMPTS: Final = 8
+_LENGTH: Final = 64
+
+
+def random_prompts(limits: Limits) -> tuple[tuple[int, ...], ...]:
+    """Prompts of random tokens, always the same: 8 of 64 tokens, or of as many as the model takes.
+
+    For want of better ones: what a model makes of them may be larger or smaller than of text.
+    """
+    # Calibrating generates a token after them.
+    length = min(_LENGTH, (limits.max_position or _LENGTH + 1) - 1)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(limits.vocab_size, (_PROMPTS, length), generator=generator)
+    return tuple(map(tuple, ids.tolist()))
+
+
+def calibrate(
+    entry: torch.nn.Module,
+    paths: Collection[str],
+    prompts: Sequence[Sequence[int]],
+    *,
+    layout: Layout,
+    limits: Limits,
+    encoder: EncoderInfo | None,
+) -> dict[str, float]:
+    """The largest magnitude of what each module was given, by its path below the model.
+
+    `entry` is run as it is: nothing is compiled. `layout` is that of its program, `encoder` is set
+    for an encoder. Raises `VllmcError`: `not-finite`, and what `Engine.generate` raises.
+    """
+    largest = dict.fromkeys(paths, 0.0)
+
+    def see(path: str, x: torch.Tensor) -> None:
+        amax = float(x.abs().amax())
+        if not math.isfinite(amax):
+            raise VllmcError(
+                "not-finite",
+                f"{path} is given infinities or NaN",
+                hint="try --dtype float32, and check the model's weights",
+            )
+        largest[path] = max(largest[path], amax)
+
+    with plainly(), watching(model_of(entry), paths, see):
+        if encoder is not None:
+            embedder = Embedder(step=entry, encoder=encoder, pooling="mean", device=limits.device)
+            for prompt in prompts:
+                embedder.embed([prompt])
+        else:
+            params = SamplingParams(max_new_tokens=1)
+            engine = make_engine(
+                entry,
+                layout.attention,
+                [prompts],
+                params,
+                limits,
+                max_tokens=_MAX_TOKENS,
+                experts=experts_in(entry),
+            )
+            engine.generate(prompts, params)
+    return largest
