@@ -12,6 +12,7 @@ from vllmc.core.models.building import build_entry, model_of
 from vllmc.core.models.model import Scales
 from vllmc.core.models.quantized import QuantizedLinear, linears_to_quantize, quantize
 from vllmc.core.models.watched import groups_by_input
+from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat.fake import fake_weights, is_fake
 
 SIZES = {
@@ -33,7 +34,7 @@ MLP = "model.layers.0.mlp."
 def entry_of(model_type: str, **fields: Any) -> torch.nn.Module:
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**SIZES, **fields})
-    return build_entry(AutoModelForCausalLM.from_config(config), "hoisted")
+    return build_entry(AutoModelForCausalLM.from_config(config), CompileSpec())
 
 
 def quantised(entry: torch.nn.Module) -> dict[str, QuantizedLinear]:
@@ -119,7 +120,7 @@ def test_a_linear_that_is_called_twice_joins_both_groups() -> None:
             y = self.a(x) + self.both(x)
             return self.b(y) + self.both(y) + self.c(y * 2)
 
-    entry = build_entry(Twice(), "hoisted")
+    entry = build_entry(Twice(), CompileSpec())
     assert [sorted(group) for group in groups(entry)] == [["a", "b", "both"], ["c"]]
 
 
@@ -196,7 +197,7 @@ def test_a_linear_held_in_two_places_stays_one() -> None:
         def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             return self.list[0](self.first(self.embed(ids)))
 
-    entry = build_entry(Held(), "hoisted")
+    entry = build_entry(Held(), CompileSpec())
     quantize(entry, "fp8-static", own={})
     model = model_of(entry)
     assert isinstance(model.first, QuantizedLinear)
@@ -218,7 +219,7 @@ def test_a_model_without_a_linear_is_refused() -> None:
             return ids + positions
 
     with pytest.raises(VllmcError) as caught:
-        quantize(build_entry(Bare(), "hoisted"), "fp8-dynamic", own={})
+        quantize(build_entry(Bare(), CompileSpec()), "fp8-dynamic", own={})
     assert caught.value.code == "nothing-to-quantize"
     assert "Bare" in caught.value.message
 
