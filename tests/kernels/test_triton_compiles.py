@@ -132,3 +132,19 @@ def test_products(gpu: Driver, rows: int) -> None:
             out = torch.empty(rows, 300, dtype=torch.bfloat16)
             matmul.launch(a, weight, scales, bias, out=out)
     assert gpu.compiled == ["_product_kernel"] * (4 if gpu.arch >= 89 else 2)
+
+
+def test_another_number_of_rows_compiles_nothing(gpu: Driver) -> None:
+    scale, weight = torch.ones(1), torch.ones(64)
+    for rows in (5, 1, 2, 16, 48):
+        x = torch.ones(rows, 64)
+        norm.rms_norm(x, weight, 1e-6)
+        activation.silu_and_mul(x, x)
+        quant.static_scaled_quant(x, scale, torch.int8)
+        logprobs.batched_count_greater_than(x, x[:, :1])
+        heads = x.view(1, rows, 4, 16)
+        rotary.rotary_embedding(heads, heads, *torch.ones(2, 1, rows, 16))
+        out = torch.empty(min(rows, 16), 64)
+        a, b = torch.ones(len(out), 64).to(torch.int8), torch.ones(64, 64).to(torch.int8)
+        matmul.launch(a, b, (scale, scale), None, out=out)
+    assert len(gpu.compiled) == len(set(gpu.compiled)) == 6
