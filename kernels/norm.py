@@ -11,8 +11,9 @@ returned last. What is quantised is the norm rounded to the dtype of `x`: the sa
 of the norm followed by an op of `kernels/quant.py`, which says what quantised tensors are. Nothing
 is mutated.
 
-On a CPU, with one thread, a row of 4096 in bfloat16 takes 30 us, as long as what a model of
-Transformers does for it; 512 rows take 1.4 ms instead of 1.7, and in float32 1.5 instead of 2.1.
+On a CPU (one core, torch 2.13, a width of 4096), against the same written in torch's own ops: a
+row takes 28 us instead of 22 in bfloat16, 20 instead of 18 in float32, which is what an op written
+in Python costs; 512 rows take as long in bfloat16, a tenth less in float32.
 """
 
 from __future__ import annotations
@@ -38,9 +39,7 @@ def rms_norm(
     # Not `vector_norm`, which is off by 20 units in the last place at a width of 9000.
     squares = wide.square()
     scale = squares.mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
-    factor = weight.to(torch.float32)
-    if weight_offset:
-        factor = factor + weight_offset
+    factor = weight.to(torch.float32) + weight_offset if weight_offset else weight
     return torch.mul(wide, scale, out=squares).mul_(factor).to(x.dtype).contiguous()
 
 

@@ -28,36 +28,31 @@ def rotary_embedding(
     `b * cos[j] + a * sin[j]`, computed in float32 and rounded once. The results are contiguous, of
     the same shapes and dtypes; there may be no tokens. Nothing is mutated.
     """
-    wide_cos, wide_sin = cos.to(torch.float32)[:, :, None], sin.to(torch.float32)[:, :, None]
-    return (
-        _rotated(query, wide_cos, wide_sin, interleaved),
-        _rotated(key, wide_cos, wide_sin, interleaved),
-    )
+    first = slice(0, None, 2) if interleaved else slice(0, cos.shape[-1] // 2)
+    signed = sin.to(torch.float32, copy=True)
+    signed[..., first].neg_()
+    factors = (cos.to(torch.float32).unsqueeze(2), signed.unsqueeze(2))
+    return _rotated(query, factors, interleaved), _rotated(key, factors, interleaved)
 
 
 def _rotated(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+    x: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], interleaved: bool
 ) -> torch.Tensor:
-    """`x` `[1, T, H, D]` rotated, with `cos` and `sin` `[1, T, 1, R]` (float32)."""
-    rotary = cos.shape[-1]
-    even, odd = _pairs(rotary, interleaved)
-    wide = x[..., :rotary].to(torch.float32)
-    rotated = wide * cos
-    rotated[..., even].addcmul_(wide[..., odd], sin[..., even], value=-1)
-    rotated[..., odd].addcmul_(wide[..., even], sin[..., odd])
-    if rotary < x.shape[-1]:
-        out = empty_dense(x)
-        out[..., :rotary] = rotated
-        out[..., rotary:] = x[..., rotary:]
-        return out
-    return rotated.to(x.dtype).contiguous()
-
-
-def _pairs(rotary: int, interleaved: bool) -> tuple[slice, slice]:
-    """Where the first elements of the pairs are, and where the second."""
+    """`x` `[1, T, H, D]`, by `factors` `[1, T, 1, R]` of each element and of its partner."""
+    own, others = factors
+    rotary, size = own.shape[-1], x.shape[-1]
+    wide = (x if rotary == size else x[..., :rotary]).to(torch.float32)
     if interleaved:
-        return slice(0, rotary, 2), slice(1, rotary, 2)
-    return slice(0, rotary // 2), slice(rotary // 2, rotary)
+        partners = wide.unflatten(-1, (rotary // 2, 2)).flip(-1).flatten(-2)
+    else:
+        partners = wide.roll(rotary // 2, -1)
+    rotated = (wide * own).addcmul_(partners, others)
+    if rotary == size:
+        return rotated.to(x.dtype).contiguous()
+    out = empty_dense(x)
+    out[..., :rotary] = rotated
+    out[..., rotary:] = x[..., rotary:]
+    return out
 
 
 define_op(

@@ -115,7 +115,7 @@ def launch(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _activation_kernel(
     gate: tl.tensor,
     up: tl.tensor,

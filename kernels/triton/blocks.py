@@ -2,7 +2,8 @@
 
 Nothing is tuned at run time: trying candidates would cost seconds per kernel and shape at a cold
 start, and choose differently from one start to the next. Blocks hang on what a model fixes (widths,
-heads), hardly on the number of tokens, so that a kernel is compiled once per model, not per batch.
+heads), hardly on the number of tokens, and kernels are not specialised on it either, so that a
+kernel is compiled once per model, not per batch.
 """
 
 from __future__ import annotations

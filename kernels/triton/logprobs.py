@@ -40,7 +40,7 @@ def launch(x: torch.Tensor, values: torch.Tensor, counts: torch.Tensor) -> None:
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "value_stride"])
 def _count_kernel(
     x: tl.tensor,
     values: tl.tensor,

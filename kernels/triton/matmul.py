@@ -87,7 +87,7 @@ def launch(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _product_kernel(
     rows: tl.tensor,
     weight: tl.tensor,

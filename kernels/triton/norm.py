@@ -129,7 +129,7 @@ def launch(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _norm_kernel(
     x: tl.tensor,
     residual: tl.tensor,

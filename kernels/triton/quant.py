@@ -54,7 +54,7 @@ def launch(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _quant_kernel(
     x: tl.tensor,
     out: tl.tensor,

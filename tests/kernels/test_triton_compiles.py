@@ -19,8 +19,10 @@ from triton.runtime import driver
 
 from vllmc.kernels.triton import activation, logprobs, matmul, norm, quant, rotary
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16)
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)
+
+pytestmark = pytest.mark.slow
 
 
 class Driver:
@@ -69,17 +71,17 @@ def quantized(gpu: Driver, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return out.view(torch.uint8) if gpu.arch < 89 and dtype is torch.float8_e4m3fn else out
 
 
-@pytest.mark.parametrize("width", [100, 128, 4096, 20000])
-def test_norms(gpu: Driver, width: int) -> None:
+@pytest.mark.parametrize(("width", "dtypes"), [(100, DTYPES), (20000, (torch.bfloat16,))])
+def test_norms(gpu: Driver, width: int, dtypes: tuple[torch.dtype, ...]) -> None:
     scale, amax = torch.ones(1), torch.zeros(1, dtype=torch.int32)
     weight = torch.ones(width)
-    for dtype in DTYPES:
+    for dtype in dtypes:
         x = torch.ones(3, width, dtype=dtype)
         norm.launch(x, weight, 1e-6, 1.0, out=torch.empty_like(x))
         norm.launch(x, weight, 1e-6, 0.0, residual=x, total=torch.empty_like(x), amax=amax)
         for target in QUANTIZED:
             norm.launch(x, weight, 1e-6, 0.0, out=quantized(gpu, x, target), scale=scale)
-    assert gpu.compiled == ["_norm_kernel"] * 12
+    assert gpu.compiled == ["_norm_kernel"] * 4 * len(dtypes)
 
 
 @pytest.mark.parametrize("activation_name", ["silu", "gelu", "gelu_tanh"])
@@ -92,7 +94,7 @@ def test_activations(gpu: Driver, activation_name: str) -> None:
         for target in QUANTIZED:
             out = quantized(gpu, x, target)
             activation.launch(x, x, activation_name, out=out, scale=scale)
-    assert gpu.compiled == ["_activation_kernel"] * 12
+    assert gpu.compiled == ["_activation_kernel"] * 8
 
 
 def test_quantisation(gpu: Driver) -> None:
@@ -102,7 +104,7 @@ def test_quantisation(gpu: Driver) -> None:
         quant.launch(x, amax=amax)
         for target in QUANTIZED:
             quant.launch(x, out=quantized(gpu, x, target), scale=scale)
-    assert gpu.compiled == ["_quant_kernel"] * 9
+    assert gpu.compiled == ["_quant_kernel"] * 6
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -110,14 +112,14 @@ def test_rotary_embedding(gpu: Driver, interleaved: bool) -> None:
     for dtype in DTYPES:
         query = torch.ones(1, 8, 5, 96, dtype=dtype).transpose(1, 2)
         rotary.rotary_embedding(query, query, *torch.ones(2, 1, 5, 64), interleaved)
-    assert gpu.compiled == ["_rotary_kernel"] * 3
+    assert gpu.compiled == ["_rotary_kernel"] * 2
 
 
 def test_counts(gpu: Driver) -> None:
-    for dtype in (*DTYPES, torch.float64, torch.int64):
+    for dtype in (*DTYPES, torch.int64):
         x = torch.ones(3, 300, dtype=dtype)
         logprobs.batched_count_greater_than(x, x[:, :1])
-    assert gpu.compiled == ["_count_kernel"] * 5
+    assert gpu.compiled == ["_count_kernel"] * 3
 
 
 @pytest.mark.parametrize("rows", [1, 100])
@@ -130,3 +132,19 @@ def test_products(gpu: Driver, rows: int) -> None:
             out = torch.empty(rows, 300, dtype=torch.bfloat16)
             matmul.launch(a, weight, scales, bias, out=out)
     assert gpu.compiled == ["_product_kernel"] * (4 if gpu.arch >= 89 else 2)
+
+
+def test_another_number_of_rows_compiles_nothing(gpu: Driver) -> None:
+    scale, weight = torch.ones(1), torch.ones(64)
+    for rows in (5, 1, 2, 16, 48):
+        x = torch.ones(rows, 64)
+        norm.rms_norm(x, weight, 1e-6)
+        activation.silu_and_mul(x, x)
+        quant.static_scaled_quant(x, scale, torch.int8)
+        logprobs.batched_count_greater_than(x, x[:, :1])
+        heads = x.view(1, rows, 4, 16)
+        rotary.rotary_embedding(heads, heads, *torch.ones(2, 1, rows, 16))
+        out = torch.empty(min(rows, 16), 64)
+        a, b = torch.ones(len(out), 64).to(torch.int8), torch.ones(64, 64).to(torch.int8)
+        matmul.launch(a, b, (scale, scale), None, out=out)
+    assert len(gpu.compiled) == len(set(gpu.compiled)) == 6
