@@ -42,14 +42,14 @@ def fused_moe(
     rows = flat.argsort(stable=True)
     tokens = rows // topk_ids.shape[1]
     groups = _groups(flat, experts.up.shape[0])
-    inner = _products(hidden[tokens], experts.up, groups)
+    inner = _products(hidden.index_select(0, tokens), experts.up, groups)
     if experts.up_bias is not None:
         inner += experts.up_bias[flat[rows]]
     outer = _products(experts.gate(inner), experts.down, groups)
     if experts.down_bias is not None:
         outer += experts.down_bias[flat[rows]]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    weighted = outer * topk_weights.reshape(-1)[rows, None].to(dtype)
+    weighted = outer * topk_weights.reshape(-1).index_select(0, rows).to(dtype)[:, None]
     # On a CPU rows are added one after the other.
     result = torch.zeros(hidden.shape, dtype=dtype).index_add_(0, tokens, weighted)
     return result.to(hidden.dtype)
@@ -60,24 +60,24 @@ def experts_named(layer_name: LayerName | str) -> Experts:
     return current_experts(layer_name.value if isinstance(layer_name, LayerName) else layer_name)
 
 
-_Group: TypeAlias = tuple[int, int, int]
-"""An expert, and the range of the sorted rows that are its own."""
+_Group: TypeAlias = tuple[int, int]
+"""An expert that was hit, and how many of the sorted rows are its own."""
 
 
 def _groups(ids: torch.Tensor, experts: int) -> list[_Group]:
-    groups, start = [], 0
-    for expert, count in enumerate(torch.bincount(ids, minlength=experts).tolist()):
-        if count:
-            groups.append((expert, start, start + count))
-            start += count
-    return groups
+    counts = torch.bincount(ids, minlength=experts).tolist()
+    return [(expert, count) for expert, count in enumerate(counts) if count]
 
 
 def _products(rows: torch.Tensor, weights: torch.Tensor, groups: Sequence[_Group]) -> torch.Tensor:
     """Each group of `rows` `[S, K]`, times its expert's part of `weights` `[E, N, K]`: `[S, N]`."""
     result = rows.new_empty(rows.shape[0], weights.shape[1])
-    for expert, start, end in groups:
-        torch.mm(rows[start:end], weights[expert].t(), out=result[start:end])
+    counts = [count for _, count in groups]
+    matrices = weights.mT
+    for (expert, _), given, out in zip(
+        groups, rows.split(counts), result.split(counts), strict=True
+    ):
+        torch.mm(given, matrices[expert], out=out)
     return result
 
 
