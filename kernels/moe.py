@@ -8,15 +8,18 @@ attention it has two overloads: `default` takes an opaque `LayerName`, `str` a s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Final
 
 import torch
+from torch.nn.functional import grouped_mm
 
 from vllmc.kernels.experts import Experts
 from vllmc.kernels.forward_context import current_experts
 from vllmc.kernels.layer_name import LAYER_NAME_TYPE, LayerName
 from vllmc.kernels.library import define_op
+
+# `grouped_mm` goes through all experts, which costs more than a loop over a few that were hit.
+_MANY_ROWS: Final = 16
 
 
 def fused_moe(
@@ -41,15 +44,15 @@ def fused_moe(
     flat = topk_ids.reshape(-1)
     rows = flat.argsort(stable=True)
     tokens = rows // topk_ids.shape[1]
-    groups = _groups(flat, experts.up.shape[0])
-    inner = _products(hidden[tokens], experts.up, groups)
+    counts = torch.bincount(flat, minlength=experts.up.shape[0])
+    inner = _products(hidden.index_select(0, tokens), experts.up, counts)
     if experts.up_bias is not None:
         inner += experts.up_bias[flat[rows]]
-    outer = _products(experts.gate(inner), experts.down, groups)
+    outer = _products(experts.gate(inner), experts.down, counts)
     if experts.down_bias is not None:
         outer += experts.down_bias[flat[rows]]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    weighted = outer * topk_weights.reshape(-1)[rows, None].to(dtype)
+    weighted = outer * topk_weights.reshape(-1).index_select(0, rows).to(dtype)[:, None]
     # On a CPU rows are added one after the other.
     result = torch.zeros(hidden.shape, dtype=dtype).index_add_(0, tokens, weighted)
     return result.to(hidden.dtype)
@@ -60,25 +63,30 @@ def experts_named(layer_name: LayerName | str) -> Experts:
     return current_experts(layer_name.value if isinstance(layer_name, LayerName) else layer_name)
 
 
-_Group: TypeAlias = tuple[int, int, int]
-"""An expert, and the range of the sorted rows that are its own."""
+def _products(rows: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Rows `[S, K]`, sorted by expert, times each one's part of `weights` `[E, N, K]`: `[S, N]`.
 
-
-def _groups(ids: torch.Tensor, experts: int) -> list[_Group]:
-    groups, start = [], 0
-    for expert, count in enumerate(torch.bincount(ids, minlength=experts).tolist()):
-        if count:
-            groups.append((expert, start, start + count))
-            start += count
-    return groups
-
-
-def _products(rows: torch.Tensor, weights: torch.Tensor, groups: Sequence[_Group]) -> torch.Tensor:
-    """Each group of `rows` `[S, K]`, times its expert's part of `weights` `[E, N, K]`: `[S, N]`."""
+    `counts` `[E]` says how many rows each expert has.
+    """
+    matrices = weights.mT
+    if rows.shape[0] >= _MANY_ROWS and _is_aligned(rows) and _is_aligned(matrices):
+        return grouped_mm(rows, matrices, offs=counts.cumsum(0, dtype=torch.int32))
     result = rows.new_empty(rows.shape[0], weights.shape[1])
-    for expert, start, end in groups:
-        torch.mm(rows[start:end], weights[expert].t(), out=result[start:end])
+    hit = {expert: count for expert, count in enumerate(counts.tolist()) if count}
+    parts = [*hit.values()]
+    for expert, given, out in zip(hit, rows.split(parts), result.split(parts), strict=True):
+        torch.mm(given, matrices[expert], out=out)
     return result
+
+
+def _is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether torch's `grouped_mm` takes it: rows, or columns, that begin at 16 bytes each."""
+    *_, rows, columns = tensor.stride()
+    return (
+        1 in (rows, columns)
+        and tensor.data_ptr() % 16 == 0
+        and all(stride * tensor.itemsize % 16 == 0 for stride in tensor.stride() if stride != 1)
+    )
 
 
 def _fake(hidden: torch.Tensor, *_: object) -> torch.Tensor:

@@ -36,14 +36,16 @@ def make(
     biased: bool = False,
     transposed: bool = False,
     device: str = "cpu",
+    size: int = 10,
+    width: int = 7,
 ) -> Experts:
-    """Six experts of 7 for hidden states of 10."""
+    """Six experts of `width` for hidden states of `size`."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return (torch.randn(shape, generator=generator) * 0.4).to(device, dtype)
 
-    up, down = draw(6, 14, 10), draw(6, 10, 7)
+    up, down = draw(6, 2 * width, size), draw(6, size, width)
     if transposed:
         up, down = (matrices.mT.contiguous().mT for matrices in (up, down))
     return Experts(
@@ -51,16 +53,20 @@ def make(
         down=down,
         gate=gate,
         gated_silu=gate is gated_silu,
-        up_bias=draw(6, 14) if biased else None,
-        down_bias=draw(6, 10) if biased else None,
+        up_bias=draw(6, 2 * width) if biased else None,
+        down_bias=draw(6, size) if biased else None,
     )
 
 
 def routed(
-    tokens: int, dtype: torch.dtype = torch.float32, topk: int = 3, device: str = "cpu"
+    tokens: int,
+    dtype: torch.dtype = torch.float32,
+    topk: int = 3,
+    device: str = "cpu",
+    size: int = 10,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(tokens)
-    hidden = torch.randn(tokens, 10, generator=generator).to(device, dtype)
+    hidden = torch.randn(tokens, size, generator=generator).to(device, dtype)
     ids = torch.rand(tokens, 6, generator=generator).topk(topk).indices.to(device)
     weights = torch.rand(tokens, topk, generator=generator).softmax(dim=-1).to(device, dtype)
     return hidden, ids, weights
@@ -94,12 +100,19 @@ def looped(
 
 @pytest.mark.parametrize("tokens", [1, 2, 19, 300])
 @pytest.mark.parametrize("transposed", [False, True])
+# Rows that begin at 16 bytes each are multiplied by another function.
+@pytest.mark.parametrize(("size", "width"), [(10, 7), (16, 8), (16, 7)])
 @pytest.mark.parametrize(("gate", "biased"), [(gated_silu, False), (clamped, True)])
 def test_float32_is_what_the_loop_over_experts_gives(
-    tokens: int, transposed: bool, gate: Callable[[torch.Tensor], torch.Tensor], biased: bool
+    tokens: int,
+    transposed: bool,
+    size: int,
+    width: int,
+    gate: Callable[[torch.Tensor], torch.Tensor],
+    biased: bool,
 ) -> None:
-    experts = make(gate=gate, biased=biased, transposed=transposed)
-    args = routed(tokens)
+    experts = make(gate=gate, biased=biased, transposed=transposed, size=size, width=width)
+    args = routed(tokens, size=size)
     # Of vectorised functions the last bit hangs on where in the memory an element lies.
     torch.testing.assert_close(run(experts, *args), looped(experts, *args), rtol=2e-6, atol=2e-6)
 
@@ -139,11 +152,13 @@ def test_rows_may_lie_apart() -> None:
     assert torch.equal(run(make(), *apart), run(make(), hidden, ids, weights))
 
 
-def test_experts_that_no_token_has_are_not_read() -> None:
-    experts = make()
-    hidden, ids, weights = routed(1)
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_experts_that_no_token_has_are_not_read(tokens: int) -> None:
+    experts = make(size=16, width=8)
+    hidden, ids, weights = routed(tokens, size=16)
+    ids = ids.clamp(1, 4)
     expected = run(experts, hidden, ids, weights)
-    for expert in set(range(6)) - set(ids[0].tolist()):
+    for expert in set(range(6)) - set(ids.flatten().tolist()):
         experts.up[expert], experts.down[expert] = float("nan"), float("nan")
     assert torch.equal(run(experts, hidden, ids, weights), expected)
 

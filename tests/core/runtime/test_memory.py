@@ -15,12 +15,12 @@ def weights_of(*rows: int, dtype: str = "float16") -> tuple[GraphInput, ...]:
     )
 
 
-def layout(*rows: int, experts: int = 0) -> Layout:
+def layout(*rows: int, experts: int = 0, dtype: str = "float16") -> Layout:
     ids = GraphInput(kind="activation", name="input_ids")
     return Layout(
         pieces=(),
         ranges=(),
-        inputs=(ids, *weights_of(*rows)),
+        inputs=(ids, *weights_of(*rows, dtype=dtype)),
         steps=(),
         arguments=(),
         result={"ref": "p0"},
@@ -39,7 +39,7 @@ def test_a_quantised_weight_counts_as_the_one_that_it_is_made_of(dtype: str) -> 
 
 
 def test_weights_of_experts_are_counted_though_no_input_of_the_graph() -> None:
-    assert weight_bytes(layout(3, experts=5)) == weight_bytes(layout(3, 5))
+    assert weight_bytes(layout(3, experts=5), torch.float32) == (3 + 5) * 8 * 2
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_allocated() -> None:
