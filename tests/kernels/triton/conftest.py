@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,20 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         result = numbers.to(_TORCH[target])
         return result.view(_BITS.get(target, result.dtype)).numpy()
 
+    _create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def _dot(self: Any, a: Any, b: Any, *rest: Any) -> object:
+        """Multiplies the numbers of bfloat16, of which the interpreter would take the bits."""
+        a, b = (
+            interpreter.TensorHandle(
+                _convert_float(x.data, tl.bfloat16, tl.float32, None), tl.float32
+            )
+            if x.dtype == tl.bfloat16
+            else x
+            for x in (a, b)
+        )
+        return _create_dot(self, a, b, *rest)
+
     _patch_lang = interpreter._patch_lang
     _patched: set[tuple[int, ...]] = set()
 
@@ -64,6 +79,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         return interpreter._LangPatchScope()
 
     interpreter._convert_float = _convert_float
+    interpreter.InterpreterBuilder.create_dot = _dot
     interpreter._patch_lang = _patch_once
 
     @pytest.fixture(autouse=True)
