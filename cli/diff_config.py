@@ -36,6 +36,10 @@ from vllmc.core.models.presets import DEFAULT_PRESET
 _CONFIGURING = ("TORCH", "TRITON", "INDUCTOR", "AOT_INDUCTOR", "AOTINDUCTOR", "VLLMC_")
 
 
+# Flags that are not called as their fields are.
+_FLAGS = {"option": "-O", "add_pass": "--pass"}
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Given:
     """What `current` and `defaults` are worked out from; `model` and `proved`, that of
@@ -273,7 +277,7 @@ def _words(compilation: CompileFlags) -> list[str]:
     """The flags as they were typed."""
     words = []
     for field in dataclasses.fields(compilation):
-        flag = "-O" if field.name == "option" else f"--{field.name.replace('_', '-')}"
+        flag = _FLAGS.get(field.name, f"--{field.name.replace('_', '-')}")
         given = getattr(compilation, field.name)
         for value in [given] if isinstance(given, str) else given or []:
             words += [flag, value]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from vllmc.cli.options import CompileRequest
 from vllmc.cli.settings import Settings
+from vllmc.core.passes import PASSES
 
 if TYPE_CHECKING:
     from vllmc.core.job import Job
@@ -22,6 +23,7 @@ _FIELDS = {
     "compile-size": "sizes",
     "dynamic-shapes": "dynamic_shapes",
     "layer-names": "layer_names",
+    "experts": "experts",
     "splitting-op": "splitting_ops",
     "quantize": "quantize",
     "backend": "backend",
@@ -58,10 +60,12 @@ def make(settings: Settings, request: CompileRequest) -> Job:
         sizes=request.sizes,
         dynamic_shapes=request.dynamic_shapes,
         layer_names=request.layer_names,
+        experts=request.experts,
         splitting_ops=request.splitting_ops,
         quantize=request.quantize,
         inductor=tuple(sorted(options["inductor"].items())),  # type: ignore[arg-type]
         functorch=tuple(sorted(options["functorch"].items())),  # type: ignore[arg-type]
+        passes=request.passes,
         backend=request.backend,
     )
     return make_job(
@@ -77,4 +81,9 @@ def make(settings: Settings, request: CompileRequest) -> Job:
 def _origins(request: CompileRequest) -> Mapping[tuple[str, str], str]:
     origins = {("spec", field): request.origins[name] for name, field in _FIELDS.items()}
     origins["model", "layers"] = request.origins["layers"]
+    origins |= {
+        ("passes", name): request.origins[f"pass {name}"]
+        for name in PASSES
+        if f"pass {name}" in request.origins
+    }
     return origins | {(row.scope, row.name): row.origin for row in request.options}

@@ -23,11 +23,13 @@ from vllmc.cli.output import Output
 from vllmc.cli.settings import RawOption, Setting, Settings, load_settings
 from vllmc.core.errors import UsageError
 from vllmc.core.models.presets import DEFAULT_PRESET
+from vllmc.core.passes import ALL, PASSES, PassChoice, chosen
 from vllmc.core.spec import (
     ATTENTION_OP,
     CompileRange,
     CompileSpec,
     DynamicShapes,
+    ExpertsKind,
     LayerNames,
     Quantization,
     check_ranges,
@@ -157,6 +159,15 @@ class CompileFlags:
             rich_help_panel=SHAPING_PANEL,
         ),
     ] = None
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(get_args(ExpertsKind)),
+            show_default="fused",
+            help="What mixtures of experts run on: vllmc's op, or Transformers' grouped_mm.",
+            rich_help_panel=SHAPING_PANEL,
+        ),
+    ] = None
     splitting_op: Annotated[
         list[str] | None,
         typer.Option(
@@ -180,6 +191,25 @@ class CompileFlags:
             "-O",
             metavar="KEY=VALUE",
             help="An Inductor option, or functorch.KEY=VALUE; repeatable.",
+            rich_help_panel=SHAPING_PANEL,
+        ),
+    ] = None
+    add_pass: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pass",
+            metavar="NAME[@A:B]",
+            show_default="all of them",
+            help="A pass over the graphs to run, with @A:B only for compile ranges within A:B; "
+            "repeatable.",
+            rich_help_panel=SHAPING_PANEL,
+        ),
+    ] = None
+    no_pass: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A pass to leave out, all for every one that --pass does not name; repeatable.",
             rich_help_panel=SHAPING_PANEL,
         ),
     ] = None
@@ -246,7 +276,8 @@ class CompileRequest:
     `device` and `dtype` may still be `auto`, and `options` are neither looked up nor typed. The
     order of ranges and sizes means nothing, so they are sorted. `layers` is None where the
     model's own number holds, `quantize` where nothing is quantised. `origins` maps an option's name
-    (`compile-range`) to where its value came from; each of `options` has its own.
+    (`compile-range`) to where its value came from, and `pass NAME` that of a pass; each of
+    `options` has its own.
     """
 
     model: str
@@ -257,9 +288,11 @@ class CompileRequest:
     sizes: tuple[int, ...]
     dynamic_shapes: DynamicShapes
     layer_names: LayerNames
+    experts: ExpertsKind
     splitting_ops: tuple[str, ...]
     quantize: Quantization | None
     options: tuple[RawOption, ...]
+    passes: tuple[PassChoice, ...]
     backend: str
     origins: Mapping[str, str]
 
@@ -284,6 +317,8 @@ def compile_request(
     shapes = given("dynamic-shapes", flags.dynamic_shapes, "unbacked")
     names = given("layer-names", flags.layer_names, "hoisted")
     modes = given("quantize", flags.quantize)
+    passes = _passes(given("pass", flags.add_pass), given("no-pass", flags.no_pass), origins)
+    experts = given("experts", flags.experts, "fused")
     request = CompileRequest(
         model=model or DEFAULT_PRESET,
         layers=layers[0] if layers else None,
@@ -293,9 +328,11 @@ def compile_request(
         sizes=tuple(sorted(set(sizes))),
         dynamic_shapes=choice("dynamic-shapes", shapes, get_args(DynamicShapes)),
         layer_names=choice("layer-names", names, get_args(LayerNames)),
+        experts=choice("experts", experts, get_args(ExpertsKind)),
         splitting_ops=tuple(dict.fromkeys(_located(ops, _op_name))),
         quantize=choice("quantize", modes, get_args(Quantization)) if modes.values else None,
         options=_merge(settings.raw_options, flags.option or ()),
+        passes=passes,
         backend=choice("backend", given("backend", flags.backend, "inductor"), BACKENDS),
         origins=origins,
     )
@@ -336,6 +373,17 @@ def _counts(name: str, setting: Setting) -> tuple[int, ...]:
                 hint=f"for example --{name} 4",
             )
     return tuple(int(text) for text in setting.values)
+
+
+def _passes(added: Setting, removed: Setting, origins: dict[str, str]) -> tuple[PassChoice, ...]:
+    """The passes that run; who decided on each is added to `origins`."""
+    left_out = _located(removed, lambda text: text if text == ALL else PassChoice.parse(text).name)
+    named = _located(added, lambda text: ALL if text == ALL else str(PassChoice.parse(text)))
+    for setting, names in ((removed, left_out), (added, named)):
+        for name in names:
+            for one in PASSES if name == ALL else (name.partition("@")[0],):
+                origins[f"pass {one}"] = setting.origin
+    return chosen(named, left_out)
 
 
 def _op_name(text: str) -> str:

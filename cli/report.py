@@ -47,11 +47,13 @@ _SHOWN_FACTORS = 16
 _SHOWN_NUMBERS = 6
 
 
-def warm(rows: Sequence[Row]) -> RenderableType:
-    """The report of `warm`, one part per model."""
+def warm(rows: Sequence[Row], *, verbose: bool = False) -> RenderableType:
+    """The report of `warm`, one part per model; `verbose` shows what the passes did."""
     parts: list[RenderableType] = []
     for row in rows:
         parts += ["", _warm_one(row)] if parts else [_warm_one(row)]
+        if verbose and row["passes"]:
+            parts += ["", *_passes(row["passes"])]
     return Group(*parts)
 
 
@@ -113,6 +115,32 @@ def _units(units: Sequence[Row]) -> RenderableType:
             for unit in units
         ),
     )
+
+
+def _passes(rows: Sequence[Row]) -> list[RenderableType]:
+    table = Listing(
+        headings=("PASS", ">MATCHES", "NODES", ">TIME"),
+        rows=tuple(
+            (
+                row["name"],
+                str(row["matches"]),
+                f"{row['nodes_before']} to {row['nodes_after']}",
+                duration(row["seconds"]),
+            )
+            for row in rows
+        ),
+    )
+    parts: list[RenderableType] = [table]
+    for row in rows:
+        if (missed := row["missed"]) is not None:
+            parts.append(
+                Text(
+                    f"{row['name']} matched nothing: in {missed['graph']}, at {missed['node']}, it "
+                    f"expected {missed['expected']} and found {missed['found']}",
+                    style="yellow",
+                )
+            )
+    return parts
 
 
 def _layer_names(row: Row) -> list[RenderableType]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import typer
 
 from vllmc.cli import report
+from vllmc.cli.dump import write_dump
 from vllmc.cli.job import make
 from vllmc.cli.options import (
     CommonFlags,
@@ -28,6 +29,7 @@ from vllmc.core.models.presets import DEFAULT_PRESET
 
 if TYPE_CHECKING:
     from vllmc.core.job import Job
+    from vllmc.core.obtain import Policy
     from vllmc.core.pipeline import Ready
     from vllmc.core.prediction import Prediction
     from vllmc.core.workers.pool import WorkerPool
@@ -71,6 +73,14 @@ def warm(
     force: Annotated[
         bool, typer.Option("--force", help="Compile again what is stored already.")
     ] = False,
+    dump: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write each piece's graph before and after the passes, and its code, below DIR; "
+            "compiles again what is stored, as --force does.",
+        ),
+    ] = None,
     summary: Annotated[
         str | None,
         typer.Option(
@@ -108,13 +118,23 @@ def warm(
     the last, pieces, fix), and what the pieces beyond would_be cost: compiled (units compiled now),
     seconds (in which they were) and bytes (of their artifacts, also those found). It is null too
     where nothing was captured: when the program was found, and with --check.
+
+    passes is what each pass over the graphs did in what was captured and compiled now: name,
+    matches, nodes_before and nodes_after of all graphs, seconds, and missed: null, or where the
+    closest match failed of a pass that found none although its ops are there (graph, node,
+    expected, found). -v shows it.
+
+    --dump DIR holds for each unit a directory PIECE/RANGE with before.py and after.py, the graph
+    as Inductor would lower it before and after the passes, and code.py, what it generated. Of the
+    eager backend, code.py only.
     """
     settings = common.settings()
     output = common.output("warm")
     kind = choice("weights", settings.find("weights", _given(weights), default=("fake",)), WEIGHTS)
-    if check and force:
+    if check and (force or dump is not None):
+        asked = "--force" if force else "--dump"
         raise UsageError(
-            "bad-value", "--check compiles nothing, so it cannot --force", hint="leave one out"
+            "bad-value", f"--check compiles nothing, so it cannot {asked}", hint="leave one out"
         )
     # All of them first, so that a mistake in the last is found before anything is compiled.
     todo = [
@@ -127,10 +147,16 @@ def warm(
         code = max(_PREDICTED_CODES.get(row["outcome"], 0) for row in rows)
     else:
         with workers.pool(settings, [job.spec for job in todo]) as pool:
-            rows, code = _obtain(todo, store, output, pool, force=force, weights=kind)
+            from vllmc.core.obtain import Policy
+
+            policy = Policy(force=force or dump is not None, texts=dump is not None)
+            rows, code = _obtain(todo, store, output, pool, policy, weights=kind, dump=dump)
     if (path := _summary_file(settings, summary)) is not None:
         write_summary(path, rows)
-    output.data(rows[0] if len(rows) == 1 else {"results": rows}, lambda: report.warm(rows))
+    output.data(
+        rows[0] if len(rows) == 1 else {"results": rows},
+        lambda: report.warm(rows, verbose=common.verbose > 0),
+    )
     if any(row["outcome"] == "unsafe" for row in rows):
         output.note("hint: vllmc warm compiles it again; vllmc cache verify lists all that is bad")
     return code
@@ -156,12 +182,12 @@ def _obtain(
     store: Store,
     output: Output,
     pool: WorkerPool | None,
+    policy: Policy,
     *,
-    force: bool,
     weights: Weights,
+    dump: Path | None,
 ) -> tuple[list[Row], int]:
     """The rows, and the exit code: of several models one that fails does not stop the others."""
-    from vllmc.core.obtain import Policy
     from vllmc.core.pipeline import obtain_program
 
     rows, code = [], 0
@@ -171,8 +197,10 @@ def _obtain(
                 observer.stage(job.model.name)
             try:
                 ready = obtain_program(
-                    job, store, observer, policy=Policy(force=force), weights=weights, pool=pool
+                    job, store, observer, policy=policy, weights=weights, pool=pool
                 )
+                if dump is not None:
+                    write_dump(dump if len(todo) == 1 else dump / job.label, ready)
             except VllmcError as error:
                 if len(todo) == 1:
                     raise
@@ -212,6 +240,7 @@ def _row(job: Job, ready: Ready) -> Row:
         "peak_rss_mb": _peak_rss_mb(),
         "miss": ready.miss and ready.miss.to_json(),
         "layer_names": ready.layer_names and ready.layer_names.to_json(),
+        "passes": [report.to_json() for report in ready.passes],
     }
 
 
@@ -241,6 +270,7 @@ def _check_row(job: Job, prediction: Prediction) -> Row:
         "reason": prediction.reason,
         "miss": prediction.miss and prediction.miss.to_json(),
         "layer_names": None,
+        "passes": [],
     }
 
 
@@ -258,6 +288,7 @@ def _failed_row(job: Job, error: VllmcError) -> Row:
         "reason": scrub(error.message),
         "miss": None,
         "layer_names": None,
+        "passes": [],
         "error": error_fields(error),
     }
 

@@ -146,6 +146,7 @@ class Compilation:
                 compilers=max(1, usable_processors() // at_once),
                 path=tuple(sys.path),
                 modules=_modules(self._job.model),
+                texts=self._policy.texts,
             )
             found.append((place, order))
         return found, left
@@ -159,7 +160,9 @@ class Compilation:
 
         started = time.perf_counter()
         compiler = find_compiler(self._job.spec.backend)
-        compiled = compiler.compile(self._units[place].wanted.unit, self._job.spec)
+        compiled = compiler.compile(
+            self._units[place].wanted.unit, self._job.spec, texts=self._policy.texts
+        )
         self._done[place] = Done(compiled=compiled, seconds=time.perf_counter() - started)
 
     def _keep_in_order(self) -> None:

@@ -12,6 +12,7 @@ from vllmc.core.cache.record import UnitRecord
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import CheckFailed
 from vllmc.core.events import Observer, UnitOutcome
+from vllmc.core.graph.passes.report import PassReport
 from vllmc.core.job import Job
 from vllmc.core.prediction import ANY_RANGE, Found, Meanwhile, keyed, lookup
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:  # importing it takes Dynamo and sympy, which a hit does witho
 class UnitResult:
     """What became of one compile unit. `data` is its artifact, verified.
 
-    `range` is `any` where the token count plays no part.
+    `range` is `any` where the token count plays no part. `passes` and `texts` are those of
+    `Compiled`, of one that was compiled now.
     """
 
     pieces: tuple[str, ...]
@@ -33,6 +35,8 @@ class UnitResult:
     artifact: str
     data: bytes
     seconds: float
+    passes: tuple[PassReport, ...] = ()
+    texts: tuple[tuple[str, str], ...] = ()
 
 
 class Reader:
@@ -109,10 +113,14 @@ def in_words(unit: Unit) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """`force` compiles what is stored already; without `may_compile` nothing is compiled."""
+    """`force` compiles what is stored already; without `may_compile` nothing is compiled.
+
+    `texts` asks for what a person may read of each unit that is compiled.
+    """
 
     force: bool = False
     may_compile: bool = True
+    texts: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,4 +199,6 @@ def keep(
         artifact=artifact,
         data=data,
         seconds=seconds,
+        passes=compiled.passes,
+        texts=compiled.texts,
     )

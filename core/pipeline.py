@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -21,6 +21,7 @@ from vllmc.core.cache.store import Store
 from vllmc.core.compilation import Compilation, Numbered
 from vllmc.core.events import Observer, UnitOutcome
 from vllmc.core.graph.layout import Layout
+from vllmc.core.graph.passes.report import PassReport, totals
 from vllmc.core.job import Job
 from vllmc.core.layer_names import LayerNameCost, cost_of
 from vllmc.core.models.built import build_model
@@ -54,6 +55,7 @@ class Ready:
 
     `program` says whether its record was there before; `miss` why not. `layer_names` is what the
     strings in custom ops cost: None where they cost nothing, and where nothing was captured.
+    `passes` is what each did to what was captured and compiled now.
     """
 
     program: Literal["hit", "miss"]
@@ -61,6 +63,7 @@ class Ready:
     units: tuple[UnitResult, ...]
     miss: Miss | None
     layer_names: LayerNameCost | None
+    passes: tuple[PassReport, ...]
     seconds: Seconds
 
     @property
@@ -134,14 +137,17 @@ def open_program(ready: Ready, entry: torch.nn.Module, guards: Guards | None = N
 
 
 def capture_model(job: Job, weights: Weights = "fake") -> Capture:
-    """Builds and captures the job's model, under the configuration in force.
+    """Builds and captures the job's model, and runs the passes over the graph that work there.
 
-    Raises what `build_model` and `capture` raise.
+    Runs under the configuration in force. Raises what `build_model` and `capture` raise.
     """
     # What only a miss needs is imported on a miss: Dynamo, Inductor and sympy take a second.
     from vllmc.core.graph.capture import capture
+    from vllmc.core.graph.passes.manager import passes_at, run_passes
 
-    return capture(job.model, build_model(job.model, job.spec, weights), job.spec)
+    captured = capture(job.model, build_model(job.model, job.spec, weights), job.spec)
+    passes = run_passes(captured.graph, passes_at("captured", job.spec.passes))
+    return replace(captured, passes=passes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +246,9 @@ def _build(
         units=results,
         miss=miss,
         layer_names=None if named is None else cost_of(named, results),
+        passes=totals(
+            [("the captured graph", captured.passes), *((u.pieces[0], u.passes) for u in results)]
+        ),
         seconds=Seconds(
             total=finished - started,
             capture=captured_at - started,
@@ -283,5 +292,6 @@ def _hit(job: Job, store: Store, found: Found, started: float) -> Ready:
         ),
         miss=None,
         layer_names=None,
+        passes=(),
         seconds=Seconds(total=time.perf_counter() - started),
     )

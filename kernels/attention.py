@@ -1,9 +1,10 @@
-"""`vllmc::unified_attention_with_output`: attention over the paged KV cache, as one op.
+"""Attention over the paged KV cache: as one op, or as one that stores and one that attends.
 
-The op that compiled graphs are split at. After vLLM's op of that name (vllm/attention/layer.py):
-the output is an argument that the op fills, so that a piece of the graph allocates it and the op
-itself returns nothing. It has two overloads, which differ in how they take the layer's name:
-`default` as an opaque `LayerName`, `str` as a string.
+`vllmc::unified_attention_with_output` is the op that compiled graphs are split at. After vLLM's op
+of that name (vllm/attention/layer.py): the output is an argument that the op fills, so that a piece
+of the graph allocates it and the op itself returns nothing. `vllmc::unified_kv_cache_update` is the
+part of it that stores keys and values. Each has two overloads, which differ in how they take the
+layer's name: `default` as an opaque `LayerName`, `str` as a string.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from vllmc.core.errors import VllmcError
 from vllmc.core.torch_compat.dispatch import has_backend_kernel, is_watched
 from vllmc.kernels.forward_context import (
     DecodeGroup,
@@ -24,6 +26,8 @@ from vllmc.kernels.forward_context import (
 )
 from vllmc.kernels.kv_cache import LayerCache
 from vllmc.kernels.layer_name import LAYER_NAME_TYPE, LayerName
+from vllmc.kernels.library import LIBRARY, imported_when_called
+from vllmc.kernels.quant import LARGEST, block_scales_of, quantized
 
 _Read: TypeAlias = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
 """From a range of a sequence's positions to its keys and values, as `LayerCache.read` has them."""
@@ -31,8 +35,8 @@ _Read: TypeAlias = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
 # Queries are attended in blocks of this many rows, which bounds the mask and the score matrix.
 _QUERY_BLOCK = 1024
 
-# Defined through `Library`, not `custom_op`: a call costs 2.3 instead of 6.6 microseconds.
-_LIBRARY = torch.library.Library("vllmc", "FRAGMENT")
+_attend_on_gpu = imported_when_called("vllmc.kernels.triton.attention:attend_step")
+_store_on_gpu = imported_when_called("vllmc.kernels.triton.kv_cache:store")
 
 
 def unified_attention_with_output(
@@ -46,13 +50,17 @@ def unified_attention_with_output(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     causal: bool = True,
+    output_scale: torch.Tensor | None = None,
+    output_block_scale: torch.Tensor | None = None,
+    kv_cache_dummy_dep: torch.Tensor | None = None,
 ) -> None:
     """Stores the batch's keys and values, and lets each sequence attend to its own so far.
 
     The batch is flattened: `query` `[1, T, Hq, Dqk]`, `key` `[1, T, Hkv, Dqk]`, `value`
     `[1, T, Hkv, Dv]`, with `Hq` a multiple of `Hkv`; `output` `[1, T, Hq, Dv]` is overwritten. All
     are of the cache's floating dtype. Which rows belong to which sequence, and where the
-    sequence's earlier tokens are, says the forward context.
+    sequence's earlier tokens are, says the forward context. On a GPU a Triton kernel computes it,
+    in float32, bfloat16 and float16.
 
     Attention is causal, or else goes both ways: then sequences are whole, and nothing is stored or
     read. With `sliding_window` w a token sees itself and the w - 1 before it, and after it where
@@ -60,9 +68,35 @@ def unified_attention_with_output(
     (Gemma 2, arXiv:2408.00118), then masked. `sinks` `[Hq]` is a logit per head that takes part in
     the softmax and is dropped (as in gpt-oss; arXiv:2309.17453).
 
-    Raises `VllmcError`: `no-forward-context`, `unknown-layer`, `incomplete-sequence`.
+    A quantised `output` (`float8_e4m3fn` or `int8`) holds the result, rounded to the query's dtype,
+    as `vllmc.kernels.quant` quantises it. With `output_scale` `[1]` (float32) that is the scale.
+    With `output_block_scale` `[1, T, G]` (float32) each of `G` equal blocks of a token's `Hq * Dv`
+    elements has a scale of its own, by which its largest element is the type's: it is written
+    there.
+
+    With `kv_cache_dummy_dep`, which `unified_kv_cache_update` returned for this batch and layer,
+    nothing is stored: it has been.
+
+    Raises `VllmcError`: `no-forward-context`, `unknown-layer`, `incomplete-sequence`,
+    `bad-attention-output`.
     """
     name = layer_name.value if isinstance(layer_name, LayerName) else layer_name
+    if output.dtype in LARGEST or output_scale is not None or output_block_scale is not None:
+        _check_output(query, output, output_scale, output_block_scale)
+        if not query.is_cuda:
+            plain = torch.empty(output.shape, dtype=query.dtype, device=query.device)
+            unified_attention_with_output(
+                query, key, value, plain, name, scale, sliding_window, softcap, sinks, causal,
+                kv_cache_dummy_dep=kv_cache_dummy_dep,
+            )  # fmt: skip
+            _quantize_into(output, plain, output_scale, output_block_scale)
+            return
+    if query.is_cuda:
+        _attend_on_gpu(
+            query, key, value, output, name, scale, sliding_window, softcap, sinks, causal,
+            output_scale, output_block_scale, stored=kv_cache_dummy_dep is not None,
+        )  # fmt: skip
+        return
     if not causal:
         for span in current_whole_sequences(name):
             rows = slice(span.query_start, span.query_start + span.query_len)
@@ -71,7 +105,8 @@ def unified_attention_with_output(
             _attend_blocks(query, output, span, read, (reach, reach), scale, softcap, sinks)
         return
     metadata, cache = current_layer(name)
-    cache.write(metadata.slots, key, value)
+    if kv_cache_dummy_dep is None:
+        cache.write(metadata.slots, key, value)
     fused = softcap is None and sinks is None
     others = metadata.sequences
     if fused:
@@ -90,11 +125,32 @@ def unified_attention_with_output(
             _attend_blocks(query, output, span, read, (window - 1, 0), scale, softcap, sinks)
 
 
+def unified_kv_cache_update(
+    key: torch.Tensor, value: torch.Tensor, layer_name: LayerName | str
+) -> torch.Tensor:
+    """Stores the batch's keys and values, as `unified_attention_with_output` does by itself.
+
+    `key` is `[1, T, Hkv, Dqk]` and `value` `[1, T, Hkv, Dv]`, of the cache's dtype. The layer's
+    cache, which the forward context holds, is written to; no compiler sees that. The result, an
+    empty tensor of the key's dtype, stands for it: attention takes it, and so comes after.
+
+    Raises `VllmcError`: `no-forward-context`, `unknown-layer`.
+    """
+    name = layer_name.value if isinstance(layer_name, LayerName) else layer_name
+    metadata, cache = current_layer(name)
+    if key.is_cuda:
+        _store_on_gpu(cache, metadata.slots, key, value)
+    else:
+        cache.write(metadata.slots, key, value)
+    return key.new_empty(0)
+
+
 def past_dispatcher(function: Callable[..., Any]) -> Callable[..., Any]:
     """For the op of this module, a function that does the same for less; any other as it is.
 
     The dispatcher is a quarter of what the op costs for one token. It is passed by where nothing
-    would see the call (`is_watched`), and where no kernel was registered beside this module's.
+    would see the call (`is_watched`), and where no kernel was registered beside this module's,
+    which serves all devices.
     """
     packet = torch.ops.vllmc.unified_attention_with_output
     overload = next((op for op in (packet.default, packet.str) if op is function), None)
@@ -106,6 +162,61 @@ def past_dispatcher(function: Callable[..., Any]) -> Callable[..., Any]:
         run(query, *args, **kwargs)
 
     return call
+
+
+def _check_output(
+    query: torch.Tensor,
+    output: torch.Tensor,
+    output_scale: torch.Tensor | None,
+    output_block_scale: torch.Tensor | None,
+) -> None:
+    """Whether the output is of a quantised type, and one scale says how it is quantised."""
+    scales = {"output_scale": output_scale, "output_block_scale": output_block_scale}
+    given = [name for name, scale in scales.items() if scale is not None]
+    _, tokens, heads, size = output.shape
+    if len(given) == 2:
+        cause = "both output_scale and output_block_scale are given"
+    elif not given:
+        cause = f"the output is of {output.dtype}, and neither {' nor '.join(scales)} is given"
+    elif output.dtype not in LARGEST:
+        cause = f"{given[0]} is given, and the output is of {output.dtype}"
+    elif output_scale is not None and output_scale.numel() != 1:
+        cause = f"output_scale holds {output_scale.numel()} numbers, not 1"
+    elif output_block_scale is not None and (
+        output_block_scale.ndim != 3
+        or output_block_scale.shape[:2] != (1, tokens)
+        or not output_block_scale.shape[2]
+        or heads * size % output_block_scale.shape[2]
+    ):
+        cause = (
+            f"output_block_scale is {list(output_block_scale.shape)}, not [1, {tokens}, G] with G "
+            f"a divisor of {heads * size}"
+        )
+    else:
+        return
+    raise VllmcError(
+        "bad-attention-output",
+        f"attention cannot quantise its output: {cause}",
+        context={"output": str(output.dtype), "query": str(query.dtype)},
+        hint=f"give an output of {' or '.join(map(str, LARGEST))} with one of the scales, or an "
+        "output of the query's dtype with none",
+    )
+
+
+def _quantize_into(
+    output: torch.Tensor,
+    plain: torch.Tensor,
+    scale: torch.Tensor | None,
+    block_scale: torch.Tensor | None,
+) -> None:
+    """Fills `output` with what `plain`, its contiguous floating form, is by one of the scales."""
+    if scale is not None:
+        output.copy_(quantized(plain, scale, output.dtype))
+        return
+    assert block_scale is not None
+    blocks = plain.view(*block_scale.shape, -1)
+    block_scale.copy_(block_scales_of(blocks, output.dtype))
+    output.copy_(quantized(blocks, block_scale.unsqueeze(-1), output.dtype).view(output.shape))
 
 
 def _decode(
@@ -236,21 +347,34 @@ def _attend_explicitly(
     return result.reshape(1, length, heads, -1)
 
 
-def _fake(*_: object) -> None:
+def _fake_attention(*_: object, **__: object) -> None:
     """Nothing is returned, and no argument's shape changes."""
 
 
+def _fake_update(key: torch.Tensor, _value: torch.Tensor, _layer_name: object) -> torch.Tensor:
+    return key.new_empty(0)
+
+
 def _define(overload: str, name_type: str) -> None:
-    """Adds the overload whose layer name is of `name_type` to the library."""
-    _LIBRARY.define(
+    """Adds the overloads whose layer name is of `name_type` to the library."""
+    attention = (
         f"unified_attention_with_output{overload}(Tensor query, Tensor key, Tensor value, "
         f"Tensor(a!) output, {name_type} layer_name, float scale, int? sliding_window=None, "
-        "float? softcap=None, Tensor? sinks=None, bool causal=True) -> ()",
-        tags=(torch.Tag.pt2_compliant_tag,),
+        "float? softcap=None, Tensor? sinks=None, bool causal=True, Tensor? output_scale=None, "
+        "Tensor(b!)? output_block_scale=None, Tensor? kv_cache_dummy_dep=None) -> ()"
     )
-    qualified = f"unified_attention_with_output{overload}"
-    _LIBRARY.impl(qualified, unified_attention_with_output, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"vllmc::{qualified}", _fake, lib=_LIBRARY)
+    update = (
+        f"unified_kv_cache_update{overload}(Tensor key, Tensor value, {name_type} layer_name) "
+        "-> Tensor"
+    )
+    for schema, function, fake in (
+        (attention, unified_attention_with_output, _fake_attention),
+        (update, unified_kv_cache_update, _fake_update),
+    ):
+        name = schema.partition("(")[0]
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"vllmc::{name}", fake, lib=LIBRARY)
 
 
 _define("", LAYER_NAME_TYPE)

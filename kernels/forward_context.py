@@ -1,4 +1,4 @@
-"""What the ops of one step read besides their arguments: the batch's layout and the KV caches.
+"""What the ops of one step read besides their arguments: the batch's layout, KV caches, experts.
 
 The forward context is the one ambient value of vllmc. An op cannot take the caches as arguments:
 the compiled program would then have them as inputs of every layer.
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from vllmc.core.errors import VllmcError
+from vllmc.kernels.experts import Experts
 from vllmc.kernels.kv_cache import BlockTable, LayerCache
 
 
@@ -116,10 +117,11 @@ def _continues(group: DecodeGroup, row: int, length: int, slot: int) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardContext:
-    """The metadata of the step that runs, and each attention layer's cache by layer name."""
+    """The metadata of the step that runs, and by layer name each layer's cache or experts."""
 
     metadata: AttentionMetadata
     caches: Mapping[str, LayerCache]
+    experts: Mapping[str, Experts] = field(default_factory=dict)
 
 
 _NO_BLOCKS = BlockTable(ids=(), slots=(), gather=None)
@@ -172,6 +174,24 @@ def current_layer(layer_name: str) -> tuple[AttentionMetadata, LayerCache]:
     return context.metadata, cache
 
 
+def current_experts(layer_name: str) -> Experts:
+    """The experts of the layer `layer_name`.
+
+    Raises `VllmcError`: `no-forward-context` outside of `forward_context`, `unknown-layer` when
+    the context holds no experts of that name.
+    """
+    context = _current(layer_name)
+    experts = context.experts.get(layer_name)
+    if experts is None:
+        raise VllmcError(
+            "unknown-layer",
+            f"the forward context holds no experts for the layer '{layer_name}'",
+            context={"layer": layer_name, "layers": sorted(context.experts)},
+            hint="give the engine the experts of the program: Program.experts",
+        )
+    return experts
+
+
 def current_whole_sequences(layer_name: str) -> tuple[SequenceSpan, ...]:
     """The running step's sequences, for the layer `layer_name`, whose attention goes both ways.
 
@@ -196,7 +216,7 @@ def _current(layer_name: str) -> ForwardContext:
     if context is None:
         raise VllmcError(
             "no-forward-context",
-            f"the attention layer '{layer_name}' ran without a forward context",
+            f"the layer '{layer_name}' ran without a forward context",
             context={"layer": layer_name},
             hint="run the program through vllmc.core.runtime.engine.Engine, or set a context "
             "with vllmc.kernels.forward_context.forward_context",

@@ -22,11 +22,12 @@ def define_op(schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any],
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(name, _imported_when_called(cuda), "CUDA")
+    LIBRARY.impl(name, imported_when_called(cuda), "CUDA")
     torch.library.register_fake(f"vllmc::{name}", fake, lib=LIBRARY)
 
 
-def _imported_when_called(place: str) -> Callable[..., Any]:
+def imported_when_called(place: str) -> Callable[..., Any]:
+    """The function that stands at `place`, `module:function`, whose module is not imported yet."""
     module, _, name = place.partition(":")
 
     def call(*args: object, **kwargs: object) -> Any:

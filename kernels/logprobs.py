@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 
 from vllmc.core.errors import VllmcError
+from vllmc.kernels.library import define_op
 
 _R = TypeVar("_R")
 
@@ -56,10 +57,14 @@ def batched_count_greater_than(x: torch.Tensor, values: torch.Tensor) -> torch.T
     is 0. All but NaN count for a value of -inf.
 
     Raises `VllmcError` (`bad-batch`) for an empty batch and for other shapes.
+
+    On a GPU it is the op `vllmc::batched_count_greater_than`, a kernel of ours also where this
+    function is compiled; on a CPU Inductor makes one loop of what the op does.
     """
     _require_batch("batched_count_greater_than", x, values)
-    # Summed in 32 bits: on a CPU a third of the time of a sum in 64.
-    return (x >= values.view(-1, 1)).sum(dim=-1, dtype=torch.int32).long()
+    if x.is_cuda:
+        return torch.ops.vllmc.batched_count_greater_than(x, values)
+    return _count(x, values)
 
 
 def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, count: int) -> GatheredLogprobs:
@@ -114,6 +119,19 @@ def compiled(
         return program(dense, column, *rest)
 
     return call
+
+
+def _count(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    # Summed in 32 bits: on a CPU a third of the time of a sum in 64.
+    return (x >= values.view(-1, 1)).sum(dim=-1, dtype=torch.int32).long()
+
+
+define_op(
+    "batched_count_greater_than(Tensor x, Tensor values) -> Tensor",
+    cpu=_count,
+    fake=lambda x, _values: torch.empty(x.shape[0], dtype=torch.int64, device=x.device),
+    cuda="vllmc.kernels.triton.logprobs:batched_count_greater_than",
+)
 
 
 def _require_batch(op: str, rows: torch.Tensor, others: torch.Tensor) -> None:

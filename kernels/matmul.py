@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vllmc.core.torch_compat.products import int8_product
@@ -24,7 +26,7 @@ def scaled_mm(
     Products of int8 are summed as int32, those of fp8 as float32.
     """
     rows = a.reshape(-1, a.shape[-1])
-    if a.dtype is torch.int8:
+    if a.dtype is torch.int8 and a.shape[-1] > 1:
         product = int8_product(rows, weight.t()).to(torch.float32)
     else:
         product = rows.to(torch.float32) @ weight.to(torch.float32).t()
@@ -34,16 +36,9 @@ def scaled_mm(
     return product.to(out_dtype).view(*a.shape[:-1], weight.shape[0])
 
 
-def _fake(
-    a: torch.Tensor,
-    weight: torch.Tensor,
-    a_scale: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
+def _fake(a: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
     require_quant_dtype(a.dtype)
-    return torch.empty((*a.shape[:-1], weight.shape[0]), dtype=out_dtype, device=a.device)
+    return torch.empty((*a.shape[:-1], weight.shape[0]), dtype=rest[-1], device=a.device)
 
 
 define_op(

@@ -8,7 +8,7 @@ al., arXiv:2209.05433), which has no infinity, and of two's complement.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -52,13 +52,20 @@ def scale_of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return amax.clamp_(min=SMALLEST_AMAX) / LARGEST[dtype]
 
 
+def block_scales_of(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `scale_of`, for each row of the last dimension of `blocks` `[..., n]`: `[...]`."""
+    amax = blocks.abs().amax(dim=-1).to(torch.float32)
+    return amax.clamp_(min=SMALLEST_AMAX) / LARGEST[dtype]
+
+
 def quantized(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`x / scale` in `dtype`, contiguous."""
     largest = LARGEST[dtype]
-    scaled = x.contiguous().to(torch.float32) / scale
+    wide, divisor = x.to(torch.float32), scale.view(())
+    scaled = wide / divisor if wide is x else wide.div_(divisor)
     if dtype is torch.int8:
         scaled = scaled.nan_to_num_(nan=0.0).round_()
-    return scaled.clamp_(-largest, largest).to(dtype)
+    return scaled.clamp_(-largest, largest).to(dtype).contiguous()
 
 
 def require_quant_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -73,26 +80,45 @@ def require_quant_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _fake_static(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty_like(
-        x, dtype=require_quant_dtype(dtype), memory_format=torch.contiguous_format
-    )
+def empty_dense(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A contiguous tensor like `x`, or of `dtype`, with nothing written to it yet."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _fake_dynamic(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    scale = torch.empty(1, dtype=torch.float32, device=x.device)
-    return _fake_static(x, scale, dtype), scale
+def empty_quantized(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `empty_dense`, of a type to quantise to. Raises `VllmcError` (`bad-quant-dtype`)."""
+    return empty_dense(x, require_quant_dtype(dtype))
+
+
+def empty_scale(x: torch.Tensor) -> torch.Tensor:
+    """A scale on the device of `x`, with nothing written to it yet."""
+    return torch.empty(1, dtype=torch.float32, device=x.device)
+
+
+def fake_dense(x: torch.Tensor, *_: object) -> torch.Tensor:
+    """The fake of an op whose result is like its first argument."""
+    return empty_dense(x)
+
+
+def fake_static(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """The fake of an op whose result is like its first argument, of its last, a dtype."""
+    return empty_quantized(x, rest[-1])
+
+
+def fake_dynamic(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `fake_static`, for an op that returns the scale too."""
+    return empty_quantized(x, rest[-1]), empty_scale(x)
 
 
 define_op(
     "static_scaled_quant(Tensor x, Tensor scale, ScalarType dtype) -> Tensor",
     cpu=static_scaled_quant,
-    fake=_fake_static,
+    fake=fake_static,
     cuda="vllmc.kernels.triton.quant:static_scaled_quant",
 )
 define_op(
     "dynamic_scaled_quant(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
     cpu=dynamic_scaled_quant,
-    fake=_fake_dynamic,
+    fake=fake_dynamic,
     cuda="vllmc.kernels.triton.quant:dynamic_scaled_quant",
 )

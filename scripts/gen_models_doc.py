@@ -60,13 +60,16 @@ hidden states is that of eager Transformers, one prompt at a time, within 1e-5.
 TAIL = """
 ## Mixtures of experts
 
-Transformers lets a model choose how it multiplies its experts. vllmc chooses `grouped_mm`, for
-capture and for real weights alike (`core/models/building.py`): the plain loop over the experts
-that were hit cannot be captured, since which they are is known only when it runs. Tokens are
-sorted by expert and each group is multiplied, in bfloat16 by one op, else by Transformers' op
-`grouped_mm_fallback`. The products are those of the loop. What a token's experts give is added up
-in the order of their weights, and in float32, where the loop goes by the experts' numbers and adds
-in the model's dtype; so results differ by rounding. A model with a loop of its own is refused.
+Transformers lets a model choose how it multiplies its experts. Its plain loop over the experts that
+were hit cannot be captured, since which they are is known only when it runs. So vllmc chooses its
+own op, `vllmc::fused_moe` (`kernels/moe.py`): tokens are sorted by expert, and each expert that was
+hit multiplies its group. What a token's experts give is added up in the loop's order, and in
+float32, where the loop adds in the model's dtype. The op is inside the compiled pieces and finds
+its layer's weights by name: see [what layer names cost](layer-names.md#a-mixture-of-experts).
+
+`--experts grouped_mm` takes Transformers' ops of that name instead, whose weights are inputs of the
+graph. They multiply the same, and add up in the order of a token's weights. A model that
+normalises what each expert gives needs it; one with a loop of its own is refused either way.
 
 ## A module of your own
 

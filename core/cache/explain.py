@@ -25,6 +25,7 @@ _GROUPS: Final[Mapping[str, ChangeClass]] = {
     "sources": "identity",
     "guarded": "identity",
     "spec": "codegen",
+    "passes": "codegen",
     "versions": "codegen",
     "code": "codegen",
     "kernels": "codegen",

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
+from vllmc.core.passes import PASSES
+
 GROUPS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "environment": "variables that torch's compiler or Triton reads itself, and torch's own "
@@ -22,6 +24,7 @@ GROUPS: Final[Mapping[str, str]] = MappingProxyType(
         "functorch": "torch._functorch.config, whole",
         "dynamo": "of the settings of capture, those that can change a graph",
         "spec": "what you asked for",
+        "passes": "the passes over the graphs, each with its version and the digest of its source",
         "model": "the model's identity: its configuration, or the modules that its code makes",
         "graph": "the digest of the piece: ops, wiring, shapes and dtypes, without any name; "
         "of custom ops also the Python files that implement them",
@@ -63,16 +66,21 @@ FACTORS: Final[Mapping[tuple[str, str], str]] = MappingProxyType(
         ("code", "core.torch_compat"): "the use of torch's private interfaces",
         ("code", "core.runtime"): "what a stored program and its artifacts are linked by",
         ("code", "core.pipeline"): "the order of it all",
-        ("code", "kernels"): "vllmc's ops, that of attention among them",
+        ("code", "kernels"): "vllmc's ops: what generated code calls",
         ("spec", "device"): "`cuda` counts as `cuda:0`",
         ("spec", "dtype"): "`auto` counts as what it stands for",
         ("spec", "ranges"): "their order plays no part",
         ("spec", "sizes"): "their order plays no part",
         ("spec", "dynamic_shapes"): "how the token count is traced",
         ("spec", "layer_names"): "inputs of the graph, or constants in it",
+        (
+            "spec",
+            "experts",
+        ): "what mixtures of experts run on: vllmc's op, or Transformers' grouped_mm",
         ("spec", "splitting_ops"): "where the graph is cut; their order plays no part",
         ("spec", "quantize"): "how the linears are quantised; the values of scales play no part",
         ("spec", "backend"): "what compiles the pieces",
+        **{("passes", name): info.does for name, info in PASSES.items()},
     }
 )
 """(group, name) of each factor that there is on every machine, and what it is or is for."""

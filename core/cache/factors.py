@@ -22,6 +22,8 @@ from vllmc.core.cache.factor_table import NO_FACTORS
 from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.cache.redaction import hide, redact
 from vllmc.core.errors import VllmcError
+from vllmc.core.graph.passes.manager import identity
+from vllmc.core.passes import DEFAULT_PASSES, PASSES
 from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat import system
 from vllmc.core.torch_compat.config import (
@@ -96,6 +98,7 @@ UNIT_FACTORS: Final = frozenset(
         ("code", "core.graph"),
         ("code", "core.compiler"),
         ("code", "core.torch_compat"),
+        ("code", "kernels"),
         ("spec", "dtype"),
         ("spec", "device"),
         ("spec", "dynamic_shapes"),
@@ -131,6 +134,7 @@ def program_factors(
         *_code(),
         *_configs(overrides, environment, option_origins),
         *_spec(spec, option_origins),
+        *_passes(spec, option_origins),
         *model_factors,
     )
 
@@ -282,6 +286,7 @@ def _spec(spec: CompileSpec, origins: Origins) -> Iterator[Factor]:
         "sizes": lambda s: [*sorted(set(s.sizes))],
         "dynamic_shapes": lambda s: s.dynamic_shapes,
         "layer_names": lambda s: s.layer_names,
+        "experts": lambda s: s.experts,
         "splitting_ops": lambda s: [*sorted(set(s.splitting_ops))],
         "quantize": lambda s: s.quantize,
         "backend": lambda s: s.backend,
@@ -294,6 +299,21 @@ def _spec(spec: CompileSpec, origins: Origins) -> Iterator[Factor]:
             value=value_of(spec),
             origin=origins.get(("spec", name), "default"),
             is_default=value_of(spec) == value_of(default),
+        )
+
+
+def _passes(spec: CompileSpec, origins: Origins) -> Iterator[Factor]:
+    """One for each pass that there is, None where it does not run."""
+    choices = {choice.name: choice for choice in spec.passes}
+    defaults = {choice.name: choice for choice in DEFAULT_PASSES}
+    for name in PASSES:
+        choice = choices.get(name)
+        yield Factor(
+            group="passes",
+            name=name,
+            value=None if choice is None else identity(choice),
+            origin=origins.get(("passes", name), "default"),
+            is_default=choice == defaults.get(name),
         )
 
 

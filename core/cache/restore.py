@@ -19,6 +19,7 @@ _SPEC_FLAGS: Final[Mapping[str, str]] = {
     "sizes": "--compile-size",
     "dynamic_shapes": "--dynamic-shapes",
     "layer_names": "--layer-names",
+    "experts": "--experts",
     "splitting_ops": "--splitting-op",
     "backend": "--backend",
 }
@@ -54,6 +55,8 @@ def restoring(
         return _option(group, name, before, how, origin_before)
     if group == "spec":
         return _flag(name, before, how, origin_before)
+    if group == "passes":
+        return _pass(name, before, how)
     if group == "versions":
         return f"pip install {name}=={before}" if name in _PACKAGES else ""
     if group == "model" and name.rpartition(".")[2] == "num_hidden_layers":
@@ -69,6 +72,15 @@ def _option(group: str, name: str, before: JsonValue, how: str, origin: str | No
         return ""
     text = before if isinstance(before, str) else json.dumps(before)
     return f"-O {shlex.quote(f'{full}={text}')}"
+
+
+def _pass(name: str, before: JsonValue, how: str) -> str:
+    if before is None:
+        return f"leave out --pass {name}" if how == "flag" else f"--no-pass {name}"
+    tokens = before.get("tokens") if isinstance(before, dict) else None
+    if tokens is not None:
+        return f"--pass {name}@{tokens}"
+    return f"leave out --no-pass {name}" if how == "flag" else f"--pass {name}"
 
 
 def _flag(name: str, before: JsonValue, how: str, origin: str | None) -> str:

@@ -6,7 +6,7 @@ from types import ModuleType
 
 from vllmc.core.cache.key import JsonValue, canonical_json, sha256_hex
 from vllmc.core.compiler.container import EAGER, pack
-from vllmc.core.compiler.protocol import Compiled, Unit
+from vllmc.core.compiler.protocol import CODE_TEXT, Compiled, Unit
 from vllmc.core.graph.targets import import_path
 from vllmc.core.spec import CompileSpec
 
@@ -14,7 +14,7 @@ from vllmc.core.spec import CompileSpec
 class EagerCompiler:
     """Writes the piece's graph as Python source."""
 
-    def compile(self, unit: Unit, spec: CompileSpec) -> Compiled:  # noqa: ARG002
+    def compile(self, unit: Unit, spec: CompileSpec, *, texts: bool = False) -> Compiled:  # noqa: ARG002
         """Never fails: there is nothing to compile."""
         code = unit.piece.graph.python_code("self")
         imports: dict[str, JsonValue] = {
@@ -25,6 +25,7 @@ class EagerCompiler:
             format=EAGER,
             artifact=pack(EAGER, {"imports": imports}, {"graph.py": source}),
             code=sha256_hex(canonical_json({"source": code.src, "imports": imports})),
+            texts=((CODE_TEXT, code.src),) if texts else (),
         )
 
 

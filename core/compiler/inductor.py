@@ -8,31 +8,49 @@ On the CPU an artifact holds the reduced wrapper and its kernels' shared objects
 from __future__ import annotations
 
 import io
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
+import torch.fx as fx
 
 from vllmc.core.cache.key import canonical_json, sha256_hex
 from vllmc.core.compiler.container import BUNDLE, NATIVE, pack
 from vllmc.core.compiler.elf import loadable_part
-from vllmc.core.compiler.protocol import Compiled, Unit, example_inputs, example_scope
+from vllmc.core.compiler.protocol import (
+    CODE_TEXT,
+    Compiled,
+    Unit,
+    example_inputs,
+    example_scope,
+)
 from vllmc.core.errors import VllmcError
+from vllmc.core.graph.passes.manager import identity_of, passes_at, run_passes
+from vllmc.core.graph.passes.report import PassReport
+from vllmc.core.passes import PassChoice
 from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat import inductor
 from vllmc.core.torch_compat.capture import size_oblivious
+from vllmc.core.torch_compat.post_grad import at_post_grad, readable
 from vllmc.core.torch_compat.wrapper import NotPortable, reduce_wrapper
 
 
 class InductorCompiler:
     """Compiles with Inductor, under the configuration in force."""
 
-    def compile(self, unit: Unit, spec: CompileSpec) -> Compiled:
-        """Raises `VllmcError`: `no-compiler`, `compile-failed` or `range-not-covered`."""
-        with size_oblivious(spec.dynamic_shapes):
+    def compile(self, unit: Unit, spec: CompileSpec, *, texts: bool = False) -> Compiled:
+        """With `texts`, the graph before and after the passes, and the code.
+
+        Raises `VllmcError`: `no-compiler`, `compile-failed` or `range-not-covered`."""
+        tokens = unit.range if unit.piece.depends_on_tokens else None
+        passes = _Passes(passes_at("post-grad", spec.passes, tokens), texts=texts)
+        with size_oblivious(spec.dynamic_shapes), passes.in_force():
             scope = example_scope(unit, spec)
             inputs = example_inputs(unit, scope)
             try:
                 if torch.device(spec.device).type == "cpu":
-                    compiled = _native(inductor.generate(unit.piece.module, inputs, scope))
+                    generated = inductor.generate(unit.piece.module, inputs, scope)
+                    compiled, code = _native(generated), generated.wrapper
                 else:
                     data = inductor.generate_bundle(unit.piece.module, inputs, scope)
                     compiled = Compiled(
@@ -40,6 +58,7 @@ class InductorCompiler:
                         artifact=pack(BUNDLE, {}, {"bundle": data}),
                         code=sha256_hex(inductor.bundle_code(data)),
                     )
+                    code = inductor.bundle_source(data)
             except inductor.NoCompilerError as error:
                 raise VllmcError(
                     "no-compiler",
@@ -56,7 +75,36 @@ class InductorCompiler:
                     "--compile-size N may compile it",
                 ) from error
         _refuse_narrowed(unit, scope.narrowed())
-        return compiled
+        return replace(
+            compiled,
+            passes=tuple(passes.reports),
+            texts=(*passes.texts, (CODE_TEXT, code)) if texts else (),
+        )
+
+
+class _Passes:
+    """The passes of one unit: Inductor calls this with the graph. `texts` asks for its text."""
+
+    def __init__(self, choices: tuple[PassChoice, ...], *, texts: bool) -> None:
+        self._choices = choices
+        self._wanted = texts
+        self.reports: list[PassReport] = []
+        self.texts: list[tuple[str, str]] = []
+
+    def in_force(self) -> AbstractContextManager[None]:
+        """Within it they are run over what Inductor compiles."""
+        if not self._choices and not self._wanted:
+            return nullcontext()
+        return at_post_grad(self, identity_of(self._choices))
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self._write("before.py", graph)
+        self.reports += run_passes(graph, self._choices)
+        self._write("after.py", graph)
+
+    def _write(self, name: str, graph: fx.Graph) -> None:
+        if self._wanted:
+            self.texts.append((name, readable(graph)))
 
 
 def _native(generated: inductor.Generated) -> Compiled:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Final, Protocol
 
+from vllmc.core.graph.passes.report import PassReport
 from vllmc.core.graph.piece import (
     OpaqueInput,
     Piece,
@@ -15,6 +16,9 @@ from vllmc.core.graph.piece import (
 )
 from vllmc.core.spec import CompileRange, CompileSpec
 from vllmc.core.torch_compat.shapes import ShapeScope, SymbolRange
+
+CODE_TEXT: Final = "code.py"
+"""The text of `Compiled` that is the generated code."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,18 +31,26 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiled:
-    """`artifact` is self-contained; `code` is the digest of what was generated for the unit."""
+    """`artifact` is self-contained; `code` is the digest of what was generated for the unit.
+
+    `passes` says what they did. `texts` are what a person may want to read, by file name: graphs
+    and code, where they were asked for.
+    """
 
     format: str
     artifact: bytes
     code: str
+    passes: tuple[PassReport, ...] = field(default=(), compare=False)
+    texts: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
 
 class Compiler(Protocol):
     """Compiles units under the configuration in force where it is called."""
 
-    def compile(self, unit: Unit, spec: CompileSpec) -> Compiled:
-        """Raises `VllmcError` (`no-compiler`, `compile-failed`, `range-not-covered`)."""
+    def compile(self, unit: Unit, spec: CompileSpec, *, texts: bool = False) -> Compiled:
+        """With `texts`, also what a person may want to read.
+
+        Raises `VllmcError` (`no-compiler`, `compile-failed`, `range-not-covered`)."""
 
 
 def example_scope(unit: Unit, spec: CompileSpec) -> ShapeScope:

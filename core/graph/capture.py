@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
+from typing import Any
 
 import sympy
 import torch
@@ -17,19 +18,21 @@ from vllmc.core.errors import UsageError
 from vllmc.core.graph.assumptions import Assumptions, check_assumptions
 from vllmc.core.graph.call import example_arguments, role_of, sizes_in, symbols_of_sizes
 from vllmc.core.graph.inputs import find_attribute, read_source
-from vllmc.core.graph.layout import Argument, AttentionSite, GraphInput
+from vllmc.core.graph.layout import Argument, AttentionSite, ExpertsSite, GraphInput
 from vllmc.core.graph.normalize import normalize, value_of
+from vllmc.core.graph.passes.report import PassReport
 from vllmc.core.graph.piece import SymbolRole
 from vllmc.core.graph.repeats import capture_repeating
 from vllmc.core.graph.results import NumberMark, describe
 from vllmc.core.graph.same_calls import merge_quantisations
 from vllmc.core.graph.side_effects import left_behind
 from vllmc.core.graph.suitability import check_graph, check_module, place_of_node
-from vllmc.core.graph.targets import custom_ops, op_names
+from vllmc.core.graph.targets import custom_ops, op_names, schemas_of
 from vllmc.core.models.errors import unsupported_model
+from vllmc.core.models.experts import expert_tensors, has_experts
 from vllmc.core.models.model import Model
 from vllmc.core.models.place import place_of_frames
-from vllmc.core.spec import ATTENTION_OP, CompileSpec
+from vllmc.core.spec import ATTENTION_OP, EXPERTS_OP, CompileSpec
 from vllmc.core.torch_compat.capture import (
     CaptureError,
     RawCapture,
@@ -64,7 +67,7 @@ class Capture:
     `assumptions` what is taken for granted of them. `written` are the arguments, by path, that it
     writes to. `functions` are the qualified names of the
     traced functions by their source file, and `guarded` the expressions of the Python values that
-    the graph depends on.
+    the graph depends on. `passes` is what they did to the graph since.
     """
 
     graph: fx.Graph
@@ -74,9 +77,11 @@ class Capture:
     assumptions: Assumptions
     roles: Mapping[sympy.Symbol, SymbolRole]
     attention: tuple[AttentionSite, ...]
+    experts: tuple[ExpertsSite, ...]
     written: tuple[str, ...]
     functions: Mapping[str, tuple[str, ...]]
     guarded: tuple[str, ...]
+    passes: tuple[PassReport, ...] = ()
 
 
 def capture(model: Model, entry: torch.nn.Module, spec: CompileSpec) -> Capture:
@@ -144,6 +149,7 @@ def trace(name: str, entry: torch.nn.Module, call: Call, spec: CompileSpec) -> C
         assumptions=assumptions,
         roles={symbol: role_of(size, call) for symbol, size in symbols_of_sizes(sizes).items()},
         attention=_attention_sites(graph, inputs),
+        experts=_experts_sites(name, entry, graph, inputs),
         written=written,
         functions={file: tuple(sorted(names)) for file, names in sorted(functions.items())},
         guarded=(*raw.guarded, *(f"O[{name_of_op!r}]" for name_of_op in ops)),
@@ -157,12 +163,16 @@ def _resolve(entry: torch.nn.Module, given: GraphInput) -> GraphInput:
     if isinstance(found, LayerName):
         return GraphInput(kind="layer-name", name=found.value)
     assert isinstance(found, torch.Tensor), f"{given.name} is a {type(found).__name__}"
+    return _tensor_input(given.name, found)
+
+
+def _tensor_input(name: str, tensor: torch.Tensor) -> GraphInput:
     return GraphInput(
         kind="attribute",
-        name=given.name,
-        dtype=str(found.dtype).removeprefix("torch."),
-        shape=tuple(found.shape),
-        stride=tuple(found.stride()),
+        name=name,
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=tuple(tensor.shape),
+        stride=tuple(tensor.stride()),
     )
 
 
@@ -218,26 +228,55 @@ def _is_written(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value._version > 0
 
 
-def _attention_sites(graph: fx.Graph, inputs: Sequence[GraphInput]) -> tuple[AttentionSite, ...]:
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+def _calls_by_layer(
+    name: str, graph: fx.Graph, inputs: Sequence[GraphInput]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The calls of vllmc's op `name` (`namespace::name`): the layer, and the arguments by name."""
+    placeholders = graph.find_nodes(op="placeholder")
     names = {
         node: given.name
         for node, given in zip(placeholders, inputs, strict=True)
         if given.kind == "layer-name"
     }
-    op = torch.ops.vllmc.unified_attention_with_output.default
-    parameters = [argument.name for argument in op._schema.arguments]
-    sites = []
     for node in graph.nodes:
-        if node.op != "call_function" or ATTENTION_OP not in op_names(node.target):
-            continue
-        given = {**dict(zip(parameters, node.args, strict=False)), **node.kwargs}
-        layer, window = given["layer_name"], given.get("sliding_window")
+        if node.op == "call_function" and name in op_names(node.target):
+            parameters = [a.name for a in schemas_of(node.target)[0].arguments]
+            given = {**dict(zip(parameters, node.args, strict=False)), **node.kwargs}
+            layer = given["layer_name"]
+            yield layer if isinstance(layer, str) else names[layer], given
+
+
+def _experts_sites(
+    name: str, entry: torch.nn.Module, graph: fx.Graph, inputs: Sequence[GraphInput]
+) -> tuple[ExpertsSite, ...]:
+    layers = dict.fromkeys(layer for layer, _ in _calls_by_layer(EXPERTS_OP, graph, inputs))
+    modules = dict(entry.named_modules())
+    for layer in layers:
+        if not has_experts(modules.get(layer)):
+            raise unsupported_model(
+                name, f"it calls {EXPERTS_OP} for the layer '{layer}', where it has no experts"
+            )
+    return tuple(
+        ExpertsSite(
+            layer=layer,
+            tensors=tuple(
+                _tensor_input(f"{layer}.{tensor}", getattr(modules[layer], tensor))
+                for tensor in expert_tensors(modules[layer])
+            ),
+        )
+        for layer in layers
+    )
+
+
+def _attention_sites(graph: fx.Graph, inputs: Sequence[GraphInput]) -> tuple[AttentionSite, ...]:
+    sites = []
+    for layer, given in _calls_by_layer(ATTENTION_OP, graph, inputs):
+        window = given.get("sliding_window")
         _, _, kv_heads, key_size = _shape(given["key"])
         *_, value_size = _shape(given["value"])
         sites.append(
             AttentionSite(
-                layer=layer if isinstance(layer, str) else names[layer],
+                layer=layer,
                 kv_heads=int(kv_heads),
                 key_size=int(key_size),
                 value_size=int(value_size),

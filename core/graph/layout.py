@@ -65,6 +65,17 @@ class AttentionSite:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsSite:
+    """A layer whose experts the program's ops find by name: the tensors that the module there has.
+
+    Each is an input of the kind `attribute`, though no input of the graph.
+    """
+
+    layer: str
+    tensors: tuple[GraphInput, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnitStep:
     """Runs unique piece number `piece`."""
 
@@ -100,6 +111,7 @@ class Layout:
     steps: tuple[UnitStep | OpStep, ...]
     result: JsonValue
     attention: tuple[AttentionSite, ...]
+    experts: tuple[ExpertsSite, ...] = ()
     demands: tuple[str, ...] = ()
     promises: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
@@ -130,15 +142,14 @@ class Layout:
                 ),
                 pieces=tuple(data["pieces"]),
                 ranges=tuple(data["ranges"]),
-                inputs=tuple(
-                    GraphInput(
-                        **{**row, "shape": tuple(row["shape"]), "stride": tuple(row["stride"])}
-                    )
-                    for row in data["inputs"]
-                ),
+                inputs=_inputs(data["inputs"]),
                 steps=tuple(_step(row) for row in data["steps"]),
                 result=data["result"],
                 attention=tuple(AttentionSite(**row) for row in data["attention"]),
+                experts=tuple(
+                    ExpertsSite(layer=row["layer"], tensors=_inputs(row["tensors"]))
+                    for row in data["experts"]
+                ),
                 demands=tuple(data["demands"]),
                 promises=tuple(data["promises"]),
                 written=tuple(data["written"]),
@@ -156,6 +167,13 @@ def size_names(arguments: Iterable[Argument]) -> tuple[str, ...]:
     """The names of the sizes that vary among `arguments`, each once, in their order."""
     found = [size for argument in arguments for size in argument.shape if isinstance(size, str)]
     return tuple(dict.fromkeys(found))
+
+
+def _inputs(rows: Iterable[Mapping[str, Any]]) -> tuple[GraphInput, ...]:
+    return tuple(
+        GraphInput(**{**row, "shape": tuple(row["shape"]), "stride": tuple(row["stride"])})
+        for row in rows
+    )
 
 
 def _step(row: Mapping[str, Any]) -> UnitStep | OpStep:

@@ -82,6 +82,7 @@ def make_plan(captured: Capture, spec: CompileSpec) -> Plan:
             ranges=tuple(str(r) for r in unit_ranges(spec)),
             inputs=captured.inputs,
             attention=captured.attention,
+            experts=captured.experts,
             demands=captured.assumptions.demands,
             promises=captured.assumptions.promises,
             written=captured.written,

@@ -27,23 +27,13 @@ from vllmc.core.models.attention import (
 from vllmc.core.models.checkpoint import read_weights
 from vllmc.core.models.encoders import encoder_info
 from vllmc.core.models.errors import unsupported_model
+from vllmc.core.models.experts import EXPERTS_NAME, attach_expert_names, register_experts
 from vllmc.core.models.model import EncoderInfo, Weights
-from vllmc.core.spec import LayerNames
+from vllmc.core.spec import ExpertsKind, LayerNames
 from vllmc.core.torch_compat.fake import fake_weights
 
-EXPERTS_NAME = "grouped_mm"
-"""The implementation of mixtures of experts, where a model lets one choose.
-
-Transformers' own loop over the experts that were hit cannot be captured: which they are is known
-only when it runs. This one sorts the tokens by expert and multiplies each group, in bfloat16 as one
-op, else as Transformers' op `grouped_mm_fallback`. Products are those of the loop; what a token's
-experts give is added up in the order of their weights, in float32, instead of in the order of the
-experts, in the model's dtype.
-"""
-
-
 FAKE_EXPERTS_NAME = "batched_mm"
-"""The one for a run on fake tensors: `grouped_mm` has no fake for other types than bfloat16."""
+"""The experts for a run on fake tensors: `grouped_mm` has fakes of bfloat16 only."""
 
 
 def _decoder_inputs(_: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -137,8 +127,14 @@ class PlainEntry(torch.nn.Module):
         return self.model(input_ids, position_ids)[0, logits_indices]
 
 
-def build_entry(model: torch.nn.Module, layer_names: LayerNames) -> torch.nn.Module:
+def build_entry(
+    model: torch.nn.Module, layer_names: LayerNames, experts: ExpertsKind = "fused"
+) -> torch.nn.Module:
     """The entry module of `model`, in eval mode, with vllmc's attention and layer names.
+
+    `experts` is what mixtures of experts run on, where a model lets one choose: `fused` is vllmc's
+    op, `grouped_mm` Transformers' implementation of that name. Transformers' own loop over the
+    experts that were hit cannot be captured: which they are is known only when it runs.
 
     A module of a class that was declared is its own entry.
     """
@@ -148,13 +144,16 @@ def build_entry(model: torch.nn.Module, layer_names: LayerNames) -> torch.nn.Mod
     entry: torch.nn.Module
     if isinstance(model, PreTrainedModel):
         register_attention()
+        register_experts()
         encodes = encoder_of(type(model).__name__, model) is not None
         model.config._attn_implementation = ENCODER_ATTENTION_NAME if encodes else ATTENTION_NAME
-        model.config._experts_implementation = EXPERTS_NAME
+        model.config._experts_implementation = EXPERTS_NAME if experts == "fused" else experts
         entry = EncoderEntry(model) if encodes else DecoderEntry(model)
     else:
         entry = PlainEntry(model)
     attach_layer_names(entry, layer_names)
+    if experts == "fused":
+        attach_expert_names(entry, layer_names)
     return entry
 
 
@@ -171,11 +170,12 @@ def on_fake_experts(model: torch.nn.Module) -> Iterator[None]:
     if not isinstance(model, PreTrainedModel):
         yield
         return
+    before = model.config._experts_implementation
     model.config._experts_implementation = FAKE_EXPERTS_NAME
     try:
         yield
     finally:
-        model.config._experts_implementation = EXPERTS_NAME
+        model.config._experts_implementation = before
 
 
 _ENTRIES = (DecoderEntry, EncoderEntry, PlainEntry)

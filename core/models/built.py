@@ -22,7 +22,12 @@ def build_model(
     checkpoint, or 1. Raises what `Model.build`, `Model.own_scales` and `quantize` raise.
     """
     entry = model.build(
-        weights, device=spec.device, dtype=spec.dtype, layer_names=spec.layer_names, seed=0
+        weights,
+        device=spec.device,
+        dtype=spec.dtype,
+        layer_names=spec.layer_names,
+        seed=0,
+        experts=spec.experts,
     )
     if spec.quantize is None:
         return entry

@@ -57,8 +57,10 @@ def describe(value: object, depth: int = _DEEP) -> JsonValue:
         case int() | float() | str():
             return f"<{_qualified(kind)} {value!r}>"
         case ModuleType():
-            # A package is given a name for each of its modules that anybody imports.
-            defined = "" if hasattr(value, "__path__") else _names(vars(value))
+            # A package is given a name for each of its modules that anybody imports, a namespace
+            # of torch's ops for each op that anybody asks for.
+            grows = hasattr(value, "__path__") or isinstance(value, type(torch.ops.aten))
+            defined = "" if grows else _names(vars(value))
             return f"<module {value.__name__}{defined}>"
         case type():
             names = "" if _is_torchs(value) else _names(vars(value))

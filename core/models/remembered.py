@@ -35,7 +35,7 @@ from vllmc.core.models.model import (
     Scales,
     Weights,
 )
-from vllmc.core.spec import LayerNames
+from vllmc.core.spec import ExpertsKind, LayerNames
 
 _FORM: Final = 2
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
@@ -144,11 +144,23 @@ class RememberedModel(ConfiguredModel):
         return self._answer.factors
 
     def build(
-        self, weights: Weights, *, device: str, dtype: str, layer_names: LayerNames, seed: int
+        self,
+        weights: Weights,
+        *,
+        device: str,
+        dtype: str,
+        layer_names: LayerNames,
+        seed: int,
+        experts: ExpertsKind = "fused",
     ) -> torch.nn.Module:
         """See `Model.build`. Raises `VllmcError` (`model-changed`) if it is another by now."""
         return self._loaded().build(
-            weights, device=device, dtype=dtype, layer_names=layer_names, seed=seed
+            weights,
+            device=device,
+            dtype=dtype,
+            layer_names=layer_names,
+            seed=seed,
+            experts=experts,
         )
 
     def own_scales(self) -> Mapping[str, Scales]:

@@ -22,7 +22,7 @@ from vllmc.core.models.configured import ConfiguredModel
 from vllmc.core.models.encoders import encoder_info, limits
 from vllmc.core.models.errors import unsupported_model
 from vllmc.core.models.model import ModelInfo, Scales, Weights
-from vllmc.core.spec import LayerNames
+from vllmc.core.spec import ExpertsKind, LayerNames
 from vllmc.core.torch_compat.config_values import stable
 
 if TYPE_CHECKING:
@@ -128,7 +128,14 @@ class TransformersModel(ConfiguredModel):
         return tuple(rows)
 
     def build(
-        self, weights: Weights, *, device: str, dtype: str, layer_names: LayerNames, seed: int
+        self,
+        weights: Weights,
+        *,
+        device: str,
+        dtype: str,
+        layer_names: LayerNames,
+        seed: int,
+        experts: ExpertsKind = "fused",
     ) -> torch.nn.Module:
         """See `Model.build`. Raises `VllmcError` (`bad-weights`, `unsupported-model`)."""
         # Transformers' modeling code takes two seconds to import, which a prediction does without.
@@ -151,7 +158,7 @@ class TransformersModel(ConfiguredModel):
             )
         else:
             model = initialize(self._name, config, weights, device=device, dtype=dtype, seed=seed)
-        return build_entry(model, layer_names)
+        return build_entry(model, layer_names, experts)
 
     def own_scales(self) -> Mapping[str, Scales]:
         """See `Model.own_scales`."""

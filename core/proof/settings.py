@@ -14,10 +14,13 @@ import torch
 
 from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.errors import VllmcError
+from vllmc.core.graph.passes.manager import identity
+from vllmc.core.passes import PASSES, PassChoice
 from vllmc.core.spec import (
     CompileRange,
     CompileSpec,
     DynamicShapes,
+    ExpertsKind,
     LayerNames,
     OptionValue,
     Quantization,
@@ -44,7 +47,10 @@ _DEVICE: Final = re.compile(r"cpu|cuda(:\d+)?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """A value for a field of the spec (group `spec`), or for an option of the group's config."""
+    """A value for a field of the spec (group `spec`), or for an option of the group's config.
+
+    That of a pass (group `passes`) is how it is to run, or None.
+    """
 
     group: str
     name: str
@@ -53,7 +59,10 @@ class Setting:
 
 def read_setting(factor: Factor) -> Setting:
     """What `factor` asks to be set. Raises `VllmcError` whose message says why it cannot be."""
+    value: Any
     match factor.group:
+        case "passes":
+            value = _read_pass(factor.name, factor.value)
         case "spec":
             value = _read_field(factor.name, factor.value)
         case "inductor" | "functorch" as group:
@@ -67,9 +76,15 @@ def with_settings(spec: CompileSpec, settings: Iterable[Setting]) -> CompileSpec
     """`spec` with all of `settings`. Raises `UsageError` for ranges that contradict each other."""
     fields: dict[str, Any] = {}
     options = {group: dict(getattr(spec, group)) for group in _OPTION_GROUPS}
+    passes = {choice.name: choice for choice in spec.passes}
     for setting in settings:
-        target = fields if setting.group == "spec" else options[setting.group]
-        target[setting.name] = setting.value
+        if setting.group == "passes":
+            passes.pop(setting.name, None)
+            passes |= {setting.name: setting.value} if setting.value else {}
+        else:
+            target = fields if setting.group == "spec" else options[setting.group]
+            target[setting.name] = setting.value
+    fields["passes"] = tuple(sorted(passes.values()))
     for group, values in options.items():
         fields[group] = tuple(sorted(values.items()))
     return replace(spec, **fields)
@@ -94,6 +109,8 @@ def _read_field(name: str, value: JsonValue) -> Any:
             return value
         case ("quantize", None | str()) if value in (None, *get_args(Quantization)):
             return value
+        case ("experts", str()) if value in get_args(ExpertsKind):
+            return value
         case ("dtype", str()) if isinstance(getattr(torch, value, None), torch.dtype):
             return value
         case ("device", str()) if _DEVICE.fullmatch(value):
@@ -103,6 +120,16 @@ def _read_field(name: str, value: JsonValue) -> Any:
             return value
         case _:
             raise not_settable("this vllmc does not know the value")
+
+
+def _read_pass(name: str, value: JsonValue) -> PassChoice | None:
+    if value is None:
+        return None
+    tokens = value.get("tokens") if isinstance(value, dict) else None
+    choice = PassChoice(name, None if tokens is None else CompileRange.parse(str(tokens)))
+    if name not in PASSES or identity(choice) != value:
+        raise not_settable("it is another pass here, or another version of it")
+    return choice
 
 
 def _read_option(group: OptionGroup, name: str, value: JsonValue) -> OptionValue:

@@ -12,11 +12,12 @@ from vllmc.core.declare.session import plainly
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.layout import Layout
 from vllmc.core.models.building import model_of
+from vllmc.core.models.experts import experts_in
 from vllmc.core.models.model import EncoderInfo
 from vllmc.core.models.watched import watching
 from vllmc.core.runtime.embeddings import Embedder
 from vllmc.core.runtime.sampler import SamplingParams
-from vllmc.core.runtime.workload import Limits, make_engine
+from vllmc.core.runtime.workload import Held, Limits, make_engine
 
 _MAX_TOKENS: Final = 2048
 """How many tokens are computed at once."""
@@ -70,8 +71,7 @@ def calibrate(
                 embedder.embed([prompt])
         else:
             params = SamplingParams(max_new_tokens=1)
-            engine = make_engine(
-                entry, layout.attention, [prompts], params, limits, max_tokens=_MAX_TOKENS
-            )
+            held = Held(attention=layout.attention, experts=experts_in(entry))
+            engine = make_engine(entry, held, [prompts], params, limits, max_tokens=_MAX_TOKENS)
             engine.generate(prompts, params)
     return largest

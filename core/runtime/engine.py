@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 import torch
@@ -19,6 +20,7 @@ import torch
 from vllmc.core.errors import VllmcError
 from vllmc.core.runtime.sampler import Sampler, SamplingParams, TokenLogprobs
 from vllmc.core.spec import CompileRange
+from vllmc.kernels.experts import Experts
 from vllmc.kernels.forward_context import (
     AttentionMetadata,
     ForwardContext,
@@ -99,11 +101,21 @@ class GenerationResult:
 
 
 class Engine:
-    """Generates with a model given as one step function, and its attention layers' cache specs."""
+    """Generates with a model given as one step function, and its attention layers' cache specs.
 
-    def __init__(self, step: Step, kv_specs: Iterable[KVCacheSpec], config: EngineConfig) -> None:
+    `experts` are those of its mixture layers by layer name, if its ops look for them.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        kv_specs: Iterable[KVCacheSpec],
+        config: EngineConfig,
+        experts: Mapping[str, Experts] = MappingProxyType({}),
+    ) -> None:
         self._step = step
         self._config = config
+        self._experts = experts
         self._caches = {
             spec.layer_name: LayerCache.allocate(
                 spec,
@@ -138,7 +150,7 @@ class Engine:
         # Nothing is differentiated; compiled pieces were captured under `no_grad`, and under
         # `inference_mode` would be handed tensors of another kind.
         with torch.no_grad():
-            run = _Run(self._step, self._caches, self._config, params)
+            run = _Run(self._step, self._caches, self._experts, self._config, params)
             timings = run.generate(sequences)
         return GenerationResult(outputs=tuple(s.output() for s in sequences), timings=timings)
 
@@ -245,11 +257,13 @@ class _Run:
         self,
         step: Step,
         caches: dict[str, LayerCache],
+        experts: Mapping[str, Experts],
         config: EngineConfig,
         params: SamplingParams,
     ) -> None:
         self._step = step
         self._caches = caches
+        self._experts = experts
         self._config = config
         self._max_new_tokens = params.max_new_tokens
         self._sampler = Sampler(params, config.device)
@@ -352,7 +366,8 @@ class _Run:
         )
         # One row of logits even where none is wanted: no program is asked for an empty result.
         rows = batch.logits_indices or [len(batch.ids) - 1]
-        with forward_context(ForwardContext(metadata=metadata, caches=self._caches)):
+        context = ForwardContext(metadata=metadata, caches=self._caches, experts=self._experts)
+        with forward_context(context):
             logits = self._step(
                 torch.tensor([batch.ids], dtype=torch.int64, device=device),
                 torch.tensor([batch.positions], dtype=torch.int64, device=device),

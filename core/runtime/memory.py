@@ -21,7 +21,7 @@ def weight_bytes(layout: Layout, dtype: torch.dtype) -> int:
     """
     return sum(
         math.prod(given.shape) * _itemsize(getattr(torch, given.dtype), dtype)
-        for given in layout.inputs
+        for given in (*layout.inputs, *(t for site in layout.experts for t in site.tensors))
         if given.kind == "attribute"
     )
 

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -18,13 +19,15 @@ import torch
 from vllmc.core.cache.key import JsonValue
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.inputs import find_attribute
-from vllmc.core.graph.layout import GraphInput, Layout, OpStep, UnitStep
+from vllmc.core.graph.layout import ExpertsSite, GraphInput, Layout, OpStep, UnitStep
 from vllmc.core.graph.literals import decode_constant
 from vllmc.core.graph.targets import find_target, import_by_name
+from vllmc.core.models.experts import experts_of, has_experts
 from vllmc.core.runtime.arguments import ArgumentCheck
 from vllmc.core.runtime.loader import BoundPiece, PieceCallable, bind_piece
 from vllmc.core.spec import CompileRange
 from vllmc.kernels.attention import past_dispatcher
+from vllmc.kernels.experts import Experts
 from vllmc.kernels.layer_name import LayerName
 
 Step: TypeAlias = Callable[..., Any]
@@ -49,7 +52,8 @@ class Program:
 
     Returns what the module does. The token count, the first of the sizes that vary, chooses the
     variant: a size beats a range. Where nothing varies there is one variant. `guards` is called
-    with the sizes that vary before each call that runs.
+    with the sizes that vary before each call that runs. `experts` are those that its ops look for,
+    by layer name: the forward context of a call must hold them.
     """
 
     def __init__(
@@ -58,8 +62,10 @@ class Program:
         device: torch.device | None,
         steps: Sequence[tuple[CompileRange, Step]],
         guards: Guards | None = None,
+        experts: Mapping[str, Experts] = MappingProxyType({}),
     ) -> None:
         self.layout = layout
+        self.experts = experts
         self._check = ArgumentCheck(layout, device)
         self._guards = guards
         self._static = steps[0][1] if not layout.sizes else None
@@ -126,6 +132,7 @@ def link(
 
     Raises `VllmcError` (`weights-mismatch`) where `entry` lacks a tensor or has it otherwise.
     """
+    experts = {site.layer: _experts(entry, site) for site in layout.experts}
     bound = {
         f"p{index}": _bind(entry, given)
         for index, given in enumerate(layout.inputs)
@@ -141,7 +148,7 @@ def link(
         exec(code, namespace)
         pieces = _bound_pieces(layout, bound, variant)
         steps.append((variant.range, namespace["bind"](**bound, **targets, **pieces)))
-    return Program(layout, device, steps, guards)
+    return Program(layout, device, steps, guards, experts)
 
 
 def _bound_pieces(
@@ -173,6 +180,16 @@ def _bind(entry: torch.nn.Module, given: GraphInput) -> object:
     if (dtype, tuple(found.shape), strides) != (given.dtype, given.shape, given.stride):
         raise _mismatch(given, f"it has {dtype} {list(found.shape)}, strides {list(strides)}")
     return found.detach()
+
+
+def _experts(entry: torch.nn.Module, site: ExpertsSite) -> Experts:
+    for tensor in site.tensors:
+        _bind(entry, tensor)
+    module = find_attribute(entry, site.layer)
+    if not has_experts(module):
+        raise _mismatch(site.tensors[0], "the module there holds no experts")
+    assert isinstance(module, torch.nn.Module)
+    return experts_of(module)
 
 
 def _mismatch(given: GraphInput, found: str) -> VllmcError:

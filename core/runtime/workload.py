@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from vllmc.core.runtime.engine import Engine, EngineConfig, Output, Step, Timing
 from vllmc.core.runtime.program import Program
 from vllmc.core.runtime.sampler import SamplingParams
 from vllmc.core.spec import CompileRange
+from vllmc.kernels.experts import Experts
 from vllmc.kernels.kv_cache import KVCacheSpec, blocks_needed
 
 BLOCK_SIZE = 16
@@ -29,6 +30,14 @@ class Limits:
     max_position: int | None
     dtype: torch.dtype
     device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """What the ops of a step look for by layer name: its attention layers' caches, its experts."""
+
+    attention: tuple[AttentionSite, ...]
+    experts: Mapping[str, Experts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +65,7 @@ def run_workload(
     batches = [repeat(prompts, size) for size in batch_sizes] or [list(prompts)]
     engine = make_engine(
         program,
-        program.layout.attention,
+        Held(attention=program.layout.attention, experts=program.experts),
         batches,
         params,
         limits,
@@ -81,7 +90,7 @@ def repeat(prompts: Sequence[Sequence[int]], size: int) -> list[Sequence[int]]:
 
 def make_engine(
     step: Step,
-    attention: Sequence[AttentionSite],
+    held: Held,
     batches: Sequence[Sequence[Sequence[int]]],
     params: SamplingParams,
     limits: Limits,
@@ -89,7 +98,7 @@ def make_engine(
     max_tokens: int,
     token_counts: tuple[CompileRange, ...] = (),
 ) -> Engine:
-    """An engine for `step`, with caches that are large enough for each of `batches`.
+    """An engine for `step`, whose ops look for what is `held`, with caches for each of `batches`.
 
     `max_tokens` and `token_counts` are what a step may hold, as in `EngineConfig`.
     """
@@ -106,7 +115,7 @@ def make_engine(
                 key_size=site.key_size,
                 value_size=site.value_size,
             )
-            for site in attention
+            for site in held.attention
         ],
         EngineConfig(
             vocab_size=limits.vocab_size,
@@ -118,4 +127,5 @@ def make_engine(
             dtype=limits.dtype,
             device=limits.device,
         ),
+        held.experts,
     )

@@ -205,15 +205,26 @@ def bundle_code(data: bytes) -> bytes:
     process's compilations, and the constants that were lifted out of the graph. A bundle without
     a wrapper stands for itself. Unpickles: `data` comes from `generate_bundle`.
     """
-    entry, *_ = pickle.loads(data)
-    graph = getattr(getattr(entry, "compiled_fw", None), "result", None)
-    if not isinstance(graph, CompiledFxGraph) or not graph.source_code:
+    graph = _graph_of(data)
+    if graph is None:
         return data
     parts = [ast.unparse(parse_module(graph.source_code)).encode()]
     for name, tensor in sorted((graph.constants or {}).items()):
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), bytes(values.numpy())]
     return b"\0".join(parts)
+
+
+def bundle_source(data: bytes) -> str:
+    """The wrapper in a bundle, with all its comments; empty where it has none. Unpickles."""
+    graph = _graph_of(data)
+    return graph.source_code if graph is not None else ""
+
+
+def _graph_of(data: bytes) -> CompiledFxGraph | None:
+    entry, *_ = pickle.loads(data)
+    graph = getattr(getattr(entry, "compiled_fw", None), "result", None)
+    return graph if isinstance(graph, CompiledFxGraph) and graph.source_code else None
 
 
 def call_inductor(call: Callable[[], Any], scope: ShapeScope) -> Any:

@@ -30,5 +30,5 @@ def fp8_product(
 
 
 def int8_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`[M, K]` by `[K, N]`, both int8: `[M, N]` (int32)."""
+    """`[M, K]` by `[K, N]`, both int8: `[M, N]` (int32). On a CPU it is wrong for a K of 1."""
     return torch._int_mm(a, b)

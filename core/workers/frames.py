@@ -26,7 +26,8 @@ class Order:
 
     `piece` is `pack_piece`'s. `factors` are the key's. `cxx` are the C++ compilers to try,
     `threads` torch's number of threads, `compilers` how many may run at once, `path` where modules
-    are imported from, and `modules` those of the model's own code.
+    are imported from, and `modules` those of the model's own code. `texts` asks for what a
+    person may read.
     """
 
     piece: dict[str, Any]
@@ -38,6 +39,7 @@ class Order:
     compilers: int
     path: tuple[str, ...]
     modules: tuple[str, ...]
+    texts: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

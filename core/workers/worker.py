@@ -66,7 +66,7 @@ def _in_force(order: Order) -> bool:
 def _compile(unit: Unit, order: Order) -> Answer:
     started = time.perf_counter()
     try:
-        compiled = find_compiler(order.spec.backend).compile(unit, order.spec)
+        compiled = find_compiler(order.spec.backend).compile(unit, order.spec, texts=order.texts)
     except VllmcError as error:
         return Failed(
             kind=type(error).__name__,

@@ -2,8 +2,8 @@
 
     cli  ->  core  ->  kernels  ->  leaves
 
-The leaves are what everything may import: `core.errors`, `core.spec`, `core.cache.key`,
-`core.cache.facts` and `core.torch_compat`, which import each other only. Within core the order is
+The leaves are what everything may import: `core.errors`, `core.spec` with `core.passes` and
+`core.ranges`, `core.cache.key`, `core.cache.facts` and `core.torch_compat`, which import each other only. Within core the order is
 between modules, not packages (`graph.plan` makes units, which `compiler.protocol` describes by
 `graph.piece`): there is no cycle.
 """
@@ -22,6 +22,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LEAVES = (
     "vllmc.core.errors",
+    "vllmc.core.passes",
+    "vllmc.core.ranges",
     "vllmc.core.spec",
     "vllmc.core.syntax",
     "vllmc.core.cache.key",

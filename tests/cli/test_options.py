@@ -37,6 +37,7 @@ def test_nothing_given_is_the_default_model_with_the_contract_s_defaults(ask: As
     assert (request.device, request.dtype, request.backend) == ("auto", "auto", "inductor")
     assert (request.ranges, request.sizes) == ((CompileRange(1, 8192),), ())
     assert (request.dynamic_shapes, request.layer_names) == ("unbacked", "hoisted")
+    assert request.experts == "fused"
     assert request.splitting_ops == (ATTENTION_OP,)
     assert (request.layers, request.options) == (None, ())
     assert set(request.origins.values()) == {"default"}
@@ -51,8 +52,12 @@ def test_each_flag_reaches_the_request(ask: Ask) -> None:
         compile_size=["8", "2", "8"],
         dynamic_shapes="backed-size-oblivious",
         layer_names="baked",
+        experts="grouped_mm",
         splitting_op=["my::op", "other::op.default", "my::op"],
+        experts="grouped_mm",
         option=["max_autotune=true"],
+        add_pass=["norm-quant@1:8"],
+        no_pass=["all"],
         layers="3",
         backend="eager",
     )
@@ -61,8 +66,28 @@ def test_each_flag_reaches_the_request(ask: Ask) -> None:
     assert request.ranges == (CompileRange(1, 4), CompileRange(5, 8))
     assert request.sizes == (2, 8)
     assert (request.dynamic_shapes, request.layer_names) == ("backed-size-oblivious", "baked")
+    assert request.experts == "grouped_mm"
     assert request.splitting_ops == ("my::op", "other::op.default")
+    assert request.experts == "grouped_mm"
+    assert [str(choice) for choice in request.passes] == ["norm-quant@1:8"]
     assert set(request.origins.values()) == {"flag"}
+
+
+def test_each_pass_has_the_origin_of_what_decided_on_it(ask: Ask) -> None:
+    request = ask(
+        toml='no-pass = ["no-ops", "norm-quant"]\n', VLLMC_PASS="norm-quant@1:8", no_pass=[]
+    )
+    assert str(dict.fromkeys(request.passes)).count("no-ops") == 0
+    assert request.origins["pass norm-quant"] == "env:VLLMC_PASS"
+    assert request.origins["pass no-ops"] == "file:vllmc.toml:1"
+    assert "pass activation-quant" not in request.origins
+
+
+def test_a_pass_that_is_not_known_is_refused_wherever_it_is_named(ask: Ask) -> None:
+    for given in ({"add_pass": ["norm"]}, {"no_pass": ["norm"]}):
+        with pytest.raises(UsageError, match="no pass 'norm'") as error:
+            ask(**given)
+        assert error.value.context["origin"] == "flag"
 
 
 def test_every_origin_is_told(ask: Ask) -> None:
@@ -113,6 +138,7 @@ def test_an_option_without_name_or_value_is_refused(ask: Ask, text: str) -> None
         ({"dtype": "float64"}, "bad-value"),
         ({"dynamic_shapes": "static"}, "bad-value"),
         ({"layer_names": "hoist"}, "bad-value"),
+        ({"experts": "eager"}, "bad-value"),
         ({"backend": "xla"}, "bad-value"),
         ({"layers": "0"}, "bad-value"),
         ({"layers": "two"}, "bad-value"),

@@ -60,6 +60,7 @@ def warmed(outcome: str, *units: dict[str, Any], **fields: Any) -> dict[str, Any
         if outcome == "hit"
         else {"nearest_key": None, "nearest_model": None, "changes": []},
         "layer_names": None,
+        "passes": [],
     } | fields
 
 
@@ -191,6 +192,28 @@ def test_a_record_without_its_artifacts_is_said_to_be_that() -> None:
     miss = {"nearest_key": KEY, "nearest_model": None, "changes": []}
     text = lines(report.warm([warmed("partial", unit("hit", "piece_0"), miss=miss)]))
     assert text[-1] == "the record of 0123456789ab is stored, but not all that it names"
+
+
+def test_what_the_passes_did_is_told_to_who_asks() -> None:
+    fused = {
+        "name": "norm-quant",
+        "matches": 4,
+        "nodes_before": 212,
+        "nodes_after": 177,
+        "seconds": 0.25,
+        "missed": None,
+    }
+    missed = {"graph": "piece_2", "node": "mul_3", "expected": "aten.exp", "found": "aten.sin"}
+    gated = {**fused, "name": "activation-quant", "matches": 0, "missed": missed}
+    row = warmed("compiled", unit("compiled", "piece_0"), passes=[fused, gated])
+    assert "norm-quant" not in "\n".join(lines(report.warm([row])))
+    assert lines(report.warm([row], verbose=True))[-4:] == [
+        "PASS              MATCHES  NODES         TIME",
+        "norm-quant              4  212 to 177  250 ms",
+        "activation-quant        0  212 to 177  250 ms",
+        "activation-quant matched nothing: in piece_2, at mul_3, it expected aten.exp and found "
+        "aten.sin",
+    ]
 
 
 def test_several_models_are_set_apart_by_an_empty_line() -> None:

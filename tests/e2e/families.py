@@ -20,7 +20,7 @@ from vllmc.core.models.resolve import resolve
 from vllmc.core.pipeline import Ready, obtain_program, open_program
 from vllmc.core.runtime.sampler import SamplingParams
 from vllmc.core.runtime.workload import Limits, run_workload
-from vllmc.core.spec import CompileSpec
+from vllmc.core.spec import CompileSpec, ExpertsKind
 
 VOCAB = 128
 NEW_TOKENS = 8
@@ -673,10 +673,12 @@ def continuation(model: PreTrainedModel, prompt: Sequence[int]) -> tuple[int, ..
     return tuple(output[0, len(prompt) :].tolist())
 
 
-def job_of(directory: Path, cache: Path, backend: str = "eager") -> Job:
+def job_of(
+    directory: Path, cache: Path, backend: str = "eager", experts: ExpertsKind = "fused"
+) -> Job:
     """The job to compile the model saved in `directory`."""
     model = resolve(str(directory), layers=None)
-    spec = resolve_spec(CompileSpec(device="cpu", backend=backend), model)
+    spec = resolve_spec(CompileSpec(device="cpu", backend=backend, experts=experts), model)
     return make_job(model, spec, environment={}, cache_dir=cache, origins={})
 
 

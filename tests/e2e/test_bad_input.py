@@ -174,6 +174,7 @@ CHOICES = [
     ("--dtype", "int8"),
     ("--dynamic-shapes", "static"),
     ("--layer-names", "none"),
+    ("--experts", "eager"),
     ("--splitting-op", "attention"),
 ]
 

@@ -51,6 +51,7 @@ with warnings.catch_warnings():
 class Compiled:
     """A family's program, the whole graph that it was cut from, and what it should generate."""
 
+    name: str
     job: Job
     ready: Ready
     captured: Capture
@@ -88,6 +89,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         ready = families.obtain(job, place / "cache")
     ((captured, graph),) = seen
     return Compiled(
+        name=request.param.name,
         job=job,
         ready=ready,
         captured=captured,
@@ -163,6 +165,7 @@ def test_the_split_graph_computes_what_the_graph_does(compiled: Compiled) -> Non
                 max_tokens_per_step=40,
                 num_blocks=32,
             ),
+            program.experts,
         )
         engine.generate(families.PROMPTS, SamplingParams(max_new_tokens=3))
     split, whole = (step.logits for step in steps)
@@ -181,6 +184,33 @@ def test_token_ids_are_those_of_transformers_when_compiled(family: Any, tmp_path
     generated = families.generated(job, families.obtain(job, tmp_path / "cache"))
     expected = tuple(families.continuation(model, prompt) for prompt in families.PROMPTS)
     assert generated == {n: expected[:n] for n in families.BATCHES}
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_experts_on_transformers_own_op_generate_the_same(name: str, tmp_path: Path) -> None:
+    family = next(f for f in families.FAMILIES if f.name == name)
+    model = families.make_model(family)
+    model.save_pretrained(tmp_path / "model")
+    job = families.job_of(tmp_path / "model", tmp_path / "cache", experts="grouped_mm")
+    ready = families.obtain(job, tmp_path / "cache")
+    assert ready.record.program["experts"] == []
+    expected = tuple(families.continuation(model, prompt) for prompt in families.PROMPTS)
+    assert families.generated(job, ready) == {n: expected[:n] for n in families.BATCHES}
+
+
+# jetmoe does not let its experts be exchanged.
+MIXTURES = {f.name for f in families.FAMILIES if any("experts" in field for field in f.config)} - {
+    "jetmoe"
+}
+
+
+def test_mixtures_run_on_one_op_a_layer_that_finds_its_experts(compiled: Compiled) -> None:
+    names = [site.layer for site in compiled.captured.experts]
+    calls = [n for n in compiled.captured.graph.nodes if "fused_moe" in str(n.target)]
+    weights = {tensor.name for site in compiled.captured.experts for tensor in site.tensors}
+    assert len(calls) == len(names) == len({*names})
+    assert weights.isdisjoint(given.name for given in compiled.captured.inputs)
+    assert (len(names) > 0) == (compiled.name in MIXTURES)
 
 
 @pytest.mark.parametrize("refusal", families.REFUSED, ids=lambda family: family.name)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import MixtralConfig
 
 Run = Callable[..., Any]
 SILU = ("--splitting-op", "torch.nn.functional.silu")
@@ -215,6 +216,47 @@ def test_our_own_op_costs_only_baked_and_inside_a_piece(eager: Run, layers: str)
     assert (found["unique"], found["would_be"]) == (grown, 3)
     [op] = found["ops"]
     assert (op["op"], op["argument"]) == (ATTENTION, "layer_name")
+    assert op["fix"] == "--layer-names hoisted"
+
+
+@pytest.fixture
+def mixture(workplace: Path) -> Path:
+    """The configuration of a mixture of twelve layers."""
+    MixtralConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=12,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    ).save_pretrained(workplace / "mixture")
+    return workplace / "mixture"
+
+
+@pytest.mark.parametrize("layers", [2, 12])
+def test_mixtures_of_experts_cost_a_piece_a_layer_unless_their_names_are_hoisted(
+    eager: Run, mixture: Path, layers: int
+) -> None:
+    hoisted, baked, inputs = (
+        eager("warm", mixture, "--layers", layers, "--layer-names", names, *more, "--json").json
+        for names, more in (
+            ("hoisted", ()),
+            ("baked", ()),
+            ("baked", ("--experts", "grouped_mm")),
+        )
+    )
+    assert [row["pieces"]["unique"] for row in (hoisted, baked, inputs)] == [3, layers + 1, 3]
+    assert hoisted["layer_names"] is inputs["layer_names"] is None
+    if layers == 2:
+        # The first piece and the last differ from the one between them anyway.
+        assert baked["layer_names"] is None
+        return
+    found = baked["layer_names"]
+    assert (found["unique"], found["would_be"]) == (13, 3)
+    [op] = found["ops"]
+    assert (op["op"], op["argument"]) == ("vllmc::fused_moe", "layer_name")
+    assert op["values"] == 11
     assert op["fix"] == "--layer-names hoisted"
 
 

@@ -219,6 +219,7 @@ SHAPING = [
     ("--dynamic-shapes", "backed"),
     ("--dynamic-shapes", "backed-size-oblivious"),
     ("--layer-names", "baked"),
+    ("--experts", "grouped_mm"),
     ("-O", "epilogue_fusion=false"),
     ("-O", "functorch.donated_buffer=false"),
 ]

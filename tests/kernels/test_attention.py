@@ -1,43 +1,18 @@
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from attending import LAYER, LENGTHS, MIXED, OP, Batch, Case, WholeBatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllmc.core.errors import VllmcError
 from vllmc.kernels import attention
-from vllmc.kernels.forward_context import (
-    AttentionMetadata,
-    ForwardContext,
-    SequenceSpan,
-    forward_context,
-    whole_sequences,
-)
-from vllmc.kernels.kv_cache import BlockTable, LayerCache
+from vllmc.kernels.forward_context import forward_context, whole_sequences
 from vllmc.kernels.layer_name import LayerName
+from vllmc.kernels.quant import dynamic_scaled_quant, static_scaled_quant
 
-OP = torch.ops.vllmc.unified_attention_with_output
-BLOCK_SIZE = 4
-LAYER = LayerName("layer")
-# (tokens before this step, tokens of this step): whole prompts, chunks and decodes.
-MIXED = ((0, 5), (7, 1), (0, 1), (12, 6), (30, 1), (3, 2))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    heads: int = 4
-    kv_heads: int = 2
-    key_size: int = 8
-    value_size: int = 8
-    window: int | None = None
-    softcap: float | None = None
-    sinks: bool = False
-    scattered: bool = False
-    dtype: torch.dtype = torch.float32
-    sequences: tuple[tuple[int, int], ...] = MIXED
-
+UPDATE = torch.ops.vllmc.unified_kv_cache_update
 
 CASES = {
     "plain": Case(),
@@ -70,114 +45,6 @@ CASES = {
     "one token": Case(sequences=((0, 1),)),
     "one prompt": Case(sequences=((0, 9),)),
 }
-
-
-class Batch:
-    """A step over caches that hold the earlier tokens, poisoned with NaN wherever they do not."""
-
-    def __init__(self, case: Case, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-
-        def rand(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.dtype)
-
-        self.case = case
-        self.scale = 0.7 / math.sqrt(case.key_size)
-        self.sinks = rand(case.heads) if case.sinks else None
-        counts = [-(-(c + q) // BLOCK_SIZE) for c, q in case.sequences]
-        blocks = list(range(1, sum(counts) + 1))
-        if case.scattered:
-            blocks = (torch.randperm(len(blocks), generator=generator) + 1).tolist()
-        key_cache = torch.full(
-            (sum(counts) + 2, BLOCK_SIZE, case.kv_heads, case.key_size), math.nan, dtype=case.dtype
-        )
-        value_cache = torch.full(
-            (sum(counts) + 2, BLOCK_SIZE, case.kv_heads, case.value_size),
-            math.nan,
-            dtype=case.dtype,
-        )
-        self.keys, self.values, spans, slots, begin = [], [], [], [], 0
-        for (context, new), count in zip(case.sequences, counts, strict=True):
-            ids, blocks = blocks[:count], blocks[count:]
-            total = context + new
-            keys = rand(total, case.kv_heads, case.key_size)
-            values = rand(total, case.kv_heads, case.value_size)
-            for position in range(total):
-                block, offset = ids[position // BLOCK_SIZE], position % BLOCK_SIZE
-                if position < context:
-                    key_cache[block, offset] = keys[position]
-                    value_cache[block, offset] = values[position]
-                else:
-                    slots.append(block * BLOCK_SIZE + offset)
-            table = BlockTable.of(ids, BLOCK_SIZE, "cpu")
-            spans.append(
-                SequenceSpan(query_start=begin, query_len=new, total_len=total, table=table)
-            )
-            begin += new
-            self.keys.append(keys)
-            self.values.append(values)
-        self.query = rand(1, begin, case.heads, case.key_size)
-        new_keys = [k[c:] for k, (c, _) in zip(self.keys, case.sequences, strict=True)]
-        new_values = [v[c:] for v, (c, _) in zip(self.values, case.sequences, strict=True)]
-        self.key, self.value = torch.cat(new_keys)[None], torch.cat(new_values)[None]
-        self.metadata = AttentionMetadata(slots=torch.tensor(slots), sequences=tuple(spans))
-        self.cache = LayerCache(key_cache.flatten(0, 1), value_cache.flatten(0, 1))
-
-    def run(self, layer_name: LayerName | str = LAYER) -> torch.Tensor:
-        case = self.case
-        shape = (1, self.query.shape[1], case.heads, case.value_size)
-        output = torch.full(shape, math.nan, dtype=case.dtype)
-        op = OP.str if isinstance(layer_name, str) else OP.default
-        context = ForwardContext(metadata=self.metadata, caches={"layer": self.cache})
-        with forward_context(context):
-            op(
-                self.query, self.key, self.value, output, layer_name,
-                self.scale, case.window, case.softcap, self.sinks,
-            )  # fmt: skip
-        return output
-
-    def reference(self) -> torch.Tensor:
-        case = self.case
-        rows = []
-        queries = iter(self.query[0].double())
-        stored = zip(self.keys, self.values, case.sequences, strict=True)
-        for keys, values, (context, new) in stored:
-            for position in range(context, context + new):
-                seen = [
-                    p
-                    for p in range(position + 1)
-                    if case.window is None or position - p < case.window
-                ]
-                query = next(queries)
-                rows.append(attended(case, query, keys, values, seen, self.scale, self.sinks))
-        return torch.stack(rows)[None]
-
-
-def attended(
-    case: Case,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    seen: list[int],
-    scale: float,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """One query attending to the tokens `seen`, a head at a time, in float64."""
-    heads = []
-    for head in range(case.heads):
-        group = head * case.kv_heads // case.heads
-        logits = []
-        for p in seen:
-            score = scale * float(query[head] @ keys[p, group].double())
-            if case.softcap is not None:
-                score = case.softcap * math.tanh(score / case.softcap)
-            logits.append(score)
-        total = sum(math.exp(x) for x in logits)
-        if sinks is not None:
-            total += math.exp(float(sinks[head]))
-        weights = torch.tensor([math.exp(x) / total for x in logits]).double()
-        heads.append(weights @ values[seen, group].double())
-    return torch.stack(heads)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -220,7 +87,6 @@ def test_queries_of_several_blocks_give_the_same(
     torch.testing.assert_close(batch.run().double(), batch.reference(), rtol=2e-6, atol=2e-6)
 
 
-LENGTHS = (5, 1, 9, 2)
 BOTH_WAYS = {
     "plain": Case(kv_heads=4),
     "grouped heads": Case(),
@@ -234,44 +100,6 @@ BOTH_WAYS = {
     "float64": Case(dtype=torch.float64, window=4),
     "bfloat16": Case(dtype=torch.bfloat16, window=4),
 }
-
-
-class WholeBatch:
-    """Whole sequences of LENGTHS tokens, of which nothing is cached."""
-
-    def __init__(self, case: Case, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-
-        def rand(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.dtype)
-
-        self.case = case
-        self.scale = 0.7 / math.sqrt(case.key_size)
-        self.sinks = rand(case.heads) if case.sinks else None
-        self.query = rand(1, sum(LENGTHS), case.heads, case.key_size)
-        self.key = rand(1, sum(LENGTHS), case.kv_heads, case.key_size)
-        self.value = rand(1, sum(LENGTHS), case.kv_heads, case.value_size)
-
-    def run(self) -> torch.Tensor:
-        case = self.case
-        shape = (1, sum(LENGTHS), case.heads, case.value_size)
-        output = torch.full(shape, math.nan, dtype=case.dtype)
-        with forward_context(whole_sequences(LENGTHS)):
-            OP.default(
-                self.query, self.key, self.value, output, LAYER,
-                self.scale, case.window, case.softcap, self.sinks, False,
-            )  # fmt: skip
-        return output
-
-    def reference(self) -> torch.Tensor:
-        rows = []
-        parts = (t[0].split(LENGTHS) for t in (self.query, self.key, self.value))
-        for queries, keys, values in zip(*parts, strict=True):
-            for position, query in enumerate(queries.double()):
-                window = self.case.window or len(keys)
-                seen = [p for p in range(len(keys)) if abs(position - p) < window]
-                rows.append(attended(self.case, query, keys, values, seen, self.scale, self.sinks))
-        return torch.stack(rows)[None]
 
 
 @pytest.mark.parametrize("block", [1024, 4, 3])
@@ -299,9 +127,11 @@ def test_attention_both_ways_takes_transposed_inputs_as_they_are() -> None:
 def test_attention_both_ways_refuses_a_part_of_a_sequence() -> None:
     batch = Batch(Case(), seed=0)
     output = torch.zeros(1, batch.query.shape[1], 4, 8)
-    context = ForwardContext(metadata=batch.metadata, caches={"layer": batch.cache})
     args = (batch.query, batch.key, batch.value, output, LAYER, 1.0, None, None, None, False)
-    with forward_context(context), pytest.raises(VllmcError, match="1 of a sequence's 8") as caught:
+    with (
+        forward_context(batch.context),
+        pytest.raises(VllmcError, match="1 of a sequence's 8") as caught,
+    ):
         OP.default(*args)
     assert caught.value.code == "incomplete-sequence"
     with pytest.raises(VllmcError) as caught:
@@ -388,8 +218,7 @@ def test_past_the_dispatcher_the_op_does_the_same(name: LayerName | str) -> None
     outputs = []
     for function, batch in ((overload, first), (call, second)):
         output = torch.full((1, batch.query.shape[1], 4, 6), math.nan)
-        context = ForwardContext(metadata=batch.metadata, caches={"layer": batch.cache})
-        with torch.no_grad(), forward_context(context):
+        with torch.no_grad(), forward_context(batch.context):
             function(batch.query, batch.key, batch.value, output, name, batch.scale, 5, sinks=None)
         outputs.append(output)
     assert torch.equal(*outputs)
@@ -404,9 +233,8 @@ def test_the_dispatcher_is_passed_by_only_where_nobody_looks(
         monkeypatch.setattr(attention, "is_watched", lambda _: False)
     batch = Batch(Case(), seed=0)
     output = torch.zeros(1, batch.query.shape[1], 4, 8)
-    context = ForwardContext(metadata=batch.metadata, caches={"layer": batch.cache})
     call = attention.past_dispatcher(OP.default)
-    with torch.no_grad(), forward_context(context), Seen() as seen:
+    with torch.no_grad(), forward_context(batch.context), Seen() as seen:
         call(batch.query, batch.key, batch.value, output, LAYER, 1.0)
     assert ("vllmc::unified_attention_with_output" in seen.names) is watched
 
@@ -421,10 +249,12 @@ def test_other_ops_and_other_kernels_of_the_op_go_through_the_dispatcher() -> No
 
 
 @pytest.mark.parametrize("overload", [OP.default, OP.str])
-def test_the_schema_says_that_the_output_alone_is_written(overload: torch._ops.OpOverload) -> None:
+def test_the_schema_says_that_the_output_and_its_scales_alone_are_written(
+    overload: torch._ops.OpOverload,
+) -> None:
     schema = overload._schema
     written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-    assert written == ["output"]
+    assert written == ["output", "output_block_scale"]
     assert schema.name == "vllmc::unified_attention_with_output"
     assert not schema.returns
 
@@ -435,6 +265,137 @@ def test_torchs_own_checks_of_an_op_pass(name: LayerName | str) -> None:
     output = torch.zeros(1, batch.query.shape[1], 4, 8)
     op = OP.str if isinstance(name, str) else OP.default
     args = (batch.query, batch.key, batch.value, output, name, 1.0, 3, None, batch.sinks)
-    context = ForwardContext(metadata=batch.metadata, caches={"layer": batch.cache})
-    with forward_context(context):
+    with forward_context(batch.context):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+QUANTIZED = (torch.float8_e4m3fn, torch.int8)
+FORMS = {
+    "mixed": Batch(Case(), seed=0),
+    "explicit scores": Batch(Case(softcap=1.5, sinks=True), seed=0),
+    "decodes": Batch(Case(sequences=((7, 1),) * 4, dtype=torch.bfloat16), seed=0),
+}
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_scale_quantises_what_attention_gives_without_it(form: str, dtype: torch.dtype) -> None:
+    batch = FORMS[form]
+    scale = torch.tensor([0.01])
+    output = batch.run(output=batch.poisoned(dtype), output_scale=scale)
+    expected = static_scaled_quant(batch.run(), scale, dtype)
+    assert output.dtype is dtype
+    assert torch.equal(output.float(), expected.float())
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED)
+@pytest.mark.parametrize("blocks", [1, 4, 32, 16])
+@pytest.mark.parametrize("form", FORMS)
+def test_each_block_of_a_token_has_the_scale_of_its_largest_element(
+    form: str, blocks: int, dtype: torch.dtype
+) -> None:
+    batch = FORMS[form]
+    plain = batch.run()
+    tokens = plain.shape[1]
+    scales = torch.full((1, tokens, blocks), math.nan)
+    output = batch.run(output=batch.poisoned(dtype), output_block_scale=scales)
+    for token, given, quantised in zip(plain[0], scales[0], output[0], strict=True):
+        parts = zip(token.view(blocks, -1), given, quantised.view(blocks, -1), strict=True)
+        for part, scale, found in parts:
+            expected, dynamic = dynamic_scaled_quant(part, dtype)
+            assert torch.equal(scale.view(1), dynamic)
+            assert torch.equal(found.float(), expected.float())
+
+
+def test_attention_both_ways_quantises_too() -> None:
+    batch = WholeBatch(Case(window=3))
+    output = torch.zeros(1, sum(LENGTHS), 4, 8, dtype=torch.int8)
+    scale = torch.tensor([0.01])
+    with forward_context(whole_sequences(LENGTHS)):
+        OP.default(
+            batch.query, batch.key, batch.value, output, LAYER, batch.scale, 3, None, None, False,
+            scale,
+        )  # fmt: skip
+    assert torch.equal(output, static_scaled_quant(batch.run(), scale, torch.int8))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scales", "named"),
+    [
+        (torch.int8, {}, "neither output_scale nor output_block_scale"),
+        (torch.int8, {"output_scale": 1, "output_block_scale": (1, 16, 2)}, "both output_scale"),
+        (torch.float32, {"output_scale": 1}, "output_scale is given"),
+        (torch.float32, {"output_block_scale": (1, 16, 2)}, "output_block_scale is given"),
+        (torch.float16, {"output_scale": 1}, "torch.float16"),
+        (torch.int8, {"output_scale": 2}, "output_scale holds 2 numbers"),
+        (torch.int8, {"output_block_scale": (1, 16, 5)}, "a divisor of 32"),
+        (torch.int8, {"output_block_scale": (1, 15, 2)}, r"not \[1, 16, G\]"),
+        (torch.int8, {"output_block_scale": (16, 2)}, r"is \[16, 2\]"),
+        (torch.int8, {"output_block_scale": (1, 16, 0)}, r"is \[1, 16, 0\]"),
+    ],
+)
+def test_scales_that_do_not_fit_the_output_are_named(
+    dtype: torch.dtype, scales: dict[str, Any], named: str
+) -> None:
+    batch = FORMS["mixed"]
+    assert batch.query.shape[1] == 16
+    with pytest.raises(VllmcError, match=named) as caught:
+        batch.run(
+            output=batch.poisoned(dtype), **{n: torch.zeros(shape) for n, shape in scales.items()}
+        )
+    assert caught.value.code == "bad-attention-output"
+
+
+@pytest.mark.parametrize("name", [LAYER, "layer"], ids=["opaque", "string"])
+def test_an_update_and_attention_after_it_are_what_attention_is_by_itself(
+    name: LayerName | str,
+) -> None:
+    alone, apart = (Batch(Case(scattered=True, value_size=6), seed=3) for _ in range(2))
+    expected = alone.run(name)
+    update = UPDATE.str if isinstance(name, str) else UPDATE.default
+    with forward_context(apart.context):
+        token = update(apart.key, apart.value, name)
+    assert (token.shape, token.dtype) == ((0,), apart.key.dtype)
+    stored = apart.cache.key.clone()
+    assert torch.equal(stored.nan_to_num(), alone.cache.key.nan_to_num())
+    assert torch.equal(apart.run(name, kv_cache_dummy_dep=token), expected)
+
+
+def test_attention_stores_nothing_once_an_update_has() -> None:
+    batch = Batch(Case(), seed=0)
+    with forward_context(batch.context):
+        token = UPDATE.default(batch.key, batch.value, LAYER)
+    batch.key, batch.value = torch.zeros_like(batch.key), torch.zeros_like(batch.value)
+    torch.testing.assert_close(
+        batch.run(kv_cache_dummy_dep=token).double(), batch.reference(), rtol=2e-6, atol=2e-6
+    )
+
+
+def test_an_update_names_the_layer_that_it_does_not_find() -> None:
+    batch = Batch(Case(), seed=0)
+    with pytest.raises(VllmcError, match=r"model\.layers\.3") as caught:
+        UPDATE.str(batch.key, batch.value, "model.layers.3")
+    assert caught.value.code == "no-forward-context"
+    with forward_context(batch.context), pytest.raises(VllmcError, match="other") as caught:
+        UPDATE.default(batch.key, batch.value, LayerName("other"))
+    assert caught.value.code == "unknown-layer"
+
+
+@pytest.mark.parametrize("scale", ["output_scale", "output_block_scale"])
+def test_torchs_own_checks_pass_with_a_quantised_output_and_a_token(scale: str) -> None:
+    batch = Batch(Case(), seed=1)
+    given = torch.ones(1) if scale == "output_scale" else torch.ones(1, 16, 4)
+    args = (batch.query, batch.key, batch.value, batch.poisoned(torch.int8), LAYER, 1.0)
+    with forward_context(batch.context):
+        token = UPDATE.default(batch.key, batch.value, LAYER)
+        torch.library.opcheck(
+            OP.default,
+            args,
+            {scale: given, "kv_cache_dummy_dep": token},
+            test_utils=("test_schema", "test_faketensor"),
+        )
+        torch.library.opcheck(
+            UPDATE.default,
+            (batch.key, batch.value, LAYER),
+            test_utils=("test_schema", "test_faketensor"),
+        )

@@ -246,3 +246,47 @@ def test_a_batch_refused_does_not_spoil_the_compiled_op() -> None:
             with pytest.raises(VllmcError):
                 count(x, x[:, :1])
     assert counter.frame_count == 1
+
+
+def test_the_op_counts_as_the_function_does(device: torch.device) -> None:
+    op = torch.ops.vllmc.batched_count_greater_than
+    for batch in BATCHES:
+        for x in (rows(batch), rows(batch).to(torch.bfloat16), rows(batch).T.clone().T):
+            values = x[:, 5:6]
+            expected = [rank(row, 5) for row in x.tolist()]
+            assert op(x.to(device), values.to(device)).tolist() == expected
+            assert batched_count_greater_than(x.to(device), values.to(device)).tolist() == expected
+
+
+def test_the_op_is_what_it_says(device: torch.device) -> None:
+    x = rows(5).to(device)
+    torch.library.opcheck(torch.ops.vllmc.batched_count_greater_than.default, (x, x[:, :1]))
+
+
+def test_a_function_with_the_op_is_compiled_once_for_every_batch_size(
+    device: torch.device,
+) -> None:
+    """As on a GPU, where it is what the count is compiled to; here around the op on any device."""
+
+    def count_and_add(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return torch.ops.vllmc.batched_count_greater_than(x, values) + 1
+
+    counter = CompileCounterWithBackend("aot_eager")
+    count = compiled(count_and_add, backend=counter)
+    for batch in BATCHES:
+        x, values = rows(batch).to(device), rows(batch, seed=2)[:, :1].to(device)
+        assert torch.equal(count(x, values), batched_count_greater_than(x, values) + 1)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_the_op_is_in_the_compiled_function() -> None:
+    counter = CompileCounterWithBackend("inductor")
+    gather = compiled(gather_logprobs, backend=counter)
+    for batch in BATCHES:
+        logits, tokens = rows(batch).cuda(), ids(batch).cuda()
+        expect_same(gather(logits, tokens, 3), gather_logprobs(logits, tokens, 3))
+    assert counter.frame_count == 1
+    targets = [str(node.target) for node in counter.graphs[0].graph.nodes]
+    assert any("vllmc.batched_count_greater_than" in target for target in targets)

@@ -5,7 +5,15 @@ from typing import Any
 import pytest
 
 from vllmc.core.errors import UnsafeCacheError
-from vllmc.core.graph.layout import Argument, AttentionSite, GraphInput, Layout, OpStep, UnitStep
+from vllmc.core.graph.layout import (
+    Argument,
+    AttentionSite,
+    ExpertsSite,
+    GraphInput,
+    Layout,
+    OpStep,
+    UnitStep,
+)
 
 
 @pytest.fixture
@@ -35,6 +43,16 @@ def layout() -> Layout:
         attention=(
             AttentionSite(layer="layers.0", kv_heads=1, key_size=4, value_size=4, window=8),
         ),
+        experts=(
+            ExpertsSite(
+                layer="layers.0.mlp",
+                tensors=(
+                    GraphInput(
+                        kind="attribute", name="up", dtype="float32", shape=(2, 4), stride=(4, 1)
+                    ),
+                ),
+            ),
+        ),
         demands=("d0 > 1",),
         promises=("d0 % 8 != 0",),
     )
@@ -54,6 +72,8 @@ def test_a_layout_survives_json(layout: Layout) -> None:
         lambda data: data["inputs"][0].update(more=1),
         lambda data: data["steps"][0].pop("piece"),
         lambda data: data["attention"].append({"layer": "x"}),
+        lambda data: data["experts"][0].pop("tensors"),
+        lambda data: data["experts"][0]["tensors"][0].pop("shape"),
         lambda data: data.update(inputs=None),
     ],
 )

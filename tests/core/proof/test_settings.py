@@ -6,6 +6,8 @@ import pytest
 
 from vllmc.core.cache.key import Factor
 from vllmc.core.errors import UsageError, VllmcError
+from vllmc.core.graph.passes.manager import identity
+from vllmc.core.passes import PassChoice, chosen
 from vllmc.core.proof.settings import Setting, read_setting, with_settings
 from vllmc.core.spec import CompileRange, CompileSpec
 from vllmc.core.torch_compat.config import snapshot, vllmc_overrides
@@ -30,6 +32,7 @@ def refusal(group: str, name: str, value: Any) -> str:
         ("sizes", [4, 8], (4, 8)),
         ("dynamic_shapes", "backed", "backed"),
         ("layer_names", "baked", "baked"),
+        ("experts", "grouped_mm", "grouped_mm"),
         ("splitting_ops", ["a::b"], ("a::b",)),
         ("backend", "eager", "eager"),
     ],
@@ -107,6 +110,7 @@ def test_a_value_known_by_its_digest_cannot_be_set(value: Any) -> None:
         ("sizes", ["4"]),
         ("dynamic_shapes", "some"),
         ("layer_names", None),
+        ("experts", "eager"),
         ("novel", 1),
     ],
 )
@@ -123,3 +127,22 @@ def test_an_option_that_torch_lacks_or_a_value_of_another_type_is_refused() -> N
 def test_code_for_another_cpu_is_not_asked_for() -> None:
     assert setting("inductor", "cpp.march", "native").value == "native"
     assert "may not run code" in refusal("inductor", "cpp.march", "x86-64-v9")
+
+
+def test_a_pass_is_switched_on_off_or_limited_to_ranges() -> None:
+    limited = PassChoice("norm-quant", CompileRange(1, 64))
+    changed = with_settings(
+        CompileSpec(passes=chosen(["no-ops", "norm-quant"], ["all"])),
+        [
+            setting("passes", "no-ops", None),
+            setting("passes", "norm-quant", identity(limited)),
+            setting("passes", "activation-quant", identity(PassChoice("activation-quant"))),
+        ],
+    )
+    assert changed.passes == (PassChoice("activation-quant"), limited)
+
+
+def test_another_version_of_a_pass_cannot_be_set() -> None:
+    told = identity(PassChoice("norm-quant"))
+    assert "another version" in refusal("passes", "norm-quant", {**told, "version": 99})
+    assert "another pass" in refusal("passes", "no-such-pass", told)

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.integrations.moe import use_experts_implementation
 
 from vllmc.core.errors import VllmcError
-from vllmc.core.graph.layout import Argument, GraphInput, Layout, OpStep, UnitStep
+from vllmc.core.graph.layout import Argument, ExpertsSite, GraphInput, Layout, OpStep, UnitStep
 from vllmc.core.runtime.program import Program, Variant, link
 from vllmc.core.spec import CompileRange
 from vllmc.kernels.layer_name import LayerName
@@ -270,6 +271,73 @@ def test_a_model_with_other_tensors_is_refused(weight: torch.Tensor | None) -> N
     module = torch.nn.Module() if weight is None else entry(weight)
     with pytest.raises(VllmcError, match="weight") as caught:
         link(layout(), module, [variant(1, 8)])
+    assert code_of(caught) == "weights-mismatch"
+
+
+class Mixture(torch.nn.Module):
+    """Experts of a user's own, as Transformers' decorator wants them."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.gate_up_proj = torch.nn.Parameter(torch.ones(experts, 4, 3))
+        self.down_proj = torch.nn.Parameter(torch.ones(experts, 3, 2))
+        self.act_fn = torch.nn.SiLU()
+
+
+def mixture(experts: int) -> torch.nn.Module:
+    module = entry()
+    cls = type("Mixture", (Mixture,), {"forward": lambda self, x: x, "__init__": no_config})
+    module.mlp = use_experts_implementation(cls)(None, experts)
+    return module
+
+
+def no_config(self: Any, _: None, experts: int) -> None:
+    Mixture.__init__(self, experts)
+
+
+def with_experts() -> Layout:
+    shapes = {"gate_up_proj": (5, 4, 3), "down_proj": (5, 3, 2)}
+    tensors = tuple(
+        GraphInput(
+            kind="attribute",
+            name=f"mlp.{name}",
+            dtype="float32",
+            shape=shape,
+            stride=(shape[1] * shape[2], shape[2], 1),
+        )
+        for name, shape in shapes.items()
+    )
+    return layout(experts=(ExpertsSite(layer="mlp", tensors=tensors),))
+
+
+def test_a_program_has_the_experts_that_its_ops_look_for() -> None:
+    module: Any = mixture(5)
+    program = link(with_experts(), module, [variant(1, 8)])
+    [(name, experts)] = program.experts.items()
+    assert name == "mlp"
+    assert experts.down.data_ptr() == module.mlp.down_proj.data_ptr()
+    assert link(layout(), module, [variant(1, 8)]).experts == {}
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        (mixture(6), r"mlp\.gate_up_proj as float32 \[5, 4, 3\].* it has float32 \[6, 4, 3\]"),
+        (entry(), r"mlp\.gate_up_proj .* it has none"),
+    ],
+    ids=["number", "missing"],
+)
+def test_a_model_with_other_experts_is_refused(module: torch.nn.Module, says: str) -> None:
+    with pytest.raises(VllmcError, match=says) as caught:
+        link(with_experts(), module, [variant(1, 8)])
+    assert code_of(caught) == "weights-mismatch"
+
+
+def test_tensors_of_experts_in_a_module_of_another_kind_are_refused() -> None:
+    module = entry()
+    module.mlp = Mixture(5)
+    with pytest.raises(VllmcError, match="the module there holds no experts") as caught:
+        link(with_experts(), module, [variant(1, 8)])
     assert code_of(caught) == "weights-mismatch"
 
 

@@ -1,0 +1,142 @@
+"""The passes that there are, by name. Imports no torch.
+
+A pass works in one of two places: on the captured graph, before it is cut, or on a piece as
+Inductor is about to lower it, functionalised and decomposed (its post-grad point).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, Literal, TypeAlias
+
+from vllmc.core.errors import UsageError
+from vllmc.core.ranges import CompileRange
+
+Stage: TypeAlias = Literal["captured", "post-grad"]
+
+ALL: Final = "all"
+"""Stands for every pass where passes are named."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassInfo:
+    """What is known of a pass without importing it.
+
+    `version` is raised when what it does changes. `module` is the file in `core/graph/passes` that
+    says how it does it, by whose digest a pass is told from another of its name and version.
+    """
+
+    name: str
+    stage: Stage
+    version: int
+    module: str
+    does: str
+
+
+PASSES: Final[Mapping[str, PassInfo]] = MappingProxyType(
+    {
+        info.name: info
+        for info in (
+            PassInfo(
+                name="attention-quant",
+                stage="captured",
+                version=1,
+                module="attention",
+                does="attention writes its output quantised, where nothing else reads it",
+            ),
+            PassInfo(
+                name="no-ops",
+                stage="post-grad",
+                version=1,
+                module="no_ops",
+                does="drops what changes nothing: factors of one, slices of the whole",
+            ),
+            PassInfo(
+                name="shared-quant",
+                stage="post-grad",
+                version=1,
+                module="shared",
+                does="a tensor that is quantised in the same way several times is so once",
+            ),
+            PassInfo(
+                name="norm-quant",
+                stage="post-grad",
+                version=1,
+                module="fusions",
+                does="RMSNorm and the quantisation after it are one op, with the addition of the "
+                "residual before it where there is one",
+            ),
+            PassInfo(
+                name="activation-quant",
+                stage="post-grad",
+                version=1,
+                module="fusions",
+                does="a gated SiLU or GELU and the quantisation after it are one op",
+            ),
+        )
+    }
+)
+"""Every pass by its name, in the order in which they run."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PassChoice:
+    """A pass that is to run: everywhere, or only for compile ranges within `tokens`.
+
+    Written as `NAME` or `NAME@A:B`.
+    """
+
+    name: str
+    tokens: CompileRange | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> PassChoice:
+        """Reads `NAME` or `NAME@A:B`. Raises `UsageError` (`unknown-pass`, `bad-range`)."""
+        name, at, tokens = text.strip().partition("@")
+        if name not in PASSES:
+            near = difflib.get_close_matches(name, PASSES, n=1)
+            raise UsageError(
+                "unknown-pass",
+                f"there is no pass '{name}'",
+                context={"passes": list(PASSES)},
+                hint=f"did you mean {near[0]}?" if near else f"there are {', '.join(PASSES)}",
+            )
+        if at and PASSES[name].stage == "captured":
+            raise UsageError(
+                "bad-range",
+                f"the pass {name} rewrites the captured graph, which all ranges share",
+                hint=f"write --pass {name}, without a range",
+            )
+        return cls(name, CompileRange.parse(tokens) if at else None)
+
+    def applies_to(self, compiled: CompileRange | None) -> bool:
+        """Whether it runs for a unit of the range `compiled`; None where it serves any range."""
+        if self.tokens is None:
+            return True
+        within = self.tokens
+        return compiled is not None and within.start <= compiled.start <= compiled.end <= within.end
+
+    def __str__(self) -> str:
+        if self.tokens is None:
+            return self.name
+        return f"{self.name}@{self.tokens.start}:{str(self.tokens).rpartition(':')[2]}"
+
+
+DEFAULT_PASSES: Final = tuple(PassChoice(name) for name in sorted(PASSES))
+"""Those that run unless something else is asked for."""
+
+
+def chosen(added: Iterable[str], removed: Iterable[str]) -> tuple[PassChoice, ...]:
+    """The passes to run, by name: the default ones without those `removed`, and those `added`.
+
+    `all` stands for every pass in both. Raises what `PassChoice.parse` raises.
+    """
+    added, removed = frozenset(added), frozenset(removed)
+    found = {c.name: c for c in DEFAULT_PASSES if removed.isdisjoint({c.name, ALL})}
+    if ALL in added:
+        found |= {name: PassChoice(name) for name in PASSES}
+    found |= {choice.name: choice for choice in map(PassChoice.parse, added - {ALL})}
+    return tuple(sorted(found.values()))

@@ -1,0 +1,251 @@
+"""Quantisation is fused with what it quantises, and computes the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.fx as fx
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+
+from vllmc.core.graph.passes.fusions import ACTIVATION_QUANT, NORM_QUANT
+from vllmc.core.graph.passes.shared import share_quants
+from vllmc.core.torch_compat.post_grad import decomposed
+from vllmc.kernels import quant as _quant  # noqa: F401  (defines the ops)
+
+FP8, INT8, FP32 = torch.float8_e4m3fn, torch.int8, torch.float32
+T, H = 7, 24
+vllmc = torch.ops.vllmc
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A graph of model code, the function that it was traced from, and what it is called with."""
+
+    graph: fx.Graph
+    function: Callable[..., Any]
+    inputs: Sequence[torch.Tensor]
+
+    def same_results(self) -> bool:
+        """Whether the graph, as it is now, gives what the function does."""
+        found = fx.Interpreter(fx.GraphModule({}, self.graph)).run(*self.inputs)
+        wanted = self.function(*self.inputs)
+        return all(_close(f, w) for f, w in zip(found, wanted, strict=True))
+
+    def calls(self) -> list[str]:
+        """The names of vllmc's ops in the graph."""
+        targets = [str(node.target) for node in self.graph.nodes if node.op == "call_function"]
+        return [t.removeprefix("vllmc.") for t in targets if t.startswith("vllmc.")]
+
+
+def _close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    if found.dtype not in (FP8, INT8):
+        return torch.allclose(found, wanted, rtol=1e-2, atol=1e-3)
+    # Rounded once where the model's code rounds twice: a quantised value may be its neighbour.
+    steps = (found.view(torch.int8).int() - wanted.view(torch.int8).int()).abs()
+    return int(steps.max()) <= 1 and float((steps > 0).float().mean()) < 0.25
+
+
+SCALE = torch.full((1,), 0.02)
+
+
+def quant(
+    x: torch.Tensor, scale: torch.Tensor, mode: str, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    if mode == "static":
+        return (vllmc.static_scaled_quant(x, scale, dtype),)
+    return tuple(vllmc.dynamic_scaled_quant(x, dtype))
+
+
+def trace(function: Callable[..., Any], *inputs: torch.Tensor) -> Traced:
+    return Traced(decomposed(function, inputs), function, inputs)
+
+
+def hidden(dtype: torch.dtype, count: int = 1, size: int = H) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(1, T, size).to(dtype) for _ in range(count)]
+
+
+def calling(
+    kind: Callable[..., torch.nn.Module],
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A norm of that kind as a function of its input and weight."""
+    norm = kind(H)
+    return lambda x, weight: torch.func.functional_call(norm, {"weight": weight}, (x,))
+
+
+def weight(dtype: torch.dtype) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.rand(H).to(dtype)
+
+
+NORMS = [LlamaRMSNorm, Gemma2RMSNorm, Olmo2RMSNorm, lambda size: torch.nn.RMSNorm(size, eps=1e-6)]
+MODES = [("static", FP8), ("dynamic", FP8), ("static", INT8), ("dynamic", INT8)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize(("mode", "to"), MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", NORMS, ids=["llama", "gemma", "olmo", "torch"])
+def test_a_norm_and_its_quantisation_become_one_op(
+    kind: Callable[..., torch.nn.Module], dtype: torch.dtype, mode: str, to: torch.dtype
+) -> None:
+    norm = calling(kind)
+    traced = trace(
+        lambda x, w, s: quant(norm(x, w), s, mode, to), *hidden(dtype), weight(dtype), SCALE
+    )
+    assert NORM_QUANT.run(traced.graph) == (1, None)
+    assert traced.calls() == [f"rms_norm_{mode}_quant.default"]
+    assert traced.same_results()
+
+
+@pytest.mark.parametrize(("mode", "to"), MODES)
+@pytest.mark.parametrize("kind", NORMS, ids=["llama", "gemma", "olmo", "torch"])
+def test_the_residual_is_added_by_the_same_op(
+    kind: Callable[..., torch.nn.Module], mode: str, to: torch.dtype
+) -> None:
+    norm = calling(kind)
+
+    def block(
+        x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor, s: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        total = residual + x
+        return (*quant(norm(total, w), s, mode, to), total * 2.0)
+
+    dtype = torch.bfloat16
+    traced = trace(block, *hidden(dtype, 2), weight(dtype), SCALE)
+    assert NORM_QUANT.run(traced.graph) == (1, None)
+    assert traced.calls() == [f"fused_add_rms_norm_{mode}_quant.default"]
+    assert traced.same_results()
+
+
+@pytest.mark.parametrize(("mode", "to"), MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("activation", "op"),
+    [
+        (torch.nn.functional.silu, "silu_and_mul"),
+        (torch.nn.functional.gelu, "gelu_and_mul"),
+        (lambda x: torch.nn.functional.gelu(x, approximate="tanh"), "gelu_and_mul"),
+    ],
+    ids=["silu", "gelu", "gelu-tanh"],
+)
+def test_a_gated_activation_and_its_quantisation_become_one_op(
+    activation: Callable[[torch.Tensor], torch.Tensor],
+    op: str,
+    dtype: torch.dtype,
+    mode: str,
+    to: torch.dtype,
+) -> None:
+    traced = trace(lambda g, u, s: quant(activation(g) * u, s, mode, to), *hidden(dtype, 2), SCALE)
+    assert ACTIVATION_QUANT.run(traced.graph) == (1, None)
+    assert traced.calls() == [f"{op}_{mode}_quant.default"]
+    assert traced.same_results()
+
+
+def test_what_the_rest_of_the_graph_reads_too_is_left_alone_and_told() -> None:
+    norm = calling(LlamaRMSNorm)
+
+    def routed(x: torch.Tensor, w: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        normed = norm(x, w)
+        return (*quant(normed, s, "static", FP8), normed.sigmoid())
+
+    traced = trace(routed, *hidden(FP32), weight(FP32), SCALE)
+    matches, missed = NORM_QUANT.run(traced.graph)
+    assert matches == 0
+    assert missed is not None
+    assert missed.expected == "nothing else to read it"
+    assert missed.found == "aten.sigmoid.default reads it"
+    assert traced.same_results()
+
+
+def test_a_norm_of_another_kind_is_told_with_the_node_that_differs() -> None:
+    def cubic(x: torch.Tensor, w: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        spread = torch.rsqrt(x.pow(3).mean(-1, keepdim=True) + 1e-6)
+        return quant(w * (x * spread), s, "static", FP8)
+
+    traced = trace(cubic, *hidden(FP32), weight(FP32), SCALE)
+    matches, missed = NORM_QUANT.run(traced.graph)
+    assert matches == 0
+    assert missed is not None
+    assert (missed.node, missed.expected, missed.found) == ("pow_1", "2", "3")
+
+
+def test_a_graph_without_such_ops_is_no_miss() -> None:
+    traced = trace(lambda x, s: quant(x + 1.0, s, "static", FP8), *hidden(FP32), SCALE)
+    assert NORM_QUANT.run(traced.graph) == (0, None)
+    assert ACTIVATION_QUANT.run(traced.graph) == (0, None)
+
+
+def test_a_weight_of_another_shape_does_not_match() -> None:
+    def scaled(x: torch.Tensor, w: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return quant(w * normed, s, "static", FP8)
+
+    traced = trace(scaled, *hidden(FP32), torch.rand(T, 1), SCALE)
+    matches, missed = NORM_QUANT.run(traced.graph)
+    assert matches == 0
+    assert missed is not None
+    assert missed.expected == f"weight of shape [{H}]"
+    assert traced.same_results()
+
+
+def test_a_residual_that_is_broadcast_is_added_by_itself() -> None:
+    norm = calling(LlamaRMSNorm)
+    traced = trace(
+        lambda x, bias, w, s: quant(norm(x + bias, w), s, "static", FP8),
+        *hidden(FP32),
+        torch.rand(H),
+        weight(FP32),
+        SCALE,
+    )
+    assert NORM_QUANT.run(traced.graph) == (1, None)
+    assert traced.calls() == ["rms_norm_static_quant.default"]
+    assert traced.same_results()
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_equal_quantisations_of_one_tensor_become_one(mode: str) -> None:
+    def projections(
+        x: torch.Tensor, scale: torch.Tensor, other: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        if mode == "dynamic":
+            return (
+                *vllmc.dynamic_scaled_quant(x, FP8),
+                *vllmc.dynamic_scaled_quant(x, FP8),
+                *vllmc.dynamic_scaled_quant(x, INT8),
+            )
+        return (
+            vllmc.static_scaled_quant(x, scale, FP8),
+            vllmc.static_scaled_quant(x, scale, FP8),
+            vllmc.static_scaled_quant(x, other, FP8),
+        )
+
+    traced = trace(projections, *hidden(FP32), SCALE, 2 * SCALE)
+    assert share_quants(traced.graph) == (1, None)
+    assert len(traced.calls()) == 2
+    assert traced.same_results()
+
+
+def test_patterns_are_traced_once_however_many_layers_there_are() -> None:
+    from vllmc.core.graph.passes import fusions
+
+    norm = calling(LlamaRMSNorm)
+
+    def layers(count: int) -> fx.Graph:
+        def run(x: torch.Tensor, w: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(
+                part for i in range(count) for part in quant(norm(x + i, w), s, "static", FP8)
+            )
+
+        return trace(run, *hidden(FP32), weight(FP32), SCALE).graph
+
+    assert NORM_QUANT.run(layers(2)) == (2, None)
+    known = fusions._pattern.cache_info().currsize
+    assert NORM_QUANT.run(layers(12)) == (12, None)
+    assert fusions._pattern.cache_info().currsize == known
