@@ -166,7 +166,7 @@ def encoder_of(name: str, model: torch.nn.Module) -> EncoderInfo | None:
 
 @contextmanager
 def on_fake_experts(model: torch.nn.Module) -> Iterator[None]:
-    """Within it, mixtures of experts of `model`, which `build_entry` was given, take fake tensors."""
+    """Within it, mixtures of experts of `model`, which an entry calls, take fake tensors."""
     if not isinstance(model, PreTrainedModel):
         yield
         return
