@@ -76,7 +76,7 @@ def measure(way: str, layers: int) -> dict[str, float]:
             vocab_size=32000,
         )
         model = TransformersModel("bench", config, ConfigSource(label="bench"), None)
-        entry = model.build("fake", device="cpu", dtype="float32", layer_names="hoisted", seed=0)
+        entry = model.build("fake", CompileSpec())
         with applied(vllmc_overrides(spec)):
             started = time.process_time()
             captured = capture.capture(model, entry, spec)

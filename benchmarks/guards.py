@@ -94,7 +94,7 @@ def sample(cache: Path) -> dict[str, float]:
     model = ModuleModel("guards:make", make)
     job = make_job(model, CompileSpec(), environment={}, cache_dir=cache, origins={})
     ready = obtain_program(job, Store(cache), SilentObserver())
-    entry = model.build("real", device="cpu", dtype="float32", layer_names="hoisted", seed=0)
+    entry = model.build("real", CompileSpec())
     began = time.process_time()
     check = GuardCheck(Layout.from_json(ready.record.program), ready.record.guarded, entry)
     begun = time.process_time() - began

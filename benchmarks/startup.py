@@ -180,7 +180,7 @@ def vllmc_step(layers: int) -> tuple[Start, Step]:
     cache = Path(os.environ["VLLMC_CACHE_DIR"])
     model = TransformersModel("bench", model_config(layers), ConfigSource(label="bench"), None)
     spec = CompileSpec(dtype="float32")
-    entry = model.build("real", device="cpu", dtype="float32", layer_names="hoisted", seed=0)
+    entry = model.build("real", CompileSpec())
     table = BlockTable.of([0], PROMPT_TOKENS, "cpu")
     state: dict[str, Any] = {}
 

@@ -104,9 +104,7 @@ class Bench:
         cache = Path(os.environ["VLLMC_CACHE_DIR"])
         model = TransformersModel("bench", self.config, ConfigSource(label="bench"), None)
         spec = CompileSpec(dtype="float32")
-        self.entry = model.build(
-            "real", device="cpu", dtype="float32", layer_names="hoisted", seed=0
-        )
+        self.entry = model.build("real", CompileSpec())
         job = make_job(model, spec, environment=dict(os.environ), cache_dir=cache, origins={})
         self.ready = obtain_program(job, Store(cache), SilentObserver())
         self.program = open_program(self.ready, self.entry)

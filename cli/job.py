@@ -25,6 +25,7 @@ _FIELDS = {
     "layer-names": "layer_names",
     "experts": "experts",
     "splitting-op": "splitting_ops",
+    "split-kv-update": "split_kv_update",
     "quantize": "quantize",
     "backend": "backend",
 }
@@ -62,6 +63,7 @@ def make(settings: Settings, request: CompileRequest) -> Job:
         layer_names=request.layer_names,
         experts=request.experts,
         splitting_ops=request.splitting_ops,
+        split_kv_update=request.split_kv_update,
         quantize=request.quantize,
         inductor=tuple(sorted(options["inductor"].items())),  # type: ignore[arg-type]
         functorch=tuple(sorted(options["functorch"].items())),  # type: ignore[arg-type]

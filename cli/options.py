@@ -177,6 +177,15 @@ class CompileFlags:
             rich_help_panel=SHAPING_PANEL,
         ),
     ] = None
+    split_kv_update: Annotated[
+        bool | None,
+        typer.Option(
+            "--split-kv-update/--no-split-kv-update",
+            show_default="no",
+            help="Store keys and values in the piece before attention, not in the attention op.",
+            rich_help_panel=SHAPING_PANEL,
+        ),
+    ] = None
     quantize: Annotated[
         str | None,
         typer.Option(
@@ -290,6 +299,7 @@ class CompileRequest:
     layer_names: LayerNames
     experts: ExpertsKind
     splitting_ops: tuple[str, ...]
+    split_kv_update: bool
     quantize: Quantization | None
     options: tuple[RawOption, ...]
     passes: tuple[PassChoice, ...]
@@ -316,9 +326,10 @@ def compile_request(
     sizes = _counts("compile-size", given("compile-size", flags.compile_size))
     shapes = given("dynamic-shapes", flags.dynamic_shapes, "unbacked")
     names = given("layer-names", flags.layer_names, "hoisted")
-    modes = given("quantize", flags.quantize)
     passes = _passes(given("pass", flags.add_pass), given("no-pass", flags.no_pass), origins)
     experts = given("experts", flags.experts, "fused")
+    split = None if flags.split_kv_update is None else str(flags.split_kv_update).lower()
+    modes = given("quantize", flags.quantize)
     request = CompileRequest(
         model=model or DEFAULT_PRESET,
         layers=layers[0] if layers else None,
@@ -330,6 +341,7 @@ def compile_request(
         layer_names=choice("layer-names", names, get_args(LayerNames)),
         experts=choice("experts", experts, get_args(ExpertsKind)),
         splitting_ops=tuple(dict.fromkeys(_located(ops, _op_name))),
+        split_kv_update=_truth("split-kv-update", given("split-kv-update", split, "false")),
         quantize=choice("quantize", modes, get_args(Quantization)) if modes.values else None,
         options=_merge(settings.raw_options, flags.option or ()),
         passes=passes,
@@ -361,6 +373,10 @@ def _device(setting: Setting) -> str:
             hint="--device takes auto, cpu, cuda or cuda:N",
         )
     return setting.value
+
+
+def _truth(name: str, setting: Setting) -> bool:
+    return choice(name, setting, ("false", "true", "0", "1")) in ("true", "1")
 
 
 def _counts(name: str, setting: Setting) -> tuple[int, ...]:

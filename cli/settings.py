@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from vllmc.core.errors import VllmcError
@@ -31,7 +32,7 @@ class Option:
     """An option that the environment and the config file may set, as well as a flag."""
 
     name: str
-    kind: Literal["text", "integer"] = "text"
+    kind: Literal["text", "integer", "truth"] = "text"
     repeatable: bool = False
 
     @property
@@ -39,6 +40,10 @@ class Option:
         """Its environment variable; a repeatable option's values are separated by commas."""
         return f"VLLMC_{self.name.upper().replace('-', '_')}"
 
+
+_KINDS: Mapping[str, tuple[type, str]] = MappingProxyType(
+    {"text": (str, "a text"), "integer": (int, "a number"), "truth": (bool, "true or false")}
+)
 
 OPTIONS: tuple[Option, ...] = (
     Option(name="cache-dir"),
@@ -50,9 +55,10 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="layer-names"),
     Option(name="experts"),
     Option(name="splitting-op", repeatable=True),
-    Option(name="quantize"),
     Option(name="pass", repeatable=True),
     Option(name="no-pass", repeatable=True),
+    Option(name="split-kv-update", kind="truth"),
+    Option(name="quantize"),
     Option(name="layers", kind="integer"),
     Option(name="backend"),
     Option(name="jobs", kind="integer"),
@@ -339,8 +345,7 @@ class _Reader:
         )
 
     def _values(self, option: Option, value: object) -> tuple[str, ...]:
-        kind = int if option.kind == "integer" else str
-        noun = "a number" if kind is int else "a text"
+        kind, noun = _KINDS[option.kind]
         where = self._where((option.name,))
         if option.repeatable:
             if not isinstance(value, list) or any(type(item) is not kind for item in value):
@@ -348,7 +353,7 @@ class _Reader:
             return tuple(str(item) for item in value)
         if type(value) is not kind:
             raise _bad_setting(option.name, where, noun, value)
-        return (str(value),)
+        return (str(value).lower() if kind is bool else str(value),)
 
 
 def _option_text(name: str, where: str, value: object) -> str:

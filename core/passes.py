@@ -41,6 +41,13 @@ PASSES: Final[Mapping[str, PassInfo]] = MappingProxyType(
         info.name: info
         for info in (
             PassInfo(
+                name="shared-quant",
+                stage="captured",
+                version=1,
+                module="shared",
+                does="a tensor that is quantised in the same way several times is so once",
+            ),
+            PassInfo(
                 name="attention-quant",
                 stage="captured",
                 version=1,
@@ -53,13 +60,6 @@ PASSES: Final[Mapping[str, PassInfo]] = MappingProxyType(
                 version=1,
                 module="no_ops",
                 does="drops what changes nothing: factors of one, slices of the whole",
-            ),
-            PassInfo(
-                name="shared-quant",
-                stage="post-grad",
-                version=1,
-                module="shared",
-                does="a tensor that is quantised in the same way several times is so once",
             ),
             PassInfo(
                 name="norm-quant",

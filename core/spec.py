@@ -14,8 +14,8 @@ from vllmc.core.ranges import CompileRange as CompileRange
 
 DynamicShapes: TypeAlias = Literal["unbacked", "backed", "backed-size-oblivious"]
 LayerNames: TypeAlias = Literal["hoisted", "baked"]
-Quantization: TypeAlias = Literal["fp8-static", "fp8-dynamic", "int8-dynamic"]
 ExpertsKind: TypeAlias = Literal["fused", "grouped_mm"]
+Quantization: TypeAlias = Literal["fp8-static", "fp8-dynamic", "int8-dynamic"]
 OptionValue: TypeAlias = "bool | int | float | str | list[OptionValue] | None"
 
 ATTENTION_OP = "vllmc::unified_attention_with_output"
@@ -53,6 +53,7 @@ class CompileSpec:
     """Everything about a compilation that the user chooses, apart from the model.
 
     `device` is `cpu`, `cuda` or `cuda:N`; `dtype` a torch dtype's name without the prefix.
+    With `split_kv_update` keys and values are stored by an op before attention, inside the piece.
     `quantize` says how the model's linears are quantised, None that they are not. `inductor` and
     `functorch` hold the `-O` options, `passes` those that run, sorted by name.
     """
@@ -65,6 +66,7 @@ class CompileSpec:
     layer_names: LayerNames = "hoisted"
     experts: ExpertsKind = "fused"
     splitting_ops: tuple[str, ...] = (ATTENTION_OP,)
+    split_kv_update: bool = False
     quantize: Quantization | None = None
     inductor: tuple[tuple[str, OptionValue], ...] = ()
     functorch: tuple[tuple[str, OptionValue], ...] = ()

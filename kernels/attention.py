@@ -22,7 +22,7 @@ from vllmc.kernels.forward_context import (
     DecodeGroup,
     SequenceSpan,
     current_layer,
-    current_whole_sequences,
+    current_whole_batch,
 )
 from vllmc.kernels.kv_cache import LayerCache
 from vllmc.kernels.layer_name import LAYER_NAME_TYPE, LayerName
@@ -98,7 +98,7 @@ def unified_attention_with_output(
         )  # fmt: skip
         return
     if not causal:
-        for span in current_whole_sequences(name):
+        for span in current_whole_batch(name).sequences:
             rows = slice(span.query_start, span.query_start + span.query_len)
             read = partial(_read, key[:, rows].transpose(1, 2), value[:, rows].transpose(1, 2))
             reach = (span.total_len if sliding_window is None else sliding_window) - 1

@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from vllmc.core.errors import VllmcError
 from vllmc.kernels.experts import Experts
@@ -49,6 +50,23 @@ class DecodeGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceTables:
+    """The layout of a batch of B sequences as a GPU's kernels read it: int32, on the GPU.
+
+    `starts` `[B + 1]` is the first row of each sequence, and the number of rows; `totals` `[B]` how
+    many tokens each has so far; `blocks` `[B, most]` the ids of its blocks, of `block_size` tokens
+    each, then zeros. `longest_query` and `longest_total` are the most rows and tokens of one.
+    """
+
+    starts: torch.Tensor
+    totals: torch.Tensor
+    blocks: torch.Tensor
+    block_size: int
+    longest_query: int
+    longest_total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionMetadata:
     """The layout of a flattened batch of T tokens.
 
@@ -59,6 +77,9 @@ class AttentionMetadata:
     slots: torch.Tensor
     sequences: tuple[SequenceSpan, ...]
     _decodes: dict[int | None, tuple[tuple[DecodeGroup, ...], tuple[SequenceSpan, ...]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _tables: dict[torch.device, DeviceTables] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -72,6 +93,13 @@ class AttentionMetadata:
         found = self._decodes.get(window)
         if found is None:
             found = self._decodes[window] = _decodes(self.sequences, window)
+        return found
+
+    def tables(self, device: torch.device) -> DeviceTables:
+        """The layout on `device`. As with `decodes`, only a step's first layer has it made."""
+        found = self._tables.get(device)
+        if found is None:
+            found = self._tables[device] = _tables(self.sequences, device)
         return found
 
 
@@ -106,6 +134,26 @@ def _decodes(
     return tuple(groups), tuple(others)
 
 
+def _tables(sequences: Sequence[SequenceSpan], device: torch.device) -> DeviceTables:
+    count, last = len(sequences), sequences[-1]
+    starts = [*(span.query_start for span in sequences), last.query_start + last.query_len]
+    totals = [span.total_len for span in sequences]
+    blocks = pad_sequence([span.table.packed for span in sequences], batch_first=True)
+    # One copy: each costs as much as a small kernel.
+    host = torch.cat([torch.tensor(starts + totals, dtype=torch.int32), blocks.flatten()])
+    if device.type == "cuda":
+        host = host.pin_memory()
+    there = host.to(device, non_blocking=True)
+    return DeviceTables(
+        starts=there[: count + 1],
+        totals=there[count + 1 : 2 * count + 1],
+        blocks=there[2 * count + 1 :].view(blocks.shape),
+        block_size=len(last.table.slots) // max(1, len(last.table.ids)),
+        longest_query=max(span.query_len for span in sequences),
+        longest_total=max(totals),
+    )
+
+
 def _continues(group: DecodeGroup, row: int, length: int, slot: int) -> bool:
     """Whether the row is the group's next: as long, and as far from the last one as that is."""
     if group.scattered is not None or slot < group.slot:
@@ -124,7 +172,7 @@ class ForwardContext:
     experts: Mapping[str, Experts] = field(default_factory=dict)
 
 
-_NO_BLOCKS = BlockTable(ids=(), slots=(), gather=None)
+_NO_BLOCKS = BlockTable(ids=(), packed=torch.empty(0, dtype=torch.int32), slots=(), gather=None)
 
 
 def whole_sequences(lengths: Sequence[int]) -> ForwardContext:
@@ -192,14 +240,14 @@ def current_experts(layer_name: str) -> Experts:
     return experts
 
 
-def current_whole_sequences(layer_name: str) -> tuple[SequenceSpan, ...]:
-    """The running step's sequences, for the layer `layer_name`, whose attention goes both ways.
+def current_whole_batch(layer_name: str) -> AttentionMetadata:
+    """The running step's metadata, for the layer `layer_name`, whose attention goes both ways.
 
     Raises `VllmcError`: `no-forward-context` outside of `forward_context`, `incomplete-sequence`
     where a sequence has tokens outside of the batch.
     """
-    sequences = _current(layer_name).metadata.sequences
-    for span in sequences:
+    metadata = _current(layer_name).metadata
+    for span in metadata.sequences:
         if span.query_len != span.total_len:
             raise VllmcError(
                 "incomplete-sequence",
@@ -208,7 +256,7 @@ def current_whole_sequences(layer_name: str) -> tuple[SequenceSpan, ...]:
                 context={"layer": layer_name},
                 hint="give a model that attends both ways whole sequences",
             )
-    return sequences
+    return metadata
 
 
 def _current(layer_name: str) -> ForwardContext:

@@ -40,11 +40,13 @@ class KVCacheSpec:
 class BlockTable:
     """The blocks of one sequence, in the order of its tokens.
 
-    `slots` are the slots of its tokens, a range when the block ids are consecutive. Else `gather`
-    holds them as a tensor (int64, on the cache's device).
+    `packed` are the ids as kernels read them (int32, on the CPU). `slots` are the slots of its
+    tokens, a range when the block ids are consecutive. Else `gather` holds them as a tensor (int64,
+    on the cache's device).
     """
 
     ids: tuple[int, ...]
+    packed: torch.Tensor
     slots: Sequence[int]
     gather: torch.Tensor | None
 
@@ -52,12 +54,13 @@ class BlockTable:
     def of(cls, ids: Sequence[int], block_size: int, device: torch.device | str) -> BlockTable:
         """The table of the blocks `ids`, of which there is at least one."""
         first, count = ids[0], len(ids)
+        packed = torch.tensor(ids, dtype=torch.int32)
         if list(ids) == list(range(first, first + count)):
             slots = range(first * block_size, (first + count) * block_size)
-            return cls(ids=tuple(ids), slots=slots, gather=None)
+            return cls(ids=tuple(ids), packed=packed, slots=slots, gather=None)
         scattered = [block * block_size + offset for block in ids for offset in range(block_size)]
         gather = torch.tensor(scattered, dtype=torch.int64, device=device)
-        return cls(ids=tuple(ids), slots=scattered, gather=gather)
+        return cls(ids=tuple(ids), packed=packed, slots=scattered, gather=gather)
 
 
 class LayerCache:

@@ -70,7 +70,7 @@ def page() -> str:
 
 
 def _value(kind: str, repeatable: bool) -> str:
-    noun = {"text": "text", "integer": "number"}[kind]
+    noun = {"text": "text", "integer": "number", "truth": "true or false"}[kind]
     return f"list of {noun}s; in the variable separated by commas" if repeatable else noun
 
 

@@ -78,6 +78,7 @@ FACTORS: Final[Mapping[tuple[str, str], str]] = MappingProxyType(
             "experts",
         ): "what mixtures of experts run on: vllmc's op, or Transformers' grouped_mm",
         ("spec", "splitting_ops"): "where the graph is cut; their order plays no part",
+        ("spec", "split_kv_update"): "whether pieces store keys and values, and not attention",
         ("spec", "quantize"): "how the linears are quantised; the values of scales play no part",
         ("spec", "backend"): "what compiles the pieces",
         **{("passes", name): info.does for name, info in PASSES.items()},

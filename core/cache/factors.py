@@ -288,6 +288,7 @@ def _spec(spec: CompileSpec, origins: Origins) -> Iterator[Factor]:
         "layer_names": lambda s: s.layer_names,
         "experts": lambda s: s.experts,
         "splitting_ops": lambda s: [*sorted(set(s.splitting_ops))],
+        "split_kv_update": lambda s: s.split_kv_update,
         "quantize": lambda s: s.quantize,
         "backend": lambda s: s.backend,
     }

@@ -21,6 +21,7 @@ _SPEC_FLAGS: Final[Mapping[str, str]] = {
     "layer_names": "--layer-names",
     "experts": "--experts",
     "splitting_ops": "--splitting-op",
+    "split_kv_update": "--split-kv-update",
     "backend": "--backend",
 }
 _PACKAGES: Final = frozenset({"torch", "triton", "transformers"})
@@ -89,5 +90,7 @@ def _flag(name: str, before: JsonValue, how: str, origin: str | None) -> str:
         return ""
     if how == "flag" and origin == "default":
         return f"leave out {flag}"
+    if isinstance(before, bool):
+        return flag if before else flag.replace("--", "--no-", 1)
     values = before if isinstance(before, list) else [before]
     return " ".join(f"{flag} {shlex.quote(str(value))}" for value in values)

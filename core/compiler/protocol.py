@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -15,6 +16,7 @@ from vllmc.core.graph.piece import (
     symbol,
 )
 from vllmc.core.spec import CompileRange, CompileSpec
+from vllmc.core.torch_compat.opaque import real_value
 from vllmc.core.torch_compat.shapes import ShapeScope, SymbolRange
 
 CODE_TEXT: Final = "code.py"
@@ -82,4 +84,6 @@ def _example(given: PieceInput, scope: ShapeScope) -> object:
         case SizeInput():
             return scope.size(given.value)
         case OpaqueInput():
-            return given.example
+            # The example of a layer that was not traced is that of the one like it, and of inputs
+            # that are one object AOTAutograd makes one.
+            return copy.copy(real_value(given.example))

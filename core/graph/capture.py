@@ -24,7 +24,6 @@ from vllmc.core.graph.passes.report import PassReport
 from vllmc.core.graph.piece import SymbolRole
 from vllmc.core.graph.repeats import capture_repeating
 from vllmc.core.graph.results import NumberMark, describe
-from vllmc.core.graph.same_calls import merge_quantisations
 from vllmc.core.graph.side_effects import left_behind
 from vllmc.core.graph.suitability import check_graph, check_module, place_of_node
 from vllmc.core.graph.targets import custom_ops, op_names, schemas_of
@@ -121,7 +120,6 @@ def trace(name: str, entry: torch.nn.Module, call: Call, spec: CompileSpec) -> C
     result = _result(name, entry, examples, raw)
     changed = {node.name for node in graph.find_nodes(op="placeholder") if _is_written(node)}
     normalize(graph)
-    merge_quantisations(graph)
     paths = {argument.path for argument in call.arguments}
     inputs = tuple(
         _resolve(entry, read_source(raw.sources[node.name], paths))

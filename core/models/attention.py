@@ -30,6 +30,9 @@ ENCODER_ATTENTION_NAME = "vllmc_encoder"
 LAYER_NAME_ATTRIBUTE = "vllmc_layer_name"
 """The attribute of an attention module that holds its layer name."""
 
+SPLIT_KV_UPDATE_ATTRIBUTE = "vllmc_split_kv_update"
+"""The one that says whether an op before attention stores the keys and values."""
+
 # Passed through by models to whatever attention runs; none changes what attention computes.
 # Positions are applied by the model, dropout is off in eval, gradients are never taken.
 _HARMLESS = frozenset(
@@ -127,7 +130,13 @@ def _call_op(
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     packet = torch.ops.vllmc.unified_attention_with_output
     op = packet.str if isinstance(name, str) else packet.default
-    op(q, k, v, output, name, scale, *others, causal)
+    # Where attention goes both ways nothing is stored.
+    if causal and getattr(module, SPLIT_KV_UPDATE_ATTRIBUTE, False):
+        update = torch.ops.vllmc.unified_kv_cache_update
+        token = (update.str if isinstance(name, str) else update.default)(k, v, name)
+        op(q, k, v, output, name, scale, *others, causal, kv_cache_dummy_dep=token)
+    else:
+        op(q, k, v, output, name, scale, *others, causal)
     return output, None
 
 
@@ -164,8 +173,12 @@ def _refuse(module: type, argument: str, cause: str) -> None:
     )
 
 
-def attach_layer_names(model: torch.nn.Module, kind: LayerNameKind) -> tuple[str, ...]:
+def attach_layer_names(
+    model: torch.nn.Module, kind: LayerNameKind, *, split_kv_update: bool = False
+) -> tuple[str, ...]:
     """Gives each attention module of `model` its qualified name, as `attend` reads it.
+
+    With `split_kv_update` the module's keys and values are stored by an op of their own.
 
     Attention modules are those whose class looks its attention function up in Transformers'
     interface. Returns the names in the order of the modules. The name is an attribute, not made in
@@ -175,6 +188,7 @@ def attach_layer_names(model: torch.nn.Module, kind: LayerNameKind) -> tuple[str
     for name, module in model.named_modules():
         if _uses_interface(type(module)):
             setattr(module, LAYER_NAME_ATTRIBUTE, encode(name, kind))
+            setattr(module, SPLIT_KV_UPDATE_ATTRIBUTE, split_kv_update)
             names.append(name)
     return tuple(names)
 

@@ -29,11 +29,11 @@ from vllmc.core.models.encoders import encoder_info
 from vllmc.core.models.errors import unsupported_model
 from vllmc.core.models.experts import EXPERTS_NAME, attach_expert_names, register_experts
 from vllmc.core.models.model import EncoderInfo, Weights
-from vllmc.core.spec import ExpertsKind, LayerNames
+from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat.fake import fake_weights
 
 FAKE_EXPERTS_NAME = "batched_mm"
-"""The experts for a run on fake tensors: `grouped_mm` has fakes of bfloat16 only."""
+"""The one for a run on fake tensors: `grouped_mm` has no fake for other types than bfloat16."""
 
 
 def _decoder_inputs(_: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -127,14 +127,12 @@ class PlainEntry(torch.nn.Module):
         return self.model(input_ids, position_ids)[0, logits_indices]
 
 
-def build_entry(
-    model: torch.nn.Module, layer_names: LayerNames, experts: ExpertsKind = "fused"
-) -> torch.nn.Module:
+def build_entry(model: torch.nn.Module, spec: CompileSpec) -> torch.nn.Module:
     """The entry module of `model`, in eval mode, with vllmc's attention and layer names.
 
-    `experts` is what mixtures of experts run on, where a model lets one choose: `fused` is vllmc's
-    op, `grouped_mm` Transformers' implementation of that name. Transformers' own loop over the
-    experts that were hit cannot be captured: which they are is known only when it runs.
+    `spec.experts` is what mixtures of experts run on, where a model lets one choose: `fused` is
+    vllmc's op, `grouped_mm` Transformers' implementation of that name. Transformers' own loop over
+    the experts that were hit cannot be captured: which they are is known only when it runs.
 
     A module of a class that was declared is its own entry.
     """
@@ -147,13 +145,14 @@ def build_entry(
         register_experts()
         encodes = encoder_of(type(model).__name__, model) is not None
         model.config._attn_implementation = ENCODER_ATTENTION_NAME if encodes else ATTENTION_NAME
-        model.config._experts_implementation = EXPERTS_NAME if experts == "fused" else experts
+        fused = spec.experts == "fused"
+        model.config._experts_implementation = EXPERTS_NAME if fused else spec.experts
         entry = EncoderEntry(model) if encodes else DecoderEntry(model)
     else:
         entry = PlainEntry(model)
-    attach_layer_names(entry, layer_names)
-    if experts == "fused":
-        attach_expert_names(entry, layer_names)
+    attach_layer_names(entry, spec.layer_names, split_kv_update=spec.split_kv_update)
+    if spec.experts == "fused":
+        attach_expert_names(entry, spec.layer_names)
     return entry
 
 
@@ -166,7 +165,7 @@ def encoder_of(name: str, model: torch.nn.Module) -> EncoderInfo | None:
 
 @contextmanager
 def on_fake_experts(model: torch.nn.Module) -> Iterator[None]:
-    """Within it, mixtures of experts of `model`, which an entry calls, take fake tensors."""
+    """Within it, mixtures of experts of `model`, as `build_entry` left it, take fake tensors."""
     if not isinstance(model, PreTrainedModel):
         yield
         return

@@ -21,14 +21,7 @@ def build_model(
     Scales of activations change no graph: without `calibrate` they are those of the model's
     checkpoint, or 1. Raises what `Model.build`, `Model.own_scales` and `quantize` raise.
     """
-    entry = model.build(
-        weights,
-        device=spec.device,
-        dtype=spec.dtype,
-        layer_names=spec.layer_names,
-        seed=0,
-        experts=spec.experts,
-    )
+    entry = model.build(weights, spec)
     if spec.quantize is None:
         return entry
     # It takes Transformers' modeling code, which a prediction does without.

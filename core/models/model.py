@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 import torch
 
 from vllmc.core.cache.key import Factor
-from vllmc.core.spec import CompileSpec, ExpertsKind, LayerNames, Quantization
+from vllmc.core.spec import CompileSpec, Quantization
 
 if TYPE_CHECKING:  # importing it takes Dynamo and sympy, which a hit does without
     from vllmc.core.declare.calls import Call
@@ -123,23 +123,13 @@ class Model(Protocol):
     def call(self, entry: torch.nn.Module) -> Call:
         """The call of `entry`, which `build` made, that is captured."""
 
-    def build(
-        self,
-        weights: Weights,
-        *,
-        device: str,
-        dtype: str,
-        layer_names: LayerNames,
-        seed: int,
-        experts: ExpertsKind = "fused",
-    ) -> torch.nn.Module:
+    def build(self, weights: Weights, spec: CompileSpec, *, seed: int = 0) -> torch.nn.Module:
         """The entry module, of a class that says what it is called with.
 
         For the engine: `forward(input_ids, position_ids, logits_indices) -> logits`, `[1, T]`,
         `[1, T]`, `[B]` (all int64) to `[B, vocab]`; of an encoder `forward(input_ids,
         position_ids)`, to hidden states `[T, H]`. Real weights are random ones, drawn from `seed`,
-        where the model has none of its own, and quantised ones are brought to `dtype`. `experts` is
-        what mixtures run on (see `build_entry`).
+        where the model has none of its own, and quantised ones are brought to `dtype`.
         """
 
     def own_scales(self) -> Mapping[str, Scales]:

@@ -22,7 +22,7 @@ from vllmc.core.models.described import class_digest, describe
 from vllmc.core.models.encoders import limits
 from vllmc.core.models.guarded import HOOKS
 from vllmc.core.models.model import ModelInfo, Scales, Weights
-from vllmc.core.spec import CompileSpec, ExpertsKind, LayerNames, open_ended
+from vllmc.core.spec import CompileSpec, open_ended
 from vllmc.core.torch_compat.config_values import stable
 from vllmc.core.torch_compat.forward import EXCHANGED
 
@@ -155,19 +155,10 @@ class ModuleModel:
         ]
         return {"tensors": tensors, "constants": describe(dict(call.constants))}
 
-    def build(
-        self,
-        weights: Weights,
-        *,
-        device: str,
-        dtype: str,
-        layer_names: LayerNames,
-        seed: int,
-        experts: ExpertsKind = "fused",
-    ) -> torch.nn.Module:
+    def build(self, weights: Weights, spec: CompileSpec, *, seed: int = 0) -> torch.nn.Module:
         """See `Model.build`."""
-        model = self._instantiate(weights, device, getattr(torch, dtype), seed=seed)
-        return build_entry(model, layer_names, experts)
+        dtype = getattr(torch, spec.dtype)
+        return build_entry(self._instantiate(weights, spec.device, dtype, seed=seed), spec)
 
     def own_scales(self) -> Mapping[str, Scales]:
         """See `Model.own_scales`: none."""

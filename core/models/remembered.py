@@ -35,7 +35,7 @@ from vllmc.core.models.model import (
     Scales,
     Weights,
 )
-from vllmc.core.spec import ExpertsKind, LayerNames
+from vllmc.core.spec import CompileSpec
 
 _FORM: Final = 2
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
@@ -143,25 +143,9 @@ class RememberedModel(ConfiguredModel):
         """See `Model.factors`."""
         return self._answer.factors
 
-    def build(
-        self,
-        weights: Weights,
-        *,
-        device: str,
-        dtype: str,
-        layer_names: LayerNames,
-        seed: int,
-        experts: ExpertsKind = "fused",
-    ) -> torch.nn.Module:
+    def build(self, weights: Weights, spec: CompileSpec, *, seed: int = 0) -> torch.nn.Module:
         """See `Model.build`. Raises `VllmcError` (`model-changed`) if it is another by now."""
-        return self._loaded().build(
-            weights,
-            device=device,
-            dtype=dtype,
-            layer_names=layer_names,
-            seed=seed,
-            experts=experts,
-        )
+        return self._loaded().build(weights, spec, seed=seed)
 
     def own_scales(self) -> Mapping[str, Scales]:
         """See `Model.own_scales`. Raises `VllmcError` (`model-changed`) as `build` does."""

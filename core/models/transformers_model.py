@@ -22,7 +22,7 @@ from vllmc.core.models.configured import ConfiguredModel
 from vllmc.core.models.encoders import encoder_info, limits
 from vllmc.core.models.errors import unsupported_model
 from vllmc.core.models.model import ModelInfo, Scales, Weights
-from vllmc.core.spec import ExpertsKind, LayerNames
+from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat.config_values import stable
 
 if TYPE_CHECKING:
@@ -127,16 +127,7 @@ class TransformersModel(ConfiguredModel):
         )
         return tuple(rows)
 
-    def build(
-        self,
-        weights: Weights,
-        *,
-        device: str,
-        dtype: str,
-        layer_names: LayerNames,
-        seed: int,
-        experts: ExpertsKind = "fused",
-    ) -> torch.nn.Module:
+    def build(self, weights: Weights, spec: CompileSpec, *, seed: int = 0) -> torch.nn.Module:
         """See `Model.build`. Raises `VllmcError` (`bad-weights`, `unsupported-model`)."""
         # Transformers' modeling code takes two seconds to import, which a prediction does without.
         from vllmc.core.models.building import (
@@ -151,14 +142,17 @@ class TransformersModel(ConfiguredModel):
             # Transformers would quantise the model in its own way.
             del config.quantization_config
         if weights == "real" and (directory := self._quantized_weights()) is not None:
-            model = load_dequantized(self._name, config, directory, dtype).to(device)
+            model = load_dequantized(self._name, config, directory, spec.dtype)
+            model = model.to(spec.device)
         elif weights == "real" and (source := self._weights_source()) is not None:
-            model = load_weights(self._name, config, source, self._source.revision, dtype).to(
-                device
-            )
+            revision = self._source.revision
+            model = load_weights(self._name, config, source, revision, spec.dtype)
+            model = model.to(spec.device)
         else:
-            model = initialize(self._name, config, weights, device=device, dtype=dtype, seed=seed)
-        return build_entry(model, layer_names, experts)
+            model = initialize(
+                self._name, config, weights, device=spec.device, dtype=spec.dtype, seed=seed
+            )
+        return build_entry(model, spec)
 
     def own_scales(self) -> Mapping[str, Scales]:
         """See `Model.own_scales`."""

@@ -107,9 +107,11 @@ def _read_field(name: str, value: JsonValue) -> Any:
             return value
         case ("layer_names", str()) if value in get_args(LayerNames):
             return value
-        case ("quantize", None | str()) if value in (None, *get_args(Quantization)):
-            return value
         case ("experts", str()) if value in get_args(ExpertsKind):
+            return value
+        case ("split_kv_update", bool()):
+            return value
+        case ("quantize", None | str()) if value in (None, *get_args(Quantization)):
             return value
         case ("dtype", str()) if isinstance(getattr(torch, value, None), torch.dtype):
             return value

@@ -17,7 +17,7 @@ from vllmc.core.models.model import EncoderInfo
 from vllmc.core.models.watched import watching
 from vllmc.core.runtime.embeddings import Embedder
 from vllmc.core.runtime.sampler import SamplingParams
-from vllmc.core.runtime.workload import Held, Limits, make_engine
+from vllmc.core.runtime.workload import Limits, make_engine
 
 _MAX_TOKENS: Final = 2048
 """How many tokens are computed at once."""
@@ -71,7 +71,14 @@ def calibrate(
                 embedder.embed([prompt])
         else:
             params = SamplingParams(max_new_tokens=1)
-            held = Held(attention=layout.attention, experts=experts_in(entry))
-            engine = make_engine(entry, held, [prompts], params, limits, max_tokens=_MAX_TOKENS)
+            engine = make_engine(
+                entry,
+                layout.attention,
+                [prompts],
+                params,
+                limits,
+                max_tokens=_MAX_TOKENS,
+                experts=experts_in(entry),
+            )
             engine.generate(prompts, params)
     return largest

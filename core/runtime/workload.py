@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -33,14 +34,6 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
-    """What the ops of a step look for by layer name: its attention layers' caches, its experts."""
-
-    attention: tuple[AttentionSite, ...]
-    experts: Mapping[str, Experts]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadResult:
     """The outputs of the last batch size; timings are sums, `first_token_seconds` the first's."""
 
@@ -65,12 +58,13 @@ def run_workload(
     batches = [repeat(prompts, size) for size in batch_sizes] or [list(prompts)]
     engine = make_engine(
         program,
-        Held(attention=program.layout.attention, experts=program.experts),
+        program.layout.attention,
         batches,
         params,
         limits,
         max_tokens=program.max_tokens,
         token_counts=program.ranges,
+        experts=program.experts,
     )
     started = time.perf_counter()
     with watch_recompiles() as report:
@@ -90,17 +84,19 @@ def repeat(prompts: Sequence[Sequence[int]], size: int) -> list[Sequence[int]]:
 
 def make_engine(
     step: Step,
-    held: Held,
+    attention: Sequence[AttentionSite],
     batches: Sequence[Sequence[Sequence[int]]],
     params: SamplingParams,
     limits: Limits,
     *,
     max_tokens: int,
     token_counts: tuple[CompileRange, ...] = (),
+    experts: Mapping[str, Experts] = MappingProxyType({}),
 ) -> Engine:
-    """An engine for `step`, whose ops look for what is `held`, with caches for each of `batches`.
+    """An engine for `step`, with caches that are large enough for each of `batches`.
 
-    `max_tokens` and `token_counts` are what a step may hold, as in `EngineConfig`.
+    `max_tokens` and `token_counts` are what a step may hold, as in `EngineConfig`; `experts` are
+    those of its mixtures, as in `Engine`.
     """
     needed = max(
         sum(blocks_needed(len(p) + params.max_new_tokens, BLOCK_SIZE) for p in batch)
@@ -115,7 +111,7 @@ def make_engine(
                 key_size=site.key_size,
                 value_size=site.value_size,
             )
-            for site in held.attention
+            for site in attention
         ],
         EngineConfig(
             vocab_size=limits.vocab_size,
@@ -127,5 +123,5 @@ def make_engine(
             dtype=limits.dtype,
             device=limits.device,
         ),
-        held.experts,
+        experts,
     )

@@ -3,9 +3,9 @@
     cli  ->  core  ->  kernels  ->  leaves
 
 The leaves are what everything may import: `core.errors`, `core.spec` with `core.passes` and
-`core.ranges`, `core.cache.key`, `core.cache.facts` and `core.torch_compat`, which import each other only. Within core the order is
-between modules, not packages (`graph.plan` makes units, which `compiler.protocol` describes by
-`graph.piece`): there is no cycle.
+`core.ranges`, `core.cache.key`, `core.cache.facts` and `core.torch_compat`, which import each other
+only. Within core the order is between modules, not packages (`graph.plan` makes units, which
+`compiler.protocol` describes by `graph.piece`): there is no cycle.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from typer.core import TyperGroup
 from vllmc.cli.app import run
 from vllmc.cli.options import CommonFlags, CompileFlags, CompileRequest, command, compile_request
 from vllmc.cli.settings import load_settings
-from vllmc.core.errors import UsageError
+from vllmc.core.errors import UsageError, VllmcError
+from vllmc.core.passes import PASSES
 from vllmc.core.spec import ATTENTION_OP, CompileRange
 
 Ask = Callable[..., CompileRequest]
@@ -39,6 +40,7 @@ def test_nothing_given_is_the_default_model_with_the_contract_s_defaults(ask: As
     assert (request.dynamic_shapes, request.layer_names) == ("unbacked", "hoisted")
     assert request.experts == "fused"
     assert request.splitting_ops == (ATTENTION_OP,)
+    assert request.split_kv_update is False
     assert (request.layers, request.options) == (None, ())
     assert set(request.origins.values()) == {"default"}
 
@@ -54,7 +56,7 @@ def test_each_flag_reaches_the_request(ask: Ask) -> None:
         layer_names="baked",
         experts="grouped_mm",
         splitting_op=["my::op", "other::op.default", "my::op"],
-        experts="grouped_mm",
+        split_kv_update=True,
         option=["max_autotune=true"],
         add_pass=["norm-quant@1:8"],
         no_pass=["all"],
@@ -68,7 +70,7 @@ def test_each_flag_reaches_the_request(ask: Ask) -> None:
     assert (request.dynamic_shapes, request.layer_names) == ("backed-size-oblivious", "baked")
     assert request.experts == "grouped_mm"
     assert request.splitting_ops == ("my::op", "other::op.default")
-    assert request.experts == "grouped_mm"
+    assert request.split_kv_update is True
     assert [str(choice) for choice in request.passes] == ["norm-quant@1:8"]
     assert set(request.origins.values()) == {"flag"}
 
@@ -77,7 +79,7 @@ def test_each_pass_has_the_origin_of_what_decided_on_it(ask: Ask) -> None:
     request = ask(
         toml='no-pass = ["no-ops", "norm-quant"]\n', VLLMC_PASS="norm-quant@1:8", no_pass=[]
     )
-    assert str(dict.fromkeys(request.passes)).count("no-ops") == 0
+    assert {choice.name for choice in request.passes} == set(PASSES) - {"no-ops"}
     assert request.origins["pass norm-quant"] == "env:VLLMC_PASS"
     assert request.origins["pass no-ops"] == "file:vllmc.toml:1"
     assert "pass activation-quant" not in request.origins
@@ -88,6 +90,20 @@ def test_a_pass_that_is_not_known_is_refused_wherever_it_is_named(ask: Ask) -> N
         with pytest.raises(UsageError, match="no pass 'norm'") as error:
             ask(**given)
         assert error.value.context["origin"] == "flag"
+
+
+@pytest.mark.parametrize("text", ["1", "true"])
+def test_a_truth_value_is_set_and_taken_back_at_each_place(ask: Ask, text: str) -> None:
+    on = "split-kv-update = true"
+    assert ask(toml=on).split_kv_update
+    assert ask(VLLMC_SPLIT_KV_UPDATE=text).split_kv_update
+    assert not ask(toml=on, VLLMC_SPLIT_KV_UPDATE="0").split_kv_update
+    taken_back = ask(VLLMC_SPLIT_KV_UPDATE=text, split_kv_update=False)
+    assert (taken_back.split_kv_update, taken_back.origins["split-kv-update"]) == (False, "flag")
+    with pytest.raises(UsageError, match="'yes' is no split-kv-update"):
+        ask(VLLMC_SPLIT_KV_UPDATE="yes")
+    with pytest.raises(VllmcError, match="should be true or false, and is 'true'"):
+        ask(toml='split-kv-update = "true"')
 
 
 def test_every_origin_is_told(ask: Ask) -> None:

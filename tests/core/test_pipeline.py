@@ -84,9 +84,7 @@ def warm(job: Job, root: Path, observer: Notes | None = None, **policy: bool) ->
 
 
 def generate(job: Job, ready: Ready) -> WorkloadResult:
-    entry = job.model.build(
-        "real", device="cpu", dtype="float32", layer_names=job.spec.layer_names, seed=0
-    )
+    entry = job.model.build("real", job.spec)
     return run_workload(
         open_program(ready, entry),
         PROMPTS,
@@ -420,6 +418,8 @@ def test_pieces_differ_by_layer_only_where_a_baked_name_is_inside(job: Any, tmp_
         {"layer_names": "baked"},
         {"splitting_ops": SILU},
         {"splitting_ops": SILU, "layer_names": "baked"},
+        {"split_kv_update": True},
+        {"split_kv_update": True, "splitting_ops": SILU, "layer_names": "baked"},
         {"splitting_ops": (*CompileSpec().splitting_ops, *SILU)},
         {"dynamic_shapes": "backed"},
         {"dynamic_shapes": "backed-size-oblivious"},

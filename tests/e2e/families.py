@@ -689,9 +689,7 @@ def obtain(job: Job, cache: Path) -> Ready:
 
 def entry_of(job: Job) -> torch.nn.Module:
     """The job's model with its saved weights."""
-    return job.model.build(
-        "real", device="cpu", dtype=job.spec.dtype, layer_names=job.spec.layer_names, seed=0
-    )
+    return job.model.build("real", job.spec)
 
 
 def generated(job: Job, ready: Ready) -> dict[int, tuple[tuple[int, ...], ...]]:

@@ -41,6 +41,7 @@ _FLAGS = st.sampled_from(
         ("--compile-size", "4"),
         ("--dtype", "bfloat16"),
         ("--layer-names", "baked"),
+        ("--split-kv-update",),
         ("--dynamic-shapes", "backed"),
         ("--layers", "2"),
         ("-O", "max_autotune=true"),

@@ -22,7 +22,7 @@ from vllmc.core.models.resolve import resolve
 from vllmc.core.pipeline import obtain_program, open_program
 from vllmc.core.runtime.calibration import calibrate
 from vllmc.core.runtime.sampler import SamplingParams
-from vllmc.core.runtime.workload import Held, Limits, make_engine
+from vllmc.core.runtime.workload import Limits, make_engine
 from vllmc.core.spec import CompileSpec, LayerNames, Quantization
 
 MODELS = ("llama", "qwen3", "gemma")
@@ -94,9 +94,8 @@ def logits(
         found.append(program(ids, positions, torch.arange(ids.shape[1])))
         return found[-1][rows]
 
-    held = Held(attention=layout.attention, experts={})
     params = SamplingParams(max_new_tokens=1)
-    engine = make_engine(step, held, [[PROMPT]], params, limits, max_tokens=64)
+    engine = make_engine(step, layout.attention, [[PROMPT]], params, limits, max_tokens=64)
     engine.generate([PROMPT], params)
     return found[0].double()
 

@@ -220,6 +220,7 @@ SHAPING = [
     ("--dynamic-shapes", "backed-size-oblivious"),
     ("--layer-names", "baked"),
     ("--experts", "grouped_mm"),
+    ("--split-kv-update",),
     ("-O", "epilogue_fusion=false"),
     ("-O", "functorch.donated_buffer=false"),
 ]

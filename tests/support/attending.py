@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,12 +123,14 @@ class Batch:
             )  # fmt: skip
         return output
 
-    def reference(self) -> torch.Tensor:
+    def reference(self, *, absolute: bool = False) -> torch.Tensor:
+        """What the op should give; with `absolute` of the values without their signs."""
         case = self.case
         rows = []
         queries = iter(self.query[0].double())
         stored = zip(self.keys, self.values, case.sequences, strict=True)
         for keys, values, (context, new) in stored:
+            values = values.abs() if absolute else values
             for position in range(context, context + new):
                 seen = [
                     p
@@ -167,36 +170,37 @@ def attended(
 
 
 class WholeBatch:
-    """Whole sequences of LENGTHS tokens, of which nothing is cached."""
+    """Whole sequences of `lengths` tokens, of which nothing is cached."""
 
-    def __init__(self, case: Case, seed: int = 0) -> None:
+    def __init__(self, case: Case, seed: int = 0, lengths: Sequence[int] = LENGTHS) -> None:
         generator = torch.Generator().manual_seed(seed)
 
         def rand(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.dtype)
 
-        self.case = case
+        self.case, self.lengths = case, tuple(lengths)
         self.scale = 0.7 / math.sqrt(case.key_size)
         self.sinks = rand(case.heads) if case.sinks else None
-        self.query = rand(1, sum(LENGTHS), case.heads, case.key_size)
-        self.key = rand(1, sum(LENGTHS), case.kv_heads, case.key_size)
-        self.value = rand(1, sum(LENGTHS), case.kv_heads, case.value_size)
+        self.query = rand(1, sum(self.lengths), case.heads, case.key_size)
+        self.key = rand(1, sum(self.lengths), case.kv_heads, case.key_size)
+        self.value = rand(1, sum(self.lengths), case.kv_heads, case.value_size)
 
     def run(self) -> torch.Tensor:
         case = self.case
-        shape = (1, sum(LENGTHS), case.heads, case.value_size)
+        shape = (1, sum(self.lengths), case.heads, case.value_size)
         output = torch.full(shape, math.nan, dtype=case.dtype)
-        with forward_context(whole_sequences(LENGTHS)):
+        with forward_context(whole_sequences(self.lengths)):
             OP.default(
                 self.query, self.key, self.value, output, LAYER,
                 self.scale, case.window, case.softcap, self.sinks, False,
             )  # fmt: skip
         return output
 
-    def reference(self) -> torch.Tensor:
+    def reference(self, *, absolute: bool = False) -> torch.Tensor:
         rows = []
-        parts = (t[0].split(LENGTHS) for t in (self.query, self.key, self.value))
+        parts = (t[0].split(self.lengths) for t in (self.query, self.key, self.value))
         for queries, keys, values in zip(*parts, strict=True):
+            values = values.abs() if absolute else values
             for position, query in enumerate(queries.double()):
                 window = self.case.window or len(keys)
                 seen = [p for p in range(len(keys)) if abs(position - p) < window]

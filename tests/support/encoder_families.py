@@ -144,9 +144,7 @@ def obtain_encoder(directory: Path, cache: Path, backend: str) -> tuple[Job, Rea
 
 def embeddings(job: Job, ready: Ready) -> dict[int, torch.Tensor]:
     """The mean embeddings `[n, H]` of the first n prompts in one batch, for each n of BATCHES."""
-    entry = job.model.build(
-        "real", device="cpu", dtype=job.spec.dtype, layer_names=job.spec.layer_names, seed=0
-    )
+    entry = job.model.build("real", job.spec)
     encoder = job.model.info.encoder
     assert encoder is not None
     program = open_program(ready, entry)

@@ -574,9 +574,7 @@ def _warm(job: Job, prediction: Prediction, store: Path) -> Attempt:
         ready = obtain_program(job, Store(store), SilentObserver())
     except VllmcError as error:
         return Attempt(prediction=prediction, error=error)
-    entry = job.model.build(
-        "real", device="cpu", dtype=job.spec.dtype, layer_names=job.spec.layer_names, seed=0
-    )
+    entry = job.model.build("real", job.spec)
     args = (torch.arange(TOKENS)[None], torch.arange(TOKENS)[None], torch.arange(3))
     with torch.no_grad(), forward_context(_context(job, ready)):
         return Attempt(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,40 +15,42 @@ from vllmc.core.job import resolve_spec
 from vllmc.core.models.built import build_model
 from vllmc.core.models.model import Model
 from vllmc.core.models.resolve import resolve
-from vllmc.core.spec import CompileSpec, Quantization
+from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat.capture import capture_full_graph
 from vllmc.core.torch_compat.config import applied, vllmc_overrides
 from vllmc.core.torch_compat.stand_ins import stands_for
 
 
-def plans(directory: str, quantize: Quantization | None = None) -> tuple[Plan, Plan, int]:
+def plans(directory: str, **changes: Any) -> tuple[Plan, Plan, int]:
     """Both plans of the model of `directory`, and how many layers were stood in for.
+
+    `changes` are fields of the spec.
 
     Of a model whose two layers differ it is the plans of four layers, if it can have four.
     """
     model = resolve(directory)
-    repeating, stood_in = _plan(model, quantize)
+    repeating, stood_in = _plan(model, changes)
     if not stood_in and (deeper := _with_four_layers(directory)) is not None:
         model = deeper
-        repeating, stood_in = _plan(model, quantize)
+        repeating, stood_in = _plan(model, changes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(capture, "capture_repeating", capture_full_graph)
-        whole, _ = _plan(model, quantize)
+        whole, _ = _plan(model, changes)
     return repeating, whole, stood_in
 
 
 def _with_four_layers(directory: str) -> Model | None:
     try:
         model = resolve(directory, layers=4)
-        build_model(model, _spec_of(model))
+        _build(model, _spec_of(model))
     except (VllmcError, IndexError):
         # Its configuration says something of each layer.
         return None
     return model
 
 
-def _plan(model: Model, quantize: Quantization | None) -> tuple[Plan, int]:
-    spec, stood_in = _spec_of(model, quantize), [0]
+def _plan(model: Model, changes: Mapping[str, Any]) -> tuple[Plan, int]:
+    spec, stood_in = replace(_spec_of(model), **changes), [0]
 
     def counting(*args: Any) -> Any:
         raw = capture_full_graph(*args)
@@ -55,11 +59,15 @@ def _plan(model: Model, quantize: Quantization | None) -> tuple[Plan, int]:
 
     with applied(vllmc_overrides(spec)), pytest.MonkeyPatch.context() as patch:
         patch.setattr(repeats, "capture_full_graph", counting)
-        return make_plan(capture.capture(model, build_model(model, spec), spec), spec), stood_in[-1]
+        return make_plan(capture.capture(model, _build(model, spec), spec), spec), stood_in[-1]
 
 
-def _spec_of(model: Model, quantize: Quantization | None = None) -> CompileSpec:
-    return resolve_spec(CompileSpec(dtype="float32", quantize=quantize), model)
+def _build(model: Model, spec: CompileSpec) -> Any:
+    return build_model(model, spec)
+
+
+def _spec_of(model: Model) -> CompileSpec:
+    return resolve_spec(CompileSpec(dtype="float32"), model)
 
 
 def told(plan: Plan) -> tuple[object, ...]:

@@ -165,6 +165,7 @@ def test_user_place_threads_and_surroundings_change_no_key(cache: Path, tmp_path
         CompileSpec(dynamic_shapes="backed"),
         CompileSpec(layer_names="baked"),
         CompileSpec(splitting_ops=("aten::mm",)),
+        CompileSpec(split_kv_update=True),
         CompileSpec(backend="eager"),
         CompileSpec(inductor=(("max_autotune", True),)),
         CompileSpec(inductor=(("_micro_pipeline_tp", True),)),

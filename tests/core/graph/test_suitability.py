@@ -31,7 +31,7 @@ class Small(LlamaForCausalLM):
 def captured(kind: type[torch.nn.Module]) -> Capture:
     spec = CompileSpec()
     model = ModuleModel("small", kind)
-    entry = model.build("fake", device="cpu", dtype="float32", layer_names=spec.layer_names, seed=0)
+    entry = model.build("fake", spec)
     return capture(model, entry, spec)
 
 

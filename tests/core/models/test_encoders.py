@@ -23,7 +23,7 @@ from vllmc.core.models.building import DecoderEntry, EncoderEntry, build_entry, 
 from vllmc.core.models.encoders import encoder_info
 from vllmc.core.models.model import EncoderInfo, Model
 from vllmc.core.models.resolve import resolve
-from vllmc.core.spec import LayerNames
+from vllmc.core.spec import CompileSpec, LayerNames
 from vllmc.kernels.forward_context import forward_context, whole_sequences
 
 BERT, ROBERTA = (next(f for f in ENCODERS if f.name == name) for name in ("bert", "roberta"))
@@ -31,7 +31,7 @@ BERT, ROBERTA = (next(f for f in ENCODERS if f.name == name) for name in ("bert"
 
 def run(model: Model, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, ...]:
     """The hidden states of each prompt, all of them run as one flattened batch."""
-    entry = model.build("real", device="cpu", dtype="float32", layer_names="hoisted", seed=0)
+    entry = model.build("real", CompileSpec())
     assert model.info.encoder is not None
     return run_entry(entry, model.info.encoder, prompts)
 
@@ -102,7 +102,7 @@ def test_the_weights_of_a_model_with_a_head_are_those_of_the_encoder_under_it(
     [states] = run(model, PROMPTS[:1])
     expected = hidden_states(masked.base_model, PROMPTS[0])
     torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
-    entry = model.build("fake", device="cpu", dtype="float32", layer_names="hoisted", seed=0)
+    entry = model.build("fake", CompileSpec())
     assert "model.pooler.dense.weight" not in dict(entry.named_parameters())
 
 
@@ -149,4 +149,4 @@ def test_an_encoder_that_python_made_is_one(kind: LayerNames) -> None:
 def test_a_model_with_a_head_is_no_encoder_when_python_made_it() -> None:
     model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**BERT.config))
     assert encoder_of("made", model) is None
-    assert isinstance(build_entry(model, "hoisted"), DecoderEntry)
+    assert isinstance(build_entry(model, CompileSpec()), DecoderEntry)

@@ -20,6 +20,7 @@ from vllmc.core.models.experts import (
     fused_experts,
     register_experts,
 )
+from vllmc.core.spec import CompileSpec
 from vllmc.kernels.forward_context import AttentionMetadata, ForwardContext, forward_context
 from vllmc.kernels.layer_name import LayerName, LayerNameKind
 
@@ -125,7 +126,7 @@ def test_registering_again_changes_nothing() -> None:
 
 def test_grouped_mm_stays_transformers_own() -> None:
     model = tiny("mixtral")
-    build_entry(model, "hoisted", "grouped_mm")
+    build_entry(model, CompileSpec(experts="grouped_mm"))
     assert model.config._experts_implementation == "grouped_mm"
     assert modules_in(model) == {}
 
@@ -151,7 +152,7 @@ def test_what_the_op_does_not_do_is_refused_with_module_and_line() -> None:
 
 def test_experts_of_several_devices_are_refused() -> None:
     model = tiny("mixtral")
-    build_entry(model, "hoisted")
+    build_entry(model, CompileSpec())
     [module, _] = modules_in(model).values()
     module._is_expert_parallel = True
     with pytest.raises(VllmcError, match="several devices"):

@@ -34,6 +34,7 @@ from pathlib import Path
 from vllmc.core.cache.key import key_of
 from vllmc.core.errors import VllmcError
 from vllmc.core.models.resolve import resolve
+from vllmc.core.spec import CompileSpec
 
 name, layers, cache, build = sys.argv[1:]
 model = resolve(name, layers=int(layers) or None, cache=Path(cache))
@@ -44,9 +45,8 @@ answer = {
     "remembered": "transformers" not in sys.modules,
 }
 if build == "build":
-    made = dict(device="cpu", dtype="float32", layer_names="hoisted", seed=0)
     try:
-        answer["built"] = type(model.build("fake", **made).model).__name__
+        answer["built"] = type(model.build("fake", CompileSpec()).model).__name__
     except VllmcError as error:
         answer["built"] = error.code
 print(json.dumps(answer))

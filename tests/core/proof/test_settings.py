@@ -34,6 +34,7 @@ def refusal(group: str, name: str, value: Any) -> str:
         ("layer_names", "baked", "baked"),
         ("experts", "grouped_mm", "grouped_mm"),
         ("splitting_ops", ["a::b"], ("a::b",)),
+        ("split_kv_update", True, True),
         ("backend", "eager", "eager"),
     ],
 )
@@ -111,6 +112,7 @@ def test_a_value_known_by_its_digest_cannot_be_set(value: Any) -> None:
         ("dynamic_shapes", "some"),
         ("layer_names", None),
         ("experts", "eager"),
+        ("split_kv_update", "true"),
         ("novel", 1),
     ],
 )

@@ -126,9 +126,7 @@ def compiled(
             origins={},
         )
         ready = obtain_program(job, store, SilentObserver())
-        entry = job.model.build(
-            "real", device="cpu", dtype="float32", layer_names=job.spec.layer_names, seed=0
-        )
+        entry = job.model.build("real", job.spec)
         return Subject(ready=ready, program=open_program(ready, entry), batches=[])
 
     return compile_for

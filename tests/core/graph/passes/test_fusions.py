@@ -14,7 +14,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from vllmc.core.graph.passes.fusions import ACTIVATION_QUANT, NORM_QUANT
-from vllmc.core.graph.passes.shared import share_quants
 from vllmc.core.torch_compat.post_grad import decomposed
 from vllmc.kernels import quant as _quant  # noqa: F401  (defines the ops)
 
@@ -206,29 +205,6 @@ def test_a_residual_that_is_broadcast_is_added_by_itself() -> None:
     )
     assert NORM_QUANT.run(traced.graph) == (1, None)
     assert traced.calls() == ["rms_norm_static_quant.default"]
-    assert traced.same_results()
-
-
-@pytest.mark.parametrize("mode", ["static", "dynamic"])
-def test_equal_quantisations_of_one_tensor_become_one(mode: str) -> None:
-    def projections(
-        x: torch.Tensor, scale: torch.Tensor, other: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        if mode == "dynamic":
-            return (
-                *vllmc.dynamic_scaled_quant(x, FP8),
-                *vllmc.dynamic_scaled_quant(x, FP8),
-                *vllmc.dynamic_scaled_quant(x, INT8),
-            )
-        return (
-            vllmc.static_scaled_quant(x, scale, FP8),
-            vllmc.static_scaled_quant(x, scale, FP8),
-            vllmc.static_scaled_quant(x, other, FP8),
-        )
-
-    traced = trace(projections, *hidden(FP32), SCALE, 2 * SCALE)
-    assert share_quants(traced.graph) == (1, None)
-    assert len(traced.calls()) == 2
     assert traced.same_results()
 
 

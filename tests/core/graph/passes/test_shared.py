@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.fx as fx
 
-from vllmc.core.graph.same_calls import merge_quantisations
+from vllmc.core.graph.passes.shared import share_quants
 from vllmc.core.torch_compat.fake import fake_weights
 from vllmc.kernels import quant as _quant_ops  # noqa: F401  (defines the ops)
 
@@ -28,7 +28,7 @@ def merged(function: Callable[..., Any]) -> list[Any]:
             elif node.op == "call_function":
                 args = fx.node.map_arg(node.args, lambda n: n.meta["example_value"])
                 node.meta["example_value"] = node.target(*args)
-    merge_quantisations(graph)
+    share_quants(graph)
     graph.lint()
     return [node.target for node in graph.nodes if node.op == "call_function"]
 
@@ -50,7 +50,7 @@ def test_what_a_dynamic_call_returns_is_taken_apart_once() -> None:
         x.meta["example_value"] = torch.ones(3, 4)
         for call in calls:
             call.meta["example_value"] = DYNAMIC(x.meta["example_value"], INT8)
-    merge_quantisations(graph)
+    share_quants(graph)
     graph.lint()
     kinds = [node.target for node in graph.nodes if node.op == "call_function"]
     assert kinds == [DYNAMIC, operator.getitem, operator.getitem]
