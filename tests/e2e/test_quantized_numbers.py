@@ -85,7 +85,13 @@ def logits(
         dtype=getattr(torch, case.dtype),
         device="cpu",
     )
-    how = partial(calibrate, prompts=CALIBRATION, layout=layout, limits=limits, encoder=None)
+    how = partial(
+        calibrate,
+        prompts=CALIBRATION,
+        attention=layout.attention,
+        limits=limits,
+        encoder=None,
+    )
     entry = build_model(model, spec, "real", how if mode == "fp8-static" else None)
     program = open_program(ready, entry)
     found = []
