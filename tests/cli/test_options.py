@@ -57,6 +57,7 @@ def test_each_flag_reaches_the_request(ask: Ask) -> None:
         experts="grouped_mm",
         splitting_op=["my::op", "other::op.default", "my::op"],
         split_kv_update=True,
+        quantize="fp8-static",
         option=["max_autotune=true"],
         add_pass=["norm-quant@1:8"],
         no_pass=["all"],
@@ -71,6 +72,7 @@ def test_each_flag_reaches_the_request(ask: Ask) -> None:
     assert request.experts == "grouped_mm"
     assert request.splitting_ops == ("my::op", "other::op.default")
     assert request.split_kv_update is True
+    assert request.quantize == "fp8-static"
     assert [str(choice) for choice in request.passes] == ["norm-quant@1:8"]
     assert set(request.origins.values()) == {"flag"}
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from repeating import plans, told
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllmc.core.errors import VllmcError
@@ -12,6 +14,7 @@ from vllmc.core.models.building import build_entry, model_of
 from vllmc.core.models.model import Scales
 from vllmc.core.models.quantized import QuantizedLinear, linears_to_quantize, quantize
 from vllmc.core.models.watched import groups_by_input
+from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat.fake import fake_weights, is_fake
 
 SIZES = {
@@ -33,7 +36,7 @@ MLP = "model.layers.0.mlp."
 def entry_of(model_type: str, **fields: Any) -> torch.nn.Module:
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**SIZES, **fields})
-    return build_entry(AutoModelForCausalLM.from_config(config), "hoisted")
+    return build_entry(AutoModelForCausalLM.from_config(config), CompileSpec())
 
 
 def quantised(entry: torch.nn.Module) -> dict[str, QuantizedLinear]:
@@ -119,7 +122,7 @@ def test_a_linear_that_is_called_twice_joins_both_groups() -> None:
             y = self.a(x) + self.both(x)
             return self.b(y) + self.both(y) + self.c(y * 2)
 
-    entry = build_entry(Twice(), "hoisted")
+    entry = build_entry(Twice(), CompileSpec())
     assert [sorted(group) for group in groups(entry)] == [["a", "b", "both"], ["c"]]
 
 
@@ -196,7 +199,7 @@ def test_a_linear_held_in_two_places_stays_one() -> None:
         def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             return self.list[0](self.first(self.embed(ids)))
 
-    entry = build_entry(Held(), "hoisted")
+    entry = build_entry(Held(), CompileSpec())
     quantize(entry, "fp8-static", own={})
     model = model_of(entry)
     assert isinstance(model.first, QuantizedLinear)
@@ -218,7 +221,7 @@ def test_a_model_without_a_linear_is_refused() -> None:
             return ids + positions
 
     with pytest.raises(VllmcError) as caught:
-        quantize(build_entry(Bare(), "hoisted"), "fp8-dynamic", own={})
+        quantize(build_entry(Bare(), CompileSpec()), "fp8-dynamic", own={})
     assert caught.value.code == "nothing-to-quantize"
     assert "Bare" in caught.value.message
 
@@ -243,3 +246,13 @@ def test_a_checkpoint_that_lacks_a_scale_is_refused() -> None:
     assert caught.value.code == "bad-weights"
     assert QKV[1] in caught.value.message
     assert caught.value.context["missing"] == 13
+
+
+@pytest.mark.parametrize("mode", ["fp8-static", "fp8-dynamic", "int8-dynamic"])
+def test_of_equal_quantised_layers_one_is_traced(mode: Any, tmp_path: Path) -> None:
+    fields = {**SIZES, "num_hidden_layers": 6}
+    AutoConfig.for_model("llama", **fields).save_pretrained(tmp_path)
+    repeating, whole, stood_in = plans(str(tmp_path), quantize=mode)
+    assert told(repeating) == told(whole)
+    assert stood_in == 5
+    assert repeating.counts["unique"] == 3
