@@ -42,6 +42,7 @@ def test_nothing_given_is_the_default_model_with_the_contract_s_defaults(ask: As
     assert request.splitting_ops == (ATTENTION_OP,)
     assert request.split_kv_update is False
     assert (request.layers, request.options) == (None, ())
+    assert request.quantize is None
     assert set(request.origins.values()) == {"default"}
 
 
@@ -57,7 +58,7 @@ def test_each_flag_reaches_the_request(ask: Ask) -> None:
         experts="grouped_mm",
         splitting_op=["my::op", "other::op.default", "my::op"],
         split_kv_update=True,
-        quantize="fp8-static",
+        quantize="int8-dynamic",
         option=["max_autotune=true"],
         add_pass=["norm-quant@1:8"],
         no_pass=["all"],
@@ -72,7 +73,7 @@ def test_each_flag_reaches_the_request(ask: Ask) -> None:
     assert request.experts == "grouped_mm"
     assert request.splitting_ops == ("my::op", "other::op.default")
     assert request.split_kv_update is True
-    assert request.quantize == "fp8-static"
+    assert request.quantize == "int8-dynamic"
     assert [str(choice) for choice in request.passes] == ["norm-quant@1:8"]
     assert set(request.origins.values()) == {"flag"}
 
