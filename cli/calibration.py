@@ -102,7 +102,7 @@ class Calibration:
         return partial(
             calibrate,
             prompts=prompts,
-            layout=layout,
+            attention=layout.attention,
             limits=self.limits,
             encoder=job.model.info.encoder,
         )

@@ -54,9 +54,8 @@ class CompileSpec:
 
     `device` is `cpu`, `cuda` or `cuda:N`; `dtype` a torch dtype's name without the prefix.
     With `split_kv_update` keys and values are stored by an op before attention, inside the piece.
-    `inductor` and `functorch` hold the `-O` options, `passes` those that run, sorted by name.
     `quantize` says how the model's linears are quantised, None that they are not. `inductor` and
-    `functorch` hold the `-O` options, sorted by name.
+    `functorch` hold the `-O` options, `passes` those that run, sorted by name.
     """
 
     device: str = "cpu"

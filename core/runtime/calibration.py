@@ -10,7 +10,7 @@ import torch
 
 from vllmc.core.declare.session import plainly
 from vllmc.core.errors import VllmcError
-from vllmc.core.graph.layout import Layout
+from vllmc.core.graph.layout import AttentionSite
 from vllmc.core.models.building import model_of
 from vllmc.core.models.experts import experts_in
 from vllmc.core.models.model import EncoderInfo
@@ -43,14 +43,15 @@ def calibrate(
     paths: Collection[str],
     prompts: Sequence[Sequence[int]],
     *,
-    layout: Layout,
+    attention: Sequence[AttentionSite],
     limits: Limits,
     encoder: EncoderInfo | None,
 ) -> dict[str, float]:
     """The largest magnitude of what each module was given, by its path below the model.
 
-    `entry` is run as it is: nothing is compiled. `layout` is that of its program, `encoder` is set
-    for an encoder. Raises `VllmcError`: `not-finite`, and what `Engine.generate` raises.
+    `entry` is run as it is: nothing is compiled. `attention` are the layers that need a cache,
+    `encoder` is set for an encoder. Raises `VllmcError`: `not-finite`, and what `Engine.generate`
+    raises.
     """
     largest = dict.fromkeys(paths, 0.0)
 
@@ -73,7 +74,7 @@ def calibrate(
             params = SamplingParams(max_new_tokens=1)
             engine = make_engine(
                 entry,
-                layout.attention,
+                attention,
                 [prompts],
                 params,
                 limits,

@@ -80,7 +80,13 @@ def logits(job: Job, ready: Ready) -> torch.Tensor:
     layout = Layout.from_json(ready.record.program)
     dtype = getattr(torch, job.spec.dtype)
     limits = Limits(vocab_size=VOCAB, max_position=128, dtype=dtype, device="cpu")
-    how = partial(calibrate, prompts=CALIBRATION, layout=layout, limits=limits, encoder=None)
+    how = partial(
+        calibrate,
+        prompts=CALIBRATION,
+        attention=layout.attention,
+        limits=limits,
+        encoder=None,
+    )
     static = job.spec.quantize == "fp8-static"
     program = open_program(ready, build_model(job.model, job.spec, "real", how if static else None))
     found = []

@@ -289,6 +289,36 @@ def test_one_tensor_in_two_places_is_not_two_tensors(check: Any) -> None:
     check(entry_of(*[Adding] * 5, walk=walk), 4, 3)
 
 
+class Holding(Layer):
+    """A layer that holds one tensor in two places."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.inner = nn.Module()
+        self.inner.register_buffer("shift", self.shift)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.inner.shift
+
+
+def test_a_tensor_that_a_layer_holds_twice(check: Any) -> None:
+    check(entry_of(*[Holding] * 5), 4)
+
+
+def test_a_layer_that_holds_two_tensors_where_others_hold_one(check: Any) -> None:
+    entry = entry_of(*[Holding] * 5)
+    entry.layers[2].inner.shift = entry.layers[2].shift.clone()
+    check(entry, 3)
+
+
+def test_a_module_that_a_layer_holds_twice(check: Any) -> None:
+    entry = entry_of(*[Holding] * 5)
+    for layer in entry.layers:
+        layer.again = layer.inner
+    assert find_layers(entry).models == {}
+    check(entry, 0)
+
+
 def test_layers_under_another_state_of_torch(check: Any) -> None:
     def walk(layers: Any, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):

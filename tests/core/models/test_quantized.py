@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from repeating import plans, told
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllmc.core.errors import VllmcError
@@ -244,3 +246,13 @@ def test_a_checkpoint_that_lacks_a_scale_is_refused() -> None:
     assert caught.value.code == "bad-weights"
     assert QKV[1] in caught.value.message
     assert caught.value.context["missing"] == 13
+
+
+@pytest.mark.parametrize("mode", ["fp8-static", "fp8-dynamic", "int8-dynamic"])
+def test_of_equal_quantised_layers_one_is_traced(mode: Any, tmp_path: Path) -> None:
+    fields = {**SIZES, "num_hidden_layers": 6}
+    AutoConfig.for_model("llama", **fields).save_pretrained(tmp_path)
+    repeating, whole, stood_in = plans(str(tmp_path), quantize=mode)
+    assert told(repeating) == told(whole)
+    assert stood_in == 5
+    assert repeating.counts["unique"] == 3
