@@ -69,7 +69,7 @@ def _products(rows: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -
     `counts` `[E]` says how many rows each expert has.
     """
     matrices = weights.mT
-    if rows.shape[0] >= _MANY_ROWS and _is_aligned(rows) and _is_aligned(matrices):
+    if rows.shape[0] >= _MANY_ROWS and _is_groupable(rows) and _is_groupable(matrices):
         return grouped_mm(rows, matrices, offs=counts.cumsum(0, dtype=torch.int32))
     result = rows.new_empty(rows.shape[0], weights.shape[1])
     hit = {expert: count for expert, count in enumerate(counts.tolist()) if count}
@@ -79,11 +79,12 @@ def _products(rows: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -
     return result
 
 
-def _is_aligned(tensor: torch.Tensor) -> bool:
+def _is_groupable(tensor: torch.Tensor) -> bool:
     """Whether torch's `grouped_mm` takes it: rows, or columns, that begin at 16 bytes each."""
     *_, rows, columns = tensor.stride()
     return (
-        1 in (rows, columns)
+        tensor.dtype != torch.float64
+        and 1 in (rows, columns)
         and tensor.data_ptr() % 16 == 0
         and all(stride * tensor.itemsize % 16 == 0 for stride in tensor.stride() if stride != 1)
     )

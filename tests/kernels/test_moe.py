@@ -117,6 +117,15 @@ def test_float32_is_what_the_loop_over_experts_gives(
     torch.testing.assert_close(run(experts, *args), looped(experts, *args), rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_many_rows_and_few_give_the_same_in_every_dtype(dtype: torch.dtype) -> None:
+    experts = make(dtype, size=16, width=8)
+    hidden, ids, weights = routed(19, dtype, size=16)
+    together = run(experts, hidden, ids, weights)
+    single = [run(experts, *(t[[i]] for t in (hidden, ids, weights))) for i in range(19)]
+    torch.testing.assert_close(together, torch.cat(single))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves_are_added_up_in_float32(dtype: torch.dtype) -> None:
     experts = make(dtype, biased=True)
