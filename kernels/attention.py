@@ -27,7 +27,7 @@ from vllmc.kernels.forward_context import (
 from vllmc.kernels.kv_cache import LayerCache
 from vllmc.kernels.layer_name import LAYER_NAME_TYPE, LayerName
 from vllmc.kernels.library import LIBRARY, imported_when_called
-from vllmc.kernels.quant import LARGEST, block_scales_of, quantized
+from vllmc.kernels.quant import LARGEST, quantized, quantized_blocks
 
 _Read: TypeAlias = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
 """From a range of a sequence's positions to its keys and values, as `LayerCache.read` has them."""
@@ -214,9 +214,9 @@ def _quantize_into(
         output.copy_(quantized(plain, scale, output.dtype))
         return
     assert block_scale is not None
-    blocks = plain.view(*block_scale.shape, -1)
-    block_scale.copy_(block_scales_of(blocks, output.dtype))
-    output.copy_(quantized(blocks, block_scale.unsqueeze(-1), output.dtype).view(output.shape))
+    blocks, scales = quantized_blocks(plain.view(*block_scale.shape, -1), output.dtype)
+    block_scale.copy_(scales)
+    output.copy_(blocks.view(output.shape))
 
 
 def _decode(

@@ -52,20 +52,25 @@ def scale_of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return amax.clamp_(min=SMALLEST_AMAX) / LARGEST[dtype]
 
 
-def block_scales_of(blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """As `scale_of`, for each row of the last dimension of `blocks` `[..., n]`: `[...]`."""
-    amax = blocks.abs().amax(dim=-1).to(torch.float32)
-    return amax.clamp_(min=SMALLEST_AMAX) / LARGEST[dtype]
-
-
 def quantized(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`x / scale` in `dtype`, contiguous."""
-    largest = LARGEST[dtype]
     wide, divisor = x.to(torch.float32), scale.view(())
-    scaled = wide / divisor if wide is x else wide.div_(divisor)
+    return _rounded(wide / divisor if wide is x else wide.div_(divisor), dtype).contiguous()
+
+
+def quantized_blocks(blocks: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """`blocks` `[..., n]` in `dtype`, and a scale `[...]` for each, as `scale_of` has it of all."""
+    amax = blocks.abs().amax(dim=-1).to(torch.float32)
+    scales = amax.clamp_(min=SMALLEST_AMAX) / LARGEST[dtype]
+    return _rounded(blocks.to(torch.float32) / scales.unsqueeze(-1), dtype), scales
+
+
+def _rounded(scaled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`scaled`, which is overwritten, in `dtype`."""
+    largest = LARGEST[dtype]
     if dtype is torch.int8:
         scaled = scaled.nan_to_num_(nan=0.0).round_()
-    return scaled.clamp_(-largest, largest).to(dtype).contiguous()
+    return scaled.clamp_(-largest, largest).to(dtype)
 
 
 def require_quant_dtype(dtype: torch.dtype) -> torch.dtype:
