@@ -1,4 +1,6 @@
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vllmc.core.errors import VllmcError
 from vllmc.kernels import attention
 from vllmc.kernels.forward_context import forward_context, whole_sequences
+from vllmc.kernels.kv_cache import LayerCache
 from vllmc.kernels.layer_name import LayerName
-from vllmc.kernels.quant import dynamic_scaled_quant, static_scaled_quant
+from vllmc.kernels.quant import dynamic_scaled_quant, quantized_blocks, static_scaled_quant
 
 UPDATE = torch.ops.vllmc.unified_kv_cache_update
 
@@ -399,3 +402,74 @@ def test_torchs_own_checks_pass_with_a_quantised_output_and_a_token(scale: str) 
             (batch.key, batch.value, LAYER),
             test_utils=("test_schema", "test_faketensor"),
         )
+
+
+def on_gpu(batch: Batch) -> Batch:
+    """The batch with its tensors on the GPU; block tables stay where the engine has them."""
+    for name in ("query", "key", "value", "sinks"):
+        tensor = getattr(batch, name)
+        setattr(batch, name, None if tensor is None else tensor.cuda())
+    batch.cache = LayerCache(batch.cache.key.cuda(), batch.cache.value.cuda())
+    batch.metadata = dataclasses.replace(batch.metadata, slots=batch.metadata.slots.cuda())
+    return batch
+
+
+def gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that needs a GPU."""
+    without = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    marked: Callable[..., None] = pytest.mark.gpu(without(test))
+    return marked
+
+
+ON_GPU = {name: case for name, case in CASES.items() if case.dtype is not torch.float64}
+
+
+@gpu
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("case", ON_GPU.values(), ids=ON_GPU.keys())
+def test_a_gpu_computes_attention_as_defined(case: Case, split: bool) -> None:
+    batch = on_gpu(Batch(case, seed=0))
+    expected = on_gpu(Batch(case, seed=0)).reference()
+    options = {}
+    if split:
+        with forward_context(batch.context):
+            options["kv_cache_dummy_dep"] = UPDATE.default(batch.key, batch.value, LAYER)
+        batch.key, batch.value = torch.zeros_like(batch.key), torch.zeros_like(batch.value)
+    output = batch.run(output=batch.poisoned().cuda(), **options)
+    tolerance = 3e-2 if case.dtype is torch.bfloat16 else 1e-5
+    torch.testing.assert_close(
+        output.double().cpu(), expected.double().cpu(), rtol=tolerance, atol=tolerance
+    )
+
+
+@gpu
+def test_a_gpu_divides_the_keys_of_long_sequences() -> None:
+    case = Case(sequences=((4000, 1), (700, 1)), block_size=16, scattered=True)
+    batch = on_gpu(Batch(case, seed=0))
+    expected = on_gpu(Batch(case, seed=0)).reference()
+    output = batch.run(output=batch.poisoned().cuda())
+    torch.testing.assert_close(output.double().cpu(), expected.cpu(), rtol=1e-5, atol=1e-5)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", QUANTIZED)
+def test_a_gpu_quantises_what_it_attends(dtype: torch.dtype) -> None:
+    batch = on_gpu(Batch(Case(dtype=torch.bfloat16), seed=0))
+    plain = batch.run(output=batch.poisoned().cuda())
+    scale = torch.tensor([0.01], device="cuda")
+    output = batch.run(output=batch.poisoned(dtype).cuda(), output_scale=scale)
+    assert torch.equal(output.float(), static_scaled_quant(plain, scale, dtype).float())
+    scales = torch.full((1, 16, 4), math.nan, device="cuda")
+    output = batch.run(output=batch.poisoned(dtype).cuda(), output_block_scale=scales)
+    blocks, expected = quantized_blocks(plain.view(1, 16, 4, -1), dtype)
+    assert torch.equal(scales, expected)
+    assert torch.equal(output.float(), blocks.view(output.shape).float())
+
+
+@gpu
+def test_a_gpu_attends_both_ways() -> None:
+    batch = WholeBatch(Case(window=3, value_size=20))
+    expected = batch.reference()
+    for name in ("query", "key", "value"):
+        setattr(batch, name, getattr(batch, name).cuda())
+    torch.testing.assert_close(batch.run().double().cpu(), expected, rtol=1e-5, atol=1e-5)

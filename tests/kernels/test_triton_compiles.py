@@ -17,7 +17,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from vllmc.kernels.triton import activation, logprobs, matmul, norm, quant, rotary
+from vllmc.kernels.forward_context import AttentionMetadata, DeviceTables, SequenceSpan
+from vllmc.kernels.kv_cache import BlockTable, LayerCache
+from vllmc.kernels.triton import (
+    activation,
+    attention,
+    kv_cache,
+    logprobs,
+    matmul,
+    norm,
+    quant,
+    rotary,
+)
 
 DTYPES = (torch.float32, torch.bfloat16)
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)
@@ -148,3 +159,70 @@ def test_another_number_of_rows_compiles_nothing(gpu: Driver) -> None:
         a, b = torch.ones(len(out), 64).to(torch.int8), torch.ones(64, 64).to(torch.int8)
         matmul.launch(a, b, (scale, scale), None, out=out)
     assert len(gpu.compiled) == len(set(gpu.compiled)) == 6
+
+
+# What a model may have: (query heads, key heads, size of keys, size of values).
+HEADS = {
+    "llama": (32, 8, 128, 128),
+    "many to one key head": (71, 1, 64, 64),
+    "gemma": (8, 4, 256, 256),
+    "latent": (16, 16, 192, 128),
+    "odd": (3, 3, 80, 72),
+}
+LARGEST = ("many to one key head", "gemma")
+
+
+@pytest.mark.parametrize("model", HEADS)
+def test_attention(gpu: Driver, model: str) -> None:
+    heads, kv_heads, key_size, value_size = HEADS[model]
+    ways: list[tuple[torch.dtype, tuple[int, ...], dict[str, Any]]] = [
+        (torch.bfloat16, (4, 1), {"window": 5, "softcap": 2.0, "sinks": torch.ones(heads)})
+    ]
+    if model in LARGEST:
+        ways += [(torch.float32, (4, 1), {}), (torch.float32, (1, 1), {})]
+    for dtype, lengths, options in ways:
+        keys = torch.ones(64, kv_heads, key_size, dtype=dtype)
+        values = torch.ones(64, kv_heads, value_size, dtype=dtype)
+        query = torch.ones(sum(lengths), heads, key_size, dtype=dtype)
+        out = torch.ones(sum(lengths), heads, value_size, dtype=dtype)
+        attention.launch(query, keys, values, tables_of(lengths), out=out, scale=1.0, **options)
+    assert gpu.compiled == ["attention_kernel"] * len(ways)
+
+
+def test_attention_in_other_forms(gpu: Driver) -> None:
+    query = torch.ones(2, 32, 128, dtype=torch.float16)
+    keys = torch.ones(64, 8, 128, dtype=torch.float16)
+    step = (query, keys, keys, tables_of((1, 1)))
+    attention.launch(*step, out=torch.ones_like(query), scale=1.0, causal=False, window=5)
+    divided = attention.attention_blocks(
+        group=4, head_bytes=256, one_each=True, programs=16, seen=4096, multiprocessors=132
+    )
+    assert divided.splits > 1
+    attention.launch(*step, out=torch.ones_like(query), scale=1.0, blocks=divided)
+    for target in QUANTIZED:
+        out = quantized(gpu, query, target)
+        attention.launch(*step, out=out, scale=1.0, output_scale=torch.ones(1))
+        if out.dtype is target:
+            attention.quantize_blocks(query, out=out, scales=torch.ones(2, 4))
+    assert gpu.compiled.count("attention_kernel") == 4
+    assert gpu.compiled.count("combining_kernel") == 1
+    assert gpu.compiled.count("block_quant_kernel") == (2 if gpu.arch >= 89 else 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_writes_to_the_cache(gpu: Driver, dtype: torch.dtype) -> None:
+    cache = LayerCache(torch.ones(64, 8, 80, dtype=dtype), torch.ones(64, 8, 72, dtype=dtype))
+    kv_cache.store(cache, torch.arange(3), cache.key[None, :3], cache.value[None, :3])
+    assert gpu.compiled == ["_store_kernel"]
+
+
+def tables_of(lengths: tuple[int, ...]) -> DeviceTables:
+    """Sequences of so many tokens, all new, each in the first block."""
+    table = BlockTable.of((0,), 16, "cpu")
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    spans = (
+        SequenceSpan(query_start=start, query_len=length, total_len=length, table=table)
+        for start, length in zip(starts, lengths, strict=True)
+    )
+    metadata = AttentionMetadata(slots=torch.empty(0), sequences=tuple(spans))
+    return metadata.tables(torch.device("cpu"))

@@ -127,7 +127,7 @@ class Batch:
         """What the op should give; with `absolute` of the values without their signs."""
         case = self.case
         rows = []
-        queries = iter(self.query[0].double())
+        queries = iter(self.query[0].cpu().double())
         stored = zip(self.keys, self.values, case.sequences, strict=True)
         for keys, values, (context, new) in stored:
             values = values.abs() if absolute else values
@@ -188,7 +188,7 @@ class WholeBatch:
     def run(self) -> torch.Tensor:
         case = self.case
         shape = (1, sum(self.lengths), case.heads, case.value_size)
-        output = torch.full(shape, math.nan, dtype=case.dtype)
+        output = torch.full(shape, math.nan, dtype=case.dtype, device=self.query.device)
         with forward_context(whole_sequences(self.lengths)):
             OP.default(
                 self.query, self.key, self.value, output, LAYER,
