@@ -103,7 +103,7 @@ def quantize(
             f"{type(model).__name__} has no linear that --quantize could quantise",
             hint="docs/quantization.md says which linears are quantised",
         )
-    _require_all(paths, own)
+    _require_scales(paths, own)
     input_scales = {}
     if mode == "fp8-static":
         input_scales = _input_scales(entry, paths, own, calibrate)
@@ -180,15 +180,21 @@ def _places(model: torch.nn.Module, paths: Collection[str]) -> list[list[str]]:
     return [found[id(model.get_submodule(path))] for path in paths]
 
 
-def _require_all(paths: Collection[str], own: Mapping[str, Scales]) -> None:
+def _require_scales(paths: Collection[str], own: Mapping[str, Scales]) -> None:
     """Refuses a checkpoint that has the scales of some linears and not of others."""
-    if own and (missing := [path for path in paths if path not in own]):
-        raise VllmcError(
-            "bad-weights",
-            f"the checkpoint quantised its linears, but has no weight_scale of {missing[0]}",
-            context={"missing": len(missing), "of": len(paths)},
-            hint="name what was left unquantised in the quantization_config of config.json",
-        )
+    found = {
+        "weight_scale": {path for path in paths if path in own},
+        "input_scale": {path for path in paths if path in own and own[path].input is not None},
+    }
+    for name, those in found.items():
+        missing = [path for path in paths if path not in those]
+        if missing and (those or (own and name == "weight_scale")):
+            raise VllmcError(
+                "bad-weights",
+                f"the checkpoint quantised its linears, but has no {name} of {missing[0]}",
+                context={"missing": len(missing), "of": len(paths)},
+                hint="name what was left unquantised in the quantization_config of config.json",
+            )
 
 
 def _input_scales(
@@ -207,6 +213,7 @@ def _input_scales(
             amax = max(SMALLEST_AMAX, *(largest[path] for path in group))
             scale = amax / LARGEST[_DTYPES["fp8-static"]]
         else:
+            # All of them, or none.
             known = [own[path].input for path in group if path in own]
             scale = max((s for s in known if s is not None), default=1.0)
         with like_weights(model):

@@ -238,14 +238,21 @@ def test_a_group_has_the_largest_of_its_checkpoints_scales() -> None:
     assert {float(found[path].input_scale) for path in QKV} == {own[QKV[-1]].input}
 
 
-def test_a_checkpoint_that_lacks_a_scale_is_refused() -> None:
+@pytest.mark.parametrize("lacks", ["weight_scale", "input_scale"])
+@pytest.mark.parametrize("mode", ["fp8-static", "fp8-dynamic"])
+def test_a_checkpoint_that_lacks_a_scale_is_refused(lacks: str, mode: Any) -> None:
     entry = entry_of("llama")
-    own = {QKV[0]: Scales(weight=0.5, input=None)}
+    paths = linears_to_quantize(model_of(entry))
+    own = {path: Scales(weight=0.5, input=0.5) for path in paths}
+    if lacks == "weight_scale":
+        del own[QKV[1]]
+    else:
+        own[QKV[1]] = Scales(weight=0.5, input=None)
     with pytest.raises(VllmcError) as caught:
-        quantize(entry, "fp8-static", own=own)
+        quantize(entry, mode, own=own)
     assert caught.value.code == "bad-weights"
-    assert QKV[1] in caught.value.message
-    assert caught.value.context["missing"] == 13
+    assert f"no {lacks} of {QKV[1]}" in caught.value.message
+    assert caught.value.context == {"missing": 1, "of": 14}
 
 
 @pytest.mark.parametrize("mode", ["fp8-static", "fp8-dynamic", "int8-dynamic"])
