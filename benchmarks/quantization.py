@@ -20,7 +20,7 @@ from vllmc.core.declare.session import plainly
 from vllmc.core.graph.capture import capture
 from vllmc.core.job import resolve_spec
 from vllmc.core.models.built import build_model
-from vllmc.core.models.experts import experts_in
+from vllmc.core.models.expert_modules import experts_in
 from vllmc.core.models.model import Model
 from vllmc.core.models.resolve import resolve
 from vllmc.core.runtime.calibration import calibrate, random_prompts

@@ -28,7 +28,7 @@ from vllmc.core.graph.side_effects import left_behind
 from vllmc.core.graph.suitability import check_graph, check_module, place_of_node
 from vllmc.core.graph.targets import custom_ops, op_names, schemas_of
 from vllmc.core.models.errors import unsupported_model
-from vllmc.core.models.experts import expert_tensors, has_experts
+from vllmc.core.models.expert_modules import expert_tensors, has_experts
 from vllmc.core.models.model import Model
 from vllmc.core.models.place import place_of_frames
 from vllmc.core.spec import ATTENTION_OP, EXPERTS_OP, CompileSpec

@@ -12,7 +12,7 @@ from vllmc.core.declare.session import plainly
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.layout import AttentionSite
 from vllmc.core.models.building import model_of
-from vllmc.core.models.experts import experts_in
+from vllmc.core.models.expert_modules import experts_in
 from vllmc.core.models.model import EncoderInfo
 from vllmc.core.models.watched import watching
 from vllmc.core.runtime.embeddings import Embedder

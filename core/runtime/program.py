@@ -22,7 +22,7 @@ from vllmc.core.graph.inputs import find_attribute
 from vllmc.core.graph.layout import ExpertsSite, GraphInput, Layout, OpStep, UnitStep
 from vllmc.core.graph.literals import decode_constant
 from vllmc.core.graph.targets import find_target, import_by_name
-from vllmc.core.models.experts import experts_of, has_experts
+from vllmc.core.models.expert_modules import experts_of, has_experts
 from vllmc.core.runtime.arguments import ArgumentCheck
 from vllmc.core.runtime.loader import BoundPiece, PieceCallable, bind_piece
 from vllmc.core.spec import CompileRange

@@ -141,7 +141,7 @@ def test_an_encoder_that_python_made_is_one(kind: LayerNames) -> None:
     eager, made = make_encoder(ROBERTA), make_encoder(ROBERTA)
     encoder = encoder_of("made", made)
     assert encoder == EncoderInfo(padding_id=1)
-    states = run_entry(build_entry(made, kind), encoder, PROMPTS)
+    states = run_entry(build_entry(made, CompileSpec(layer_names=kind)), encoder, PROMPTS)
     for found, prompt in zip(states, PROMPTS, strict=True):
         torch.testing.assert_close(found, hidden_states(eager, prompt), rtol=1e-5, atol=1e-5)
 

@@ -10,13 +10,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 
 from vllmc.core.errors import VllmcError
 from vllmc.core.models.building import build_entry
+from vllmc.core.models.expert_modules import expert_tensors, experts_in, experts_of
 from vllmc.core.models.experts import (
     EXPERTS_NAME,
     EXPERTS_NAME_ATTRIBUTE,
     attach_expert_names,
-    expert_tensors,
-    experts_in,
-    experts_of,
     fused_experts,
     register_experts,
 )
