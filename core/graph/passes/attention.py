@@ -64,14 +64,26 @@ def _chain(attention: fx.Node) -> _Chain | NearMiss:
             return _miss(node, "one reader", f"{len(readers)} readers", len(reshapes) + 1)
         (reader,) = readers
         if _calls(reader, _QUANT):
+            if reader.kwargs:
+                return _miss(reader, "arguments by position", "arguments by name", len(reshapes))
             scale = reader.args[1]
             if not isinstance(scale, fx.Node) or scale.op != "placeholder":
                 return _miss(reader, "a scale that is an input", str(scale), len(reshapes) + 2)
             return _Chain(output=output, reshapes=tuple(reshapes), quant=reader)
-        if reader.op != "call_method" or reader.target not in _RESHAPES or reader.args[0] != node:
+        if not _reshapes(reader, node):
             return _miss(reader, _QUANT, spelled(reader), len(reshapes) + 1)
         reshapes.append(reader)
         node = reader
+
+
+def _reshapes(reader: fx.Node, node: fx.Node) -> bool:
+    """Whether `reader` is `node` in another shape; `view` can also mean another dtype."""
+    return (
+        reader.op == "call_method"
+        and reader.target in _RESHAPES
+        and reader.args[0] is node
+        and not any(isinstance(a, torch.dtype) for a in (*reader.args, *reader.kwargs.values()))
+    )
 
 
 def _rewrite(attention: fx.Node, chain: _Chain) -> None:

@@ -95,21 +95,30 @@ class Fusion:
 
 
 def _odd_input(way: Way, match: Match) -> NearMiss | None:
-    """An input that is not as its op wants it: of the result's shape, or a vector of its rows."""
-    shape = match.results[0].meta["val"].shape
+    """An input that is not as its op wants it: of the result's dtype and shape, or a row's."""
+    result = match.results[0].meta["val"]
     for name in way.inputs:
         node = match.inputs[name]
-        wanted = shape[-1:] if name in way.vectors else shape
+        shape = result.shape[-1:] if name in way.vectors else result.shape
         value = node.meta.get("val") if isinstance(node, fx.Node) else None
-        if not isinstance(value, torch.Tensor) or not _same(value.shape, wanted):
-            told = list(value.shape) if isinstance(value, torch.Tensor) else node
+        if (
+            not isinstance(value, torch.Tensor)
+            or value.dtype is not result.dtype
+            or not _same(value.shape, shape)
+        ):
             return NearMiss(
                 node=node.name if isinstance(node, fx.Node) else name,
-                expected=f"{name} of shape {list(wanted)}",
-                found=str(told),
+                expected=f"{name} of {_form(result.dtype, shape)}",
+                found=_form(value.dtype, value.shape)
+                if isinstance(value, torch.Tensor)
+                else repr(node),
                 matched=len(match.nodes) + 1,
             )
     return None
+
+
+def _form(dtype: torch.dtype, shape: Iterable[Any]) -> str:
+    return f"{dtype} {list(shape)}"
 
 
 def _same(shape: Iterable[Any], other: Iterable[Any]) -> bool:

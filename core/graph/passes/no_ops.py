@@ -25,7 +25,7 @@ def drop_no_ops(graph: fx.Graph) -> tuple[int, None]:
         if rule is None or not rule(node):
             continue
         given = node.args[0]
-        if isinstance(given, fx.Node) and _alike(given, node):
+        if isinstance(given, fx.Node) and _alike(given, node) and not _shares_anew(given, node):
             node.replace_all_uses_with(given)
             graph.erase_node(node)
             dropped += 1
@@ -38,6 +38,32 @@ def _alike(given: fx.Node, result: fx.Node) -> bool:
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
     return before.dtype == after.dtype and strides_of(before) == strides_of(after)
+
+
+def _shares_anew(given: fx.Node, result: fx.Node) -> bool:
+    """Whether a result of the graph would share memory that it has for itself as it is.
+
+    Another piece may write to it.
+    """
+    if _is_view(result) or not _leaves(result):
+        return False
+    owner = given
+    while _is_view(owner):
+        owner = owner.args[0]
+    return owner.op == "placeholder" or _leaves(owner)
+
+
+def _leaves(node: fx.Node) -> bool:
+    """Whether the memory of `node` is that of a result of the graph."""
+    return any(user.op == "output" or (_is_view(user) and _leaves(user)) for user in node.users)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether `node` may share the memory of its first argument."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.args:
+        return False
+    # `reshape` and its like say that they share nothing, and may.
+    return node.target in _MAY_SHARE or any(r.alias_info for r in node.target._schema.returns)
 
 
 def _by_one(node: fx.Node) -> bool:
@@ -55,6 +81,8 @@ def _of_all(node: fx.Node) -> bool:
 def _always(_: fx.Node) -> bool:
     return True
 
+
+_MAY_SHARE: Final = frozenset({_aten.reshape.default, _aten.contiguous.default})
 
 # What is left of these, where the result is as what was given, computes nothing.
 _RULES: Final[Mapping[object, Callable[[fx.Node], bool]]] = {

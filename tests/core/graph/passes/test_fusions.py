@@ -190,7 +190,24 @@ def test_a_weight_of_another_shape_does_not_match() -> None:
     matches, missed = NORM_QUANT.run(traced.graph)
     assert matches == 0
     assert missed is not None
-    assert missed.expected == f"weight of shape [{H}]"
+    assert missed.expected == f"weight of torch.float32 [{H}]"
+    assert missed.found == f"torch.float32 [{T}, 1]"
+    assert traced.same_results()
+
+
+def test_a_residual_of_another_dtype_is_added_by_itself() -> None:
+    norm = calling(LlamaRMSNorm)
+
+    def block(
+        x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor, s: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        total = residual + x
+        return (*quant(norm(total, w), s, "static", FP8), total)
+
+    half = hidden(torch.bfloat16)[0]
+    traced = trace(block, half, *hidden(FP32), weight(FP32), SCALE)
+    assert NORM_QUANT.run(traced.graph) == (1, None)
+    assert traced.calls() == ["rms_norm_static_quant.default"]
     assert traced.same_results()
 
 

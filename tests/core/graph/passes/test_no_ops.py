@@ -68,3 +68,25 @@ def test_what_changes_something_stays(function: Callable[..., torch.Tensor]) -> 
 def test_a_whole_number_divided_by_one_is_a_fraction() -> None:
     graph = decomposed(lambda x: aten.div.Tensor(x, 1).sin(), [torch.arange(4)])
     assert drop_no_ops(graph) == (0, None)
+
+
+def test_a_result_keeps_memory_of_its_own() -> None:
+    """Another piece may write to it, and the input is read again."""
+    functions: list[Callable[[torch.Tensor], object]] = [
+        lambda x: aten.mul.Tensor(x, 1.0),
+        lambda x: aten.reshape.default(aten.mul.Tensor(x, 1.0), [3, 4]),
+        lambda x: aten.mul.Tensor(aten.permute.default(x, [1, 0]), 1.0),
+        lambda x: (aten.sin.default(x), (y := aten.cos.default(x)), aten.mul.Tensor(y, 1.0)),
+    ]
+    for function in functions:
+        graph = decomposed(function, [X])
+        before = fx.Interpreter(fx.GraphModule({}, graph)).run(X)
+        assert drop_no_ops(graph) == (0, None)
+        assert before is not X
+
+
+def test_memory_that_nothing_else_has_is_handed_on() -> None:
+    graph = decomposed(lambda x: aten.mul.Tensor(aten.cos.default(x), 1.0), [X])
+    assert drop_no_ops(graph) == (1, None)
+    result = fx.Interpreter(fx.GraphModule({}, graph)).run(X)
+    assert torch.equal(result, X.cos())
