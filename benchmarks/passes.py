@@ -23,7 +23,7 @@ from vllmc.core.events import SilentObserver
 from vllmc.core.job import make_job, resolve_spec
 from vllmc.core.models.built import build_model
 from vllmc.core.models.resolve import resolve
-from vllmc.core.passes import DEFAULT_PASSES, chosen
+from vllmc.core.passes import chosen, default_passes
 from vllmc.core.pipeline import obtain_program, open_program
 from vllmc.core.runtime.program import Program
 from vllmc.core.spec import CompileSpec
@@ -41,7 +41,11 @@ CASES = (
     "smollm2-135m:int8-dynamic:bfloat16",
     "smollm2-135m:int8-dynamic:float32",
 )
-PASSES = {"fused": DEFAULT_PASSES, "apart": chosen(["shared-quant"], ["all"])}
+PASSES = {
+    "default": default_passes("cpu"),
+    "fused": default_passes("cuda"),
+    "apart": chosen(["shared-quant"], ["all"], "cpu"),
+}
 BLOCKS, BLOCK_SIZE = 64, 16
 
 

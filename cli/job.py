@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllmc.cli.options import CompileRequest
 from vllmc.cli.settings import Settings
-from vllmc.core.passes import PASSES
+from vllmc.core.passes import PASSES, chosen
 
 if TYPE_CHECKING:
     from vllmc.core.job import Job
@@ -67,12 +68,14 @@ def make(settings: Settings, request: CompileRequest) -> Job:
         quantize=request.quantize,
         inductor=tuple(sorted(options["inductor"].items())),  # type: ignore[arg-type]
         functorch=tuple(sorted(options["functorch"].items())),  # type: ignore[arg-type]
-        passes=request.passes,
         backend=request.backend,
     )
+    spec = resolve_spec(spec, model)
+    # Which run by default is known with the device.
+    passes = chosen(request.added_passes, request.removed_passes, spec.device)
     return make_job(
         model,
-        resolve_spec(spec, model),
+        replace(spec, passes=passes),
         environment=settings.environment,
         cache_dir=settings.cache_dir,
         origins=_origins(request),

@@ -23,7 +23,7 @@ from vllmc.cli.output import Output
 from vllmc.cli.settings import RawOption, Setting, Settings, load_settings
 from vllmc.core.errors import UsageError
 from vllmc.core.models.presets import DEFAULT_PRESET
-from vllmc.core.passes import ALL, PASSES, PassChoice, chosen
+from vllmc.core.passes import ALL, PASSES, PassChoice
 from vllmc.core.spec import (
     ATTENTION_OP,
     CompileRange,
@@ -208,7 +208,7 @@ class CompileFlags:
         typer.Option(
             "--pass",
             metavar="NAME[@A:B]",
-            show_default="all of them",
+            show_default="those of the device",
             help="A pass over the graphs to run, with @A:B only for compile ranges within A:B; "
             "repeatable.",
             rich_help_panel=SHAPING_PANEL,
@@ -302,7 +302,8 @@ class CompileRequest:
     split_kv_update: bool
     quantize: Quantization | None
     options: tuple[RawOption, ...]
-    passes: tuple[PassChoice, ...]
+    added_passes: tuple[str, ...]
+    removed_passes: tuple[str, ...]
     backend: str
     origins: Mapping[str, str]
 
@@ -326,7 +327,8 @@ def compile_request(
     sizes = _counts("compile-size", given("compile-size", flags.compile_size))
     shapes = given("dynamic-shapes", flags.dynamic_shapes, "unbacked")
     names = given("layer-names", flags.layer_names, "hoisted")
-    passes = _passes(given("pass", flags.add_pass), given("no-pass", flags.no_pass), origins)
+    removed = _passes(given("no-pass", flags.no_pass), origins)
+    added = _passes(given("pass", flags.add_pass), origins)
     experts = given("experts", flags.experts, "fused")
     split = None if flags.split_kv_update is None else str(flags.split_kv_update).lower()
     modes = given("quantize", flags.quantize)
@@ -344,7 +346,8 @@ def compile_request(
         split_kv_update=_truth("split-kv-update", given("split-kv-update", split, "false")),
         quantize=choice("quantize", modes, get_args(Quantization)) if modes.values else None,
         options=_merge(settings.raw_options, flags.option or ()),
-        passes=passes,
+        added_passes=added,
+        removed_passes=tuple(name.partition("@")[0] for name in removed),
         backend=choice("backend", given("backend", flags.backend, "inductor"), BACKENDS),
         origins=origins,
     )
@@ -391,15 +394,13 @@ def _counts(name: str, setting: Setting) -> tuple[int, ...]:
     return tuple(int(text) for text in setting.values)
 
 
-def _passes(added: Setting, removed: Setting, origins: dict[str, str]) -> tuple[PassChoice, ...]:
-    """The passes that run; who decided on each is added to `origins`."""
-    left_out = _located(removed, lambda text: text if text == ALL else PassChoice.parse(text).name)
-    named = _located(added, lambda text: ALL if text == ALL else str(PassChoice.parse(text)))
-    for setting, names in ((removed, left_out), (added, named)):
-        for name in names:
-            for one in PASSES if name == ALL else (name.partition("@")[0],):
-                origins[f"pass {one}"] = setting.origin
-    return chosen(named, left_out)
+def _passes(setting: Setting, origins: dict[str, str]) -> tuple[str, ...]:
+    """What is said of passes, checked; that it decides on them is added to `origins`."""
+    named = _located(setting, lambda text: text if text == ALL else str(PassChoice.parse(text)))
+    for name in named:
+        for one in PASSES if name == ALL else (name.partition("@")[0],):
+            origins[f"pass {one}"] = setting.origin
+    return tuple(named)
 
 
 def _op_name(text: str) -> str:

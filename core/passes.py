@@ -25,7 +25,8 @@ ALL: Final = "all"
 class PassInfo:
     """What is known of a pass without importing it.
 
-    `version` is raised when what it does changes. `module` is the file in `core/graph/passes` that
+    `devices` are those on which it runs unless something else is asked for. `version` is raised
+    when what it does changes. `module` is the file in `core/graph/passes` that
     says how it does it, by whose digest a pass is told from another of its name and version.
     """
 
@@ -34,6 +35,7 @@ class PassInfo:
     version: int
     module: str
     does: str
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 PASSES: Final[Mapping[str, PassInfo]] = MappingProxyType(
@@ -68,6 +70,7 @@ PASSES: Final[Mapping[str, PassInfo]] = MappingProxyType(
                 module="fusions",
                 does="RMSNorm and the quantisation after it are one op, with the addition of the "
                 "residual before it where there is one",
+                devices=("cuda",),
             ),
             PassInfo(
                 name="activation-quant",
@@ -75,6 +78,15 @@ PASSES: Final[Mapping[str, PassInfo]] = MappingProxyType(
                 version=1,
                 module="fusions",
                 does="a gated SiLU or GELU and the quantisation after it are one op",
+                devices=("cuda",),
+            ),
+            PassInfo(
+                name="expand-quant",
+                stage="post-grad",
+                version=1,
+                module="expanded",
+                does="quantisation that is left becomes part of the loops that Inductor writes",
+                devices=("cpu",),
             ),
         )
     }
@@ -125,17 +137,19 @@ class PassChoice:
         return f"{self.name}@{self.tokens.start}:{str(self.tokens).rpartition(':')[2]}"
 
 
-DEFAULT_PASSES: Final = tuple(PassChoice(name) for name in sorted(PASSES))
-"""Those that run unless something else is asked for."""
+def default_passes(device: str) -> tuple[PassChoice, ...]:
+    """Those that run on `device` (`cpu`, `cuda:0`) unless something else is asked for, by name."""
+    kind = device.partition(":")[0]
+    return tuple(PassChoice(n) for n, info in sorted(PASSES.items()) if kind in info.devices)
 
 
-def chosen(added: Iterable[str], removed: Iterable[str]) -> tuple[PassChoice, ...]:
-    """The passes to run, by name: the default ones without those `removed`, and those `added`.
+def chosen(added: Iterable[str], removed: Iterable[str], device: str) -> tuple[PassChoice, ...]:
+    """The passes to run on `device`: its default ones without those `removed`, and those `added`.
 
     `all` stands for every pass in both. Raises what `PassChoice.parse` raises.
     """
     added, removed = frozenset(added), frozenset(removed)
-    found = {c.name: c for c in DEFAULT_PASSES if removed.isdisjoint({c.name, ALL})}
+    found = {c.name: c for c in default_passes(device) if removed.isdisjoint({c.name, ALL})}
     if ALL in added:
         found |= {name: PassChoice(name) for name in PASSES}
     found |= {choice.name: choice for choice in map(PassChoice.parse, added - {ALL})}

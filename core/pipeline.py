@@ -146,7 +146,7 @@ def capture_model(job: Job, weights: Weights = "fake") -> Capture:
     from vllmc.core.graph.passes.manager import passes_at, run_passes
 
     captured = capture(job.model, build_model(job.model, job.spec, weights), job.spec)
-    passes = run_passes(captured.graph, passes_at("captured", job.spec.passes))
+    passes = run_passes(captured.graph, passes_at("captured", job.spec.chosen_passes))
     return replace(captured, passes=passes)
 
 

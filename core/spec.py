@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from vllmc.core.errors import UsageError
-from vllmc.core.passes import DEFAULT_PASSES, PassChoice
+from vllmc.core.passes import PassChoice, default_passes
 from vllmc.core.ranges import OPEN_END as OPEN_END
 from vllmc.core.ranges import CompileRange as CompileRange
 
@@ -55,7 +55,8 @@ class CompileSpec:
     `device` is `cpu`, `cuda` or `cuda:N`; `dtype` a torch dtype's name without the prefix.
     With `split_kv_update` keys and values are stored by an op before attention, inside the piece.
     `quantize` says how the model's linears are quantised, None that they are not. `inductor` and
-    `functorch` hold the `-O` options, `passes` those that run, sorted by name.
+    `functorch` hold the `-O` options, `passes` those that run, sorted by name
+    (None: the device's default ones).
     """
 
     device: str = "cpu"
@@ -70,11 +71,16 @@ class CompileSpec:
     quantize: Quantization | None = None
     inductor: tuple[tuple[str, OptionValue], ...] = ()
     functorch: tuple[tuple[str, OptionValue], ...] = ()
-    passes: tuple[PassChoice, ...] = DEFAULT_PASSES
+    passes: tuple[PassChoice, ...] | None = None
     backend: str = "inductor"
 
     def __post_init__(self) -> None:
         check_ranges(self.ranges, self.sizes)
+
+    @property
+    def chosen_passes(self) -> tuple[PassChoice, ...]:
+        """The passes that run, sorted by name."""
+        return default_passes(self.device) if self.passes is None else self.passes
 
     @property
     def max_tokens(self) -> int:

@@ -23,7 +23,7 @@ from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.cache.redaction import hide, redact
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.passes.manager import identity
-from vllmc.core.passes import DEFAULT_PASSES, PASSES
+from vllmc.core.passes import PASSES, default_passes
 from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat import system
 from vllmc.core.torch_compat.config import (
@@ -305,8 +305,8 @@ def _spec(spec: CompileSpec, origins: Origins) -> Iterator[Factor]:
 
 def _passes(spec: CompileSpec, origins: Origins) -> Iterator[Factor]:
     """One for each pass that there is, None where it does not run."""
-    choices = {choice.name: choice for choice in spec.passes}
-    defaults = {choice.name: choice for choice in DEFAULT_PASSES}
+    choices = {choice.name: choice for choice in spec.chosen_passes}
+    defaults = {choice.name: choice for choice in default_passes(spec.device)}
     for name in PASSES:
         choice = choices.get(name)
         yield Factor(

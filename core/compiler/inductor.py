@@ -43,7 +43,7 @@ class InductorCompiler:
 
         Raises `VllmcError`: `no-compiler`, `compile-failed` or `range-not-covered`."""
         tokens = unit.range if unit.piece.depends_on_tokens else None
-        passes = _Passes(passes_at("post-grad", spec.passes, tokens), texts=texts)
+        passes = _Passes(passes_at("post-grad", spec.chosen_passes, tokens), texts=texts)
         with size_oblivious(spec.dynamic_shapes), passes.in_force():
             scope = example_scope(unit, spec)
             inputs = example_inputs(unit, scope)

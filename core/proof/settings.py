@@ -76,7 +76,7 @@ def with_settings(spec: CompileSpec, settings: Iterable[Setting]) -> CompileSpec
     """`spec` with all of `settings`. Raises `UsageError` for ranges that contradict each other."""
     fields: dict[str, Any] = {}
     options = {group: dict(getattr(spec, group)) for group in _OPTION_GROUPS}
-    passes = {choice.name: choice for choice in spec.passes}
+    passes = {choice.name: choice for choice in spec.chosen_passes}
     for setting in settings:
         if setting.group == "passes":
             passes.pop(setting.name, None)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -64,10 +65,17 @@ def readable(graph: fx.Graph) -> str:
     return text
 
 
-def insert_call(graph: fx.Graph, op: Any, args: Sequence[Any]) -> fx.Node:
-    """Adds a call of `op` at the graph's insertion point, with its example value."""
-    node = graph.call_function(op, tuple(args))
+def insert_call(
+    graph: fx.Graph, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any] = MappingProxyType({})
+) -> fx.Node:
+    """Adds a call of `op` at the graph's insertion point, with its example value.
+
+    Arguments are nodes and constants, keyword arguments constants.
+    """
+    node = graph.call_function(op, tuple(args), dict(kwargs))
     values = fx.node.map_arg(node.args, lambda n: n.meta["val"])
-    with detect_fake_mode(values):
-        node.meta["val"] = op(*values)
+    # An op that makes a constant is given none.
+    given = [n.meta["val"] for n in graph.find_nodes(op="placeholder")]
+    with detect_fake_mode((values, given)):
+        node.meta["val"] = op(*values, **kwargs)
     return node

@@ -9,21 +9,24 @@ import pytest
 from vllmc.core.errors import UsageError
 from vllmc.core.graph.passes import manager
 from vllmc.core.graph.passes.manager import identity, identity_of, passes_at
-from vllmc.core.passes import DEFAULT_PASSES, PASSES, PassChoice, chosen
+from vllmc.core.passes import PASSES, PassChoice, chosen, default_passes
 from vllmc.core.ranges import OPEN_END, CompileRange
 
 
 def names(added: list[str], removed: list[str]) -> list[str]:
-    return [str(choice) for choice in chosen(added, removed)]
+    return [str(choice) for choice in chosen(added, removed, "cpu")]
 
 
-def test_all_run_unless_told_otherwise() -> None:
-    assert chosen([], []) == DEFAULT_PASSES
-    assert {choice.name for choice in DEFAULT_PASSES} == set(PASSES)
+def test_those_of_the_device_run_unless_told_otherwise() -> None:
+    both = ["attention-quant", "no-ops", "shared-quant"]
+    assert names([], []) == sorted([*both, "expand-quant"])
+    assert chosen([], [], "cpu") == default_passes("cpu")
+    on_gpu = [str(choice) for choice in chosen([], [], "cuda:1")]
+    assert on_gpu == sorted([*both, "activation-quant", "norm-quant"])
 
 
 def test_one_is_left_out_by_name() -> None:
-    assert set(names([], ["no-ops"])) == set(PASSES) - {"no-ops"}
+    assert names([], ["no-ops"]) == ["attention-quant", "expand-quant", "shared-quant"]
 
 
 def test_all_are_left_out_but_those_that_are_named() -> None:
@@ -33,7 +36,7 @@ def test_all_are_left_out_but_those_that_are_named() -> None:
 
 
 def test_one_may_be_limited_to_compile_ranges() -> None:
-    (limited,) = chosen(["norm-quant@2:64"], ["all"])
+    (limited,) = chosen(["norm-quant@2:64"], ["all"], "cpu")
     assert limited == PassChoice("norm-quant", CompileRange(2, 64))
     assert str(limited) == "norm-quant@2:64"
     assert str(PassChoice.parse("no-ops@3")) == "no-ops@3:3"
@@ -62,21 +65,21 @@ def test_a_limited_pass_applies_to_ranges_within_its_own(
 
 
 def test_they_run_in_the_order_of_the_catalogue() -> None:
-    shuffled = sorted(DEFAULT_PASSES, reverse=True)
+    shuffled = sorted(map(PassChoice, PASSES), reverse=True)
     ordered = passes_at("post-grad", shuffled, None)
     assert [c.name for c in ordered] == [n for n, i in PASSES.items() if i.stage == "post-grad"]
 
 
 def test_an_unknown_one_is_an_error_with_the_nearest_name() -> None:
     with pytest.raises(UsageError, match="no pass 'norm-qant'") as error:
-        chosen(["norm-qant"], [])
+        chosen(["norm-qant"], [], "cpu")
     assert error.value.code == "unknown-pass"
     assert error.value.hint == "did you mean norm-quant?"
 
 
 def test_what_all_ranges_share_cannot_be_limited_to_some() -> None:
     with pytest.raises(UsageError, match="captured graph") as error:
-        chosen(["attention-quant@1:8"], [])
+        chosen(["attention-quant@1:8"], [], "cpu")
     assert error.value.code == "bad-range"
 
 

@@ -15,7 +15,7 @@ from quantized_programs import PROMPT, Case, case_maker, job_of, logits, warm
 from quantized_reference import logits_of, quantized
 
 from vllmc.core.compiler.container import unpack
-from vllmc.core.passes import PASSES, chosen
+from vllmc.core.passes import PASSES, chosen, default_passes
 from vllmc.core.pipeline import Ready
 from vllmc.core.ranges import CompileRange
 from vllmc.core.spec import LayerNames, Quantization
@@ -23,8 +23,10 @@ from vllmc.core.spec import LayerNames, Quantization
 pytestmark = pytest.mark.slow
 
 ACTIVATIONS = {"llama": "silu", "qwen3": "silu", "gemma": "gelu"}
-UNFUSED = chosen(["shared-quant"], ["all"])
+UNFUSED = chosen(["shared-quant"], ["all"], "cpu")
 """What is fused is compared with the same ops one after the other."""
+FUSED = default_passes("cuda")
+EXPANDED = default_passes("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +71,8 @@ def test_a_fused_model_gives_the_logits_of_the_unfused_one(
     given = case(name, "float32")
     plain = job_of(given, cache, quantize=mode, passes=UNFUSED)
     expected = logits(plain, warm(plain, cache))
-    names: tuple[LayerNames, ...] = ("hoisted", "baked")
-    for kind in names:
-        job = job_of(given, cache, quantize=mode, layer_names=kind)
+    for passes, kind in ((FUSED, "hoisted"), (FUSED, "baked"), (EXPANDED, "hoisted")):
+        job = job_of(given, cache, quantize=mode, layer_names=kind, passes=passes)
         ready = warm(job, cache)
         found = logits(job, ready)
         # A number in the middle of two may be taken for either.
@@ -82,6 +83,11 @@ def test_a_fused_model_gives_the_logits_of_the_unfused_one(
         assert torch.equal(found.argmax(1)[certain], expected.argmax(1)[certain])
         # The names are in none of the pieces, so that those of the one mode serve the other.
         assert kind == "hoisted" or ready.outcome == "hit"
+        if passes is EXPANDED:
+            # The kernels of Inductor's quantise: of all ops the products are left.
+            for unit in ready.units:
+                left = set(calls(unpack(unit.data).text("wrapper.py")))
+                assert left == {"scaled_mm"}
 
 
 def test_in_half_precision_a_fused_model_is_as_near_to_the_exact_one(
@@ -92,16 +98,17 @@ def test_in_half_precision_a_fused_model_is_as_near_to_the_exact_one(
         expected = logits_of(given.model, PROMPT)
     away = {}
     for fused in (True, False):
-        changes: dict[str, Any] = {} if fused else {"passes": UNFUSED}
-        job = job_of(given, cache, quantize="fp8-static", **changes)
+        passes = FUSED if fused else UNFUSED
+        job = job_of(given, cache, quantize="fp8-static", passes=passes)
         away[fused] = float((logits(job, warm(job, cache)) - expected).norm())
     assert away[True] <= 1.5 * away[False]
 
 
 def test_every_layer_is_fused_by_the_same_few_matches(case: Any, tmp_path: Path) -> None:
     given = case("llama", "float32")
-    few = warm(job_of(given, tmp_path, layers=2, quantize="fp8-static"), tmp_path)
-    job = job_of(given, tmp_path, layers=12, quantize="fp8-static")
+    fused: dict[str, Any] = {"quantize": "fp8-static", "passes": FUSED}
+    few = warm(job_of(given, tmp_path, layers=2, **fused), tmp_path)
+    job = job_of(given, tmp_path, layers=12, **fused)
     many = warm(job, tmp_path, texts=True)
     for ready, layers in ((few, 2), (many, 12)):
         found = matches(ready)
@@ -110,7 +117,7 @@ def test_every_layer_is_fused_by_the_same_few_matches(case: Any, tmp_path: Path)
         assert (found["shared-quant"], found["attention-quant"]) == (3 * layers, layers)
         # Of the unique pieces: the first, one in the middle, the last.
         assert (found["norm-quant"], found["activation-quant"]) == (4, 2)
-    baked = job_of(given, tmp_path, layers=12, quantize="fp8-static", layer_names="baked")
+    baked = job_of(given, tmp_path, layers=12, layer_names="baked", **fused)
     ready = warm(baked, tmp_path)
     assert ready.outcome == "hit"
     assert matches(ready) == {"shared-quant": 36, "attention-quant": 12}
@@ -122,7 +129,7 @@ def test_names_inside_pieces_are_matched_once_for_each_layer_that_they_make_uniq
 ) -> None:
     job = job_of(
         case("llama", "float32"), tmp_path, layers=4, quantize="fp8-static", layer_names=names,
-        split_kv_update=True,
+        split_kv_update=True, passes=FUSED,
     )  # fmt: skip
     ready = warm(job, tmp_path)
     assert ready.record.pieces["unique"] == unique
@@ -136,7 +143,7 @@ def test_the_code_of_a_piece_is_the_fused_ops_with_nothing_between(
     name: str, case: Any, cache: Path
 ) -> None:
     # Compiled by the test above, and read here as it is stored.
-    job = job_of(case(name, "float32"), cache, quantize="fp8-static", layers=3)
+    job = job_of(case(name, "float32"), cache, quantize="fp8-static", layers=3, passes=FUSED)
     stored = {unit.pieces[0]: unpack(unit.data) for unit in warm(job, cache).units}
     middle = stored["piece_2"].text("wrapper.py")
     assert calls(middle) == [
@@ -192,7 +199,8 @@ def test_attention_inside_a_piece_fills_its_output_where_it_is(
 def test_a_pass_may_be_limited_to_compile_ranges(case: Any, tmp_path: Path) -> None:
     job = job_of(
         case("llama", "float32"), tmp_path, layers=2, quantize="fp8-static",
-        ranges=(CompileRange(1, 8), CompileRange(9, 64)), passes=chosen(["norm-quant@1:8"], []),
+        ranges=(CompileRange(1, 8), CompileRange(9, 64)),
+        passes=chosen(["norm-quant@1:8"], [], "cuda"),
     )  # fmt: skip
     ready = warm(job, tmp_path, texts=True)
     fused = {
@@ -208,7 +216,7 @@ def test_a_pass_that_finds_nothing_says_where_it_failed(case: Any, tmp_path: Pat
     # Each projection quantises for itself, so that three ops read what the norm gives.
     job = job_of(
         case("llama", "float32"), tmp_path, quantize="fp8-static",
-        passes=chosen([], ["shared-quant"]),
+        passes=chosen([], ["shared-quant"], "cuda"),
     )  # fmt: skip
     (told,) = (r for r in warm(job, tmp_path).passes if r.name == "norm-quant")
     assert told.matches == 0
@@ -219,10 +227,13 @@ def test_a_pass_that_finds_nothing_says_where_it_failed(case: Any, tmp_path: Pat
 
 
 def test_warm_shows_the_passes_and_dumps_what_they_changed(vllmc: Any, workplace: Path) -> None:
-    words = ("warm", "--quantize", "fp8-static", "--compile-range", "1:16")
+    words = ("warm", "--quantize", "fp8-static", "--compile-range", "1:16", "--pass", "all")
     first = vllmc(*words, "--json").json
     assert [row["name"] for row in first["passes"]] == [*PASSES]
-    assert all(row["matches"] and row["missed"] is None for row in first["passes"])
+    left = {row["name"] for row in first["passes"] if not row["matches"]}
+    # Of what is quantised, the others leave nothing.
+    assert left == {"expand-quant"}
+    assert all(row["missed"] is None for row in first["passes"])
     assert vllmc(*words, "--json").json["passes"] == []
     assert "norm-quant" in vllmc(*words, "-v", "--dump", "dump").out
     texts = {}
@@ -246,11 +257,11 @@ def test_warm_shows_the_passes_and_dumps_what_they_changed(vllmc: Any, workplace
 def test_proving_a_pass_says_whether_it_changes_code(vllmc: Any, workplace: Path) -> None:
     words = ("inspect-key", "--quantize", "fp8-dynamic", "--compile-range", "1:16", "--json")
     (workplace / "with.json").write_text(vllmc(*words).out)
-    (workplace / "without.json").write_text(vllmc(*words, "--no-pass", "norm-quant").out)
+    (workplace / "without.json").write_text(vllmc(*words, "--no-pass", "expand-quant").out)
     done = vllmc("diff-config", "with.json", "without.json", "--prove", "tiny-llama", "--json").json
     (change,) = done["changes"]
-    assert (change["group"], change["name"]) == ("passes", "norm-quant")
-    assert change["restore"] == "leave out --no-pass norm-quant"
+    assert (change["group"], change["name"]) == ("passes", "expand-quant")
+    assert change["restore"] == "leave out --no-pass expand-quant"
     (proved,) = done["proof"]["changes"]
     assert proved["code"] == "differs"
     assert proved["units"] == 3

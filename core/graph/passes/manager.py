@@ -74,6 +74,10 @@ def _implementation(name: str) -> GraphPass:
             from vllmc.core.graph.passes.fusions import ACTIVATION_QUANT
 
             return ACTIVATION_QUANT.run
+        case "expand-quant":
+            from vllmc.core.graph.passes.expanded import expand_quants
+
+            return expand_quants
     raise AssertionError(f"{name} is in the catalogue and has no implementation")
 
 

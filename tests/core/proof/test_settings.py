@@ -134,7 +134,7 @@ def test_code_for_another_cpu_is_not_asked_for() -> None:
 def test_a_pass_is_switched_on_off_or_limited_to_ranges() -> None:
     limited = PassChoice("norm-quant", CompileRange(1, 64))
     changed = with_settings(
-        CompileSpec(passes=chosen(["no-ops", "norm-quant"], ["all"])),
+        CompileSpec(passes=chosen(["no-ops", "norm-quant"], ["all"], "cpu")),
         [
             setting("passes", "no-ops", None),
             setting("passes", "norm-quant", identity(limited)),

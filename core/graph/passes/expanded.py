@@ -1,0 +1,69 @@
+"""The pass `expand-quant`: quantisation in the ops that Inductor computes in loops of its own.
+
+What comes before it is then computed in the same loop, whatever it is: a norm, a gated activation,
+a rotation. An op is expanded to what its function for a CPU does.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, Final
+
+import torch
+import torch.fx as fx
+
+from vllmc.core.torch_compat.post_grad import decomposed, insert_call
+from vllmc.kernels.quant import dynamic_scaled_quant, static_scaled_quant
+
+_vllmc = torch.ops.vllmc
+_FUNCTIONS: Final[Mapping[Any, Callable[..., Any]]] = {
+    _vllmc.static_scaled_quant.default: static_scaled_quant,
+    _vllmc.dynamic_scaled_quant.default: dynamic_scaled_quant,
+}
+
+
+def expand_quants(graph: fx.Graph) -> tuple[int, None]:
+    """Expands each quantisation in a graph of ATen ops: how many there were, and no near miss."""
+    quants = [node for node in graph.nodes if node.target in _FUNCTIONS and not node.kwargs]
+    for quant in quants:
+        *tensors, dtype = quant.args
+        results = _inlined(graph, quant, tensors, dtype)
+        if len(results) == 1:
+            quant.replace_all_uses_with(results[0])
+        for user in list(quant.users):
+            assert user.target is operator.getitem, "a tuple is taken apart"
+            user.replace_all_uses_with(results[int(str(user.args[1]))])
+            graph.erase_node(user)
+        graph.erase_node(quant)
+    return len(quants), None
+
+
+def _inlined(graph: fx.Graph, quant: fx.Node, tensors: list[Any], dtype: Any) -> list[fx.Node]:
+    """The results of the op's expansion, computed before `quant`."""
+    x = tensors[0].meta["val"]
+    expansion = _expansion(quant.target, dtype, x.dtype, x.dim())
+    found = dict(zip(expansion.find_nodes(op="placeholder"), tensors, strict=True))
+    with graph.inserting_before(quant):
+        for node in expansion.nodes:
+            if node.op == "call_function":
+                args = fx.node.map_arg(node.args, lambda n: found[n])
+                found[node] = insert_call(graph, node.target, args, node.kwargs)
+    (results,) = expansion.output_node().args
+    assert isinstance(results, (list, tuple))
+    return [found[node] for node in results]
+
+
+@lru_cache(maxsize=32)
+def _expansion(op: Any, dtype: torch.dtype, given: torch.dtype, dims: int) -> fx.Graph:
+    # None of the ops depends on how many elements there are, but for their number not being zero.
+    tensors = [torch.ones((2,) * dims, dtype=given)]
+    if op is _vllmc.static_scaled_quant.default:
+        tensors.append(torch.ones(1))
+
+    def function(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        result = _FUNCTIONS[op](*given, dtype)
+        return result if isinstance(result, tuple) else (result,)
+
+    return decomposed(function, tensors)
