@@ -13,6 +13,7 @@ from vllmc.core.compiler.container import BUNDLE, EAGER, NATIVE, Container, unpa
 from vllmc.core.errors import UnsafeCacheError, VllmcError
 from vllmc.core.graph.targets import import_by_name
 from vllmc.core.torch_compat import native
+from vllmc.kernels import ops as _ops  # noqa: F401  (defines what artifacts call)
 
 PieceCallable: TypeAlias = Callable[[list[Any]], Sequence[Any]]
 """Takes the list of a piece's arguments, which it may empty, and returns its outputs."""

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import importlib
 import io
+import pkgutil
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 
+import vllmc.kernels
 from vllmc.core.compiler.container import EAGER, NATIVE, pack
 from vllmc.core.errors import UnsafeCacheError, VllmcError
 from vllmc.core.runtime.loader import bind_piece, load_artifact
@@ -100,3 +105,24 @@ def test_what_this_machine_cannot_load_is_said(data: bytes) -> None:
         load_artifact(data)
     assert caught.value.code == "artifact-not-loadable"
     assert caught.value.context["cause"]
+
+
+def test_every_op_is_there_where_artifacts_are_loaded() -> None:
+    """In a process that only loads, neither passes nor a model's code define any."""
+    for module in pkgutil.iter_modules(vllmc.kernels.__path__, "vllmc.kernels."):
+        if not module.ispkg:
+            importlib.import_module(module.name)
+    names = {
+        name.removeprefix("vllmc::").partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("vllmc::")
+    }
+    assert "rms_norm_static_quant" in names
+    script = (
+        "import sys, torch, vllmc.core.runtime.loader\n"
+        "print(*(name for name in sys.argv[1:] if not hasattr(torch.ops.vllmc, name)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *names], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
