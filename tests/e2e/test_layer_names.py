@@ -234,7 +234,7 @@ def mixture(workplace: Path) -> Path:
     return workplace / "mixture"
 
 
-@pytest.mark.parametrize("layers", [2, 12])
+@pytest.mark.parametrize("layers", [2, pytest.param(12, marks=pytest.mark.thorough)])
 def test_mixtures_of_experts_cost_a_piece_a_layer_unless_their_names_are_hoisted(
     eager: Run, mixture: Path, layers: int
 ) -> None:

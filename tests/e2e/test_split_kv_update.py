@@ -85,7 +85,10 @@ def generated(run: Run, *words: str | Path) -> list[list[int]]:
 
 @pytest.mark.parametrize("names", ["hoisted", "baked"])
 @pytest.mark.parametrize("layers", [2, 12])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("qwen3", "gemma2"))],
+)
 def test_tokens_are_those_of_transformers_and_hoisted_names_cost_nothing(
     family: str, layers: int, names: str, eager: Run, tmp_path: Path
 ) -> None:
