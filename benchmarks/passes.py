@@ -3,8 +3,8 @@
     python benchmarks/passes.py [--layers 4] [--runs 15] [--tokens 1 8 128] [MODEL:MODE:DTYPE ...]
 
 One model, compiled with a CPU's default passes, with a GPU's, and with `shared-quant` alone:
-both are compared with the same ops one after the other. Steps are timed in turns, in processor time of
-one thread; printed are the ratios of their medians.
+both are compared with the same ops one after the other. Steps are timed in turns, in processor time
+of one thread; printed are the ratios of their medians.
 """
 
 from __future__ import annotations
