@@ -279,6 +279,9 @@ def _words(compilation: CompileFlags) -> list[str]:
     for field in dataclasses.fields(compilation):
         flag = _FLAGS.get(field.name, f"--{field.name.replace('_', '-')}")
         given = getattr(compilation, field.name)
+        if isinstance(given, bool):
+            words.append(flag if given else flag.replace("--", "--no-", 1))
+            continue
         for value in [given] if isinstance(given, str) else given or []:
             words += [flag, value]
     return words

@@ -327,8 +327,8 @@ def compile_request(
     sizes = _counts("compile-size", given("compile-size", flags.compile_size))
     shapes = given("dynamic-shapes", flags.dynamic_shapes, "unbacked")
     names = given("layer-names", flags.layer_names, "hoisted")
-    removed = _passes(given("no-pass", flags.no_pass), origins)
-    added = _passes(given("pass", flags.add_pass), origins)
+    removed = _passes(given("no-pass", flags.no_pass), _left_out, origins)
+    added = _passes(given("pass", flags.add_pass), _added, origins)
     experts = given("experts", flags.experts, "fused")
     split = None if flags.split_kv_update is None else str(flags.split_kv_update).lower()
     modes = given("quantize", flags.quantize)
@@ -347,7 +347,7 @@ def compile_request(
         quantize=choice("quantize", modes, get_args(Quantization)) if modes.values else None,
         options=_merge(settings.raw_options, flags.option or ()),
         added_passes=added,
-        removed_passes=tuple(name.partition("@")[0] for name in removed),
+        removed_passes=removed,
         backend=choice("backend", given("backend", flags.backend, "inductor"), BACKENDS),
         origins=origins,
     )
@@ -394,13 +394,30 @@ def _counts(name: str, setting: Setting) -> tuple[int, ...]:
     return tuple(int(text) for text in setting.values)
 
 
-def _passes(setting: Setting, origins: dict[str, str]) -> tuple[str, ...]:
+def _passes(
+    setting: Setting, parse: Callable[[str], str], origins: dict[str, str]
+) -> tuple[str, ...]:
     """What is said of passes, checked; that it decides on them is added to `origins`."""
-    named = _located(setting, lambda text: text if text == ALL else str(PassChoice.parse(text)))
+    named = _located(setting, parse)
     for name in named:
         for one in PASSES if name == ALL else (name.partition("@")[0],):
             origins[f"pass {one}"] = setting.origin
     return tuple(named)
+
+
+def _added(text: str) -> str:
+    return text if text == ALL else str(PassChoice.parse(text))
+
+
+def _left_out(text: str) -> str:
+    name = _added(text)
+    if "@" in name:
+        raise UsageError(
+            "bad-range",
+            f"'{text}' names ranges of a pass that is to be left out",
+            hint=f"--pass {name} runs it for these alone; --no-pass leaves it out of all",
+        )
+    return name
 
 
 def _op_name(text: str) -> str:

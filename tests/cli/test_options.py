@@ -88,6 +88,12 @@ def test_each_pass_has_the_origin_of_what_decided_on_it(ask: Ask) -> None:
     assert "pass activation-quant" not in request.origins
 
 
+def test_a_pass_is_left_out_of_all_ranges_or_none(ask: Ask) -> None:
+    with pytest.raises(UsageError, match="is to be left out") as error:
+        ask(no_pass=["norm-quant@1:8"])
+    assert error.value.code == "bad-range"
+
+
 def test_a_pass_that_is_not_known_is_refused_wherever_it_is_named(ask: Ask) -> None:
     for given in ({"add_pass": ["norm"]}, {"no_pass": ["norm"]}):
         with pytest.raises(UsageError, match="no pass 'norm'") as error:

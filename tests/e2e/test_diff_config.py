@@ -107,6 +107,20 @@ def test_env_sets_variables_of_current(snapshot: Path, eager: Run, cache: Path) 
     assert done.json["changes"][0]["origin_after"] == "env:TORCHINDUCTOR_MAX_AUTOTUNE"
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_a_switch_applies_to_current_under_other_variables_too(
+    given: bool, eager: Run, workplace: Path
+) -> None:
+    # The file says the opposite, so that either form of the switch is needed.
+    (workplace / "vllmc.toml").write_text(f"split-kv-update = {str(not given).lower()}\n")
+    flag = "--split-kv-update" if given else "--no-split-kv-update"
+    row = eager(
+        "diff-config", "current", "defaults", flag, "--env", "VLLMC_DTYPE=float32", "--json"
+    ).json
+    changed = {f"{c['group']}.{c['name']}": c["before"] for c in row["changes"]}
+    assert changed.get("spec.split_kv_update", False) is given
+
+
 def test_defaults_are_without_flags_variables_and_file(
     workplace: Path,
     vllmc: Run,
