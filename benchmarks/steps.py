@@ -104,7 +104,7 @@ class Bench:
         cache = Path(os.environ["VLLMC_CACHE_DIR"])
         model = TransformersModel("bench", self.config, ConfigSource(label="bench"), None)
         spec = CompileSpec(dtype="float32")
-        self.entry = model.build("real", CompileSpec())
+        self.entry = model.build("real", spec)
         job = make_job(model, spec, environment=dict(os.environ), cache_dir=cache, origins={})
         self.ready = obtain_program(job, Store(cache), SilentObserver())
         self.program = open_program(self.ready, self.entry)

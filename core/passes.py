@@ -26,8 +26,8 @@ class PassInfo:
     """What is known of a pass without importing it.
 
     `devices` are those on which it runs unless something else is asked for. `version` is raised
-    when what it does changes. `module` is the file in `core/graph/passes` that
-    says how it does it, by whose digest a pass is told from another of its name and version.
+    when what it does changes. `module` is the file in `core/graph/passes` that says how it does it,
+    by whose digest a pass is told from another of its name and version.
     """
 
     name: str

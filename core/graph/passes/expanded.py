@@ -6,7 +6,6 @@ a rotation. An op is expanded to what its function for a CPU does.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Final
@@ -14,29 +13,22 @@ from typing import Any, Final
 import torch
 import torch.fx as fx
 
+from vllmc.core.graph.passes.quants import DYNAMIC, STATIC, quants_in, replace_quant
 from vllmc.core.torch_compat.post_grad import decomposed, insert_call
 from vllmc.kernels.quant import dynamic_scaled_quant, static_scaled_quant
 
-_vllmc = torch.ops.vllmc
 _FUNCTIONS: Final[Mapping[Any, Callable[..., Any]]] = {
-    _vllmc.static_scaled_quant.default: static_scaled_quant,
-    _vllmc.dynamic_scaled_quant.default: dynamic_scaled_quant,
+    STATIC: static_scaled_quant,
+    DYNAMIC: dynamic_scaled_quant,
 }
 
 
 def expand_quants(graph: fx.Graph) -> tuple[int, None]:
     """Expands each quantisation in a graph of ATen ops: how many there were, and no near miss."""
-    quants = [node for node in graph.nodes if node.target in _FUNCTIONS and not node.kwargs]
+    quants = quants_in(graph)
     for quant in quants:
         *tensors, dtype = quant.args
-        results = _inlined(graph, quant, tensors, dtype)
-        if len(results) == 1:
-            quant.replace_all_uses_with(results[0])
-        for user in list(quant.users):
-            assert user.target is operator.getitem, "a tuple is taken apart"
-            user.replace_all_uses_with(results[int(str(user.args[1]))])
-            graph.erase_node(user)
-        graph.erase_node(quant)
+        replace_quant(quant, _inlined(graph, quant, tensors, dtype))
     return len(quants), None
 
 
@@ -59,7 +51,7 @@ def _inlined(graph: fx.Graph, quant: fx.Node, tensors: list[Any], dtype: Any) ->
 def _expansion(op: Any, dtype: torch.dtype, given: torch.dtype, dims: int) -> fx.Graph:
     # None of the ops depends on how many elements there are, but for their number not being zero.
     tensors = [torch.ones((2,) * dims, dtype=given)]
-    if op is _vllmc.static_scaled_quant.default:
+    if op is STATIC:
         tensors.append(torch.ones(1))
 
     def function(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -17,15 +17,13 @@ import torch.fx as fx
 
 from vllmc.core.graph.normalize import expression_of
 from vllmc.core.graph.passes.matching import Match, Pattern, closest, find_match
+from vllmc.core.graph.passes.quants import STATIC, quants_in, replace_quant
 from vllmc.core.graph.passes.report import NearMiss
 from vllmc.core.torch_compat.post_grad import decomposed, insert_call
 from vllmc.kernels import activation as _activation_ops  # noqa: F401  (define the ops)
 from vllmc.kernels import norm as _norm_ops  # noqa: F401
-from vllmc.kernels import quant as _quant_ops  # noqa: F401
 
 _vllmc = torch.ops.vllmc
-_STATIC: Final = _vllmc.static_scaled_quant.default
-_DYNAMIC: Final = _vllmc.dynamic_scaled_quant.default
 
 # Stands for any number that is added to the mean of squares. No model has it, and torch's own norm
 # rounds it to float32 first.
@@ -68,7 +66,7 @@ class Fusion:
     def run(self, graph: fx.Graph) -> tuple[int, NearMiss | None]:
         """Fuses what it can in a graph of ATen ops: how often, and where the closest failed."""
         matches, misses = 0, []
-        for quant in [node for node in graph.nodes if node.target in (_STATIC, _DYNAMIC)]:
+        for quant in quants_in(graph):
             found = self._find(quant)
             if isinstance(found, NearMiss):
                 misses.append(found)
@@ -127,7 +125,7 @@ def _same(shape: Iterable[Any], other: Iterable[Any]) -> bool:
 
 def _replace(graph: fx.Graph, quant: fx.Node, way: Way, match: Match) -> None:
     """Puts the op that does both in the place of the quantisation and of what it quantised."""
-    static = quant.target is _STATIC
+    static = quant.target is STATIC
     args = [match.inputs[name] for name in (*way.inputs, *way.numbers)]
     kept = match.results[1:]
     with graph.inserting_before(quant):
@@ -137,15 +135,10 @@ def _replace(graph: fx.Graph, quant: fx.Node, way: Way, match: Match) -> None:
         if kept or not static:
             count = len(kept) + (1 if static else 2)
             results = [_pick(graph, fused, index) for index in range(count)]
-    if static:
-        quant.replace_all_uses_with(results[0])
-    for user in list(quant.users):
-        assert user.target is operator.getitem, "a tuple is taken apart"
-        user.replace_all_uses_with(results[int(str(user.args[1]))])
-        graph.erase_node(user)
+    replace_quant(quant, results)
     for node, result in zip(kept, results[len(results) - len(kept) :], strict=True):
         node.replace_all_uses_with(result)
-    for node in (quant, *reversed(match.nodes)):
+    for node in reversed(match.nodes):
         # What else reads the nodes between was looked for: nothing does.
         if not node.users:
             graph.erase_node(node)

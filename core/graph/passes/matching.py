@@ -139,7 +139,7 @@ class _Search:
 
     def _bind(self, name: str, found: Any, state: _State) -> _State | None:
         if name in state.inputs and state.inputs[name] is not found:
-            return self._miss(_told(found), f"{name} as before", _told(found), state)
+            return self._miss(_named(found), f"{name} as before", _told(found), state)
         state.inputs[name] = found
         return state
 
@@ -149,8 +149,7 @@ class _Search:
         return [straight, straight[::-1]] if swaps else [straight]
 
     def _fail(self, wanted: fx.Node, found: Any, state: _State) -> _State | None:
-        name = found.name if isinstance(found, fx.Node) else repr(found)
-        return self._miss(name, str(wanted.target), _told(found), state)
+        return self._miss(_named(found), str(wanted.target), _told(found), state)
 
     def _miss(self, node: str, expected: str, found: str, state: _State) -> _State | None:
         """Remembers the failure, where it is the closest so far."""
@@ -163,6 +162,10 @@ class _Search:
 
 def _is_input(wanted: Any) -> bool:
     return isinstance(wanted, fx.Node) and wanted.op == "placeholder"
+
+
+def _named(value: Any) -> str:
+    return value.name if isinstance(value, fx.Node) else repr(value)
 
 
 def _told(value: Any) -> str:

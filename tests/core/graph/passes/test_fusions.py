@@ -13,6 +13,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
+from vllmc.core.graph.passes.expanded import expand_quants
 from vllmc.core.graph.passes.fusions import ACTIVATION_QUANT, NORM_QUANT
 from vllmc.core.torch_compat.post_grad import decomposed
 from vllmc.kernels import quant as _quant  # noqa: F401  (defines the ops)
@@ -242,3 +243,16 @@ def test_patterns_are_traced_once_however_many_layers_there_are() -> None:
     known = fusions._pattern.cache_info().currsize
     assert NORM_QUANT.run(layers(12)) == (12, None)
     assert fusions._pattern.cache_info().currsize == known
+
+
+def test_arguments_given_by_name_are_left_alone() -> None:
+    """None of them is lost."""
+    graph = fx.Graph()
+    x, scale = graph.placeholder("x"), graph.placeholder("scale")
+    call = graph.call_function(
+        vllmc.static_scaled_quant.default, (x,), {"scale": scale, "dtype": FP8}
+    )
+    graph.output((call,))
+    for run in (NORM_QUANT.run, ACTIVATION_QUANT.run, expand_quants):
+        assert run(graph) == (0, None)
+    assert call.kwargs == {"scale": scale, "dtype": FP8}
