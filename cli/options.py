@@ -270,7 +270,7 @@ class WorkerFlags:
         # A decoder has three units for each range. Two workers gain what starting them costs.
         few = processors == 2 and sum(len(unit_ranges(spec)) for spec in specs) == 1
         setting = settings.find("jobs", given, default=("1" if few else str(processors),))
-        (jobs,) = _counts("jobs", setting)
+        (jobs,) = counts("jobs", setting)
         if jobs == 1 or sys.platform != "linux":
             yield None
             return
@@ -323,8 +323,8 @@ def compile_request(
 
     ranges = given("compile-range", flags.compile_range, DEFAULT_RANGE)
     ops = given("splitting-op", flags.splitting_op, ATTENTION_OP)
-    layers = _counts("layers", given("layers", flags.layers))
-    sizes = _counts("compile-size", given("compile-size", flags.compile_size))
+    layers = counts("layers", given("layers", flags.layers))
+    sizes = counts("compile-size", given("compile-size", flags.compile_size))
     shapes = given("dynamic-shapes", flags.dynamic_shapes, "unbacked")
     names = given("layer-names", flags.layer_names, "hoisted")
     removed = _passes(given("no-pass", flags.no_pass), _left_out, origins)
@@ -382,7 +382,8 @@ def _truth(name: str, setting: Setting) -> bool:
     return choice(name, setting, ("false", "true", "0", "1")) in ("true", "1")
 
 
-def _counts(name: str, setting: Setting) -> tuple[int, ...]:
+def counts(name: str, setting: Setting) -> tuple[int, ...]:
+    """The setting's numbers, each at least 1; raises `UsageError` (`bad-value`)."""
     for text in setting.values:
         if not re.fullmatch(r"\s*\d+\s*", text) or int(text) < 1:
             raise UsageError(

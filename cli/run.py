@@ -12,6 +12,7 @@ from vllmc.cli import job as jobs
 from vllmc.cli import report
 from vllmc.cli.calibration import Calibration, CalibrationFlags
 from vllmc.cli.embed import EmbeddingFlags, embed
+from vllmc.cli.graphs import GraphFlags, graphs_row, tell_of_graphs
 from vllmc.cli.options import (
     CommonFlags,
     CompileFlags,
@@ -113,6 +114,7 @@ def run(
     generation: GenerationFlags,
     embedding: EmbeddingFlags,
     calibrating: CalibrationFlags,
+    graphs: GraphFlags,
     workers: WorkerFlags,
     common: CommonFlags,
     model: Annotated[
@@ -160,23 +162,30 @@ def run(
     gives may then be wrong. A token count in no compile range, a tensor with another dtype or
     layout than compiled for, and sizes that differ where they are one, are errors in any case.
 
+    With --cuda-graphs piecewise, on a GPU, a decode step of one of the --cuda-graph-size numbers of
+    sequences replays a CUDA graph of each piece once that number has come up a few times; other
+    steps run without. -v says what graphs took, and which pieces run without one, and why.
+
     With --json: model, key, outputs (prompt, token_ids, text or null, finish_reason: length or
     stop; with --logprobs logprobs: token_id, logprob, rank and top for each token), counts (hit,
-    dup, compiled units), recompiles (frame, class, guard, subject, expected, observed, count,
-    limit_hit, cost_seconds, pattern, dropped, fix; as recompiles has them), seconds (load,
-    first_token, total), tokens_per_second (prefill, decode). With several --batch-size, outputs
-    are those of the last. With --embed, in place of outputs: pooling and embeddings (prompt,
-    tokens: how many, embedding); seconds has load and total, and tokens_per_second is one number.
+    dup, compiled units), cuda_graphs (null without; sizes, graphs: how many, replayed_steps, bytes,
+    plain and failed: the cause by piece), recompiles (frame, class, guard, subject, expected,
+    observed, count, limit_hit, cost_seconds, pattern, dropped, fix; as recompiles has them),
+    seconds (load, first_token, total), tokens_per_second (prefill, decode). With several
+    --batch-size, outputs are those of the last. With --embed, in place of outputs: pooling and
+    embeddings (prompt, tokens: how many, embedding); seconds has load and total, and
+    tokens_per_second is one number.
     """
     settings = common.settings()
     output = common.output("run")
-    embedding.check(generation.given)
+    embedding.check(generation.given + graphs.given)
     asked = settings.find("guards", () if guards is None else (guards,), default=("drop",))
     checked = choice("guards", asked, GUARDS) == "check" or fail_on_recompile
     job = jobs.make(settings, compile_request(settings, compilation, model))
     if not job.model.runs_in_engine:
         raise _declared(job.label)
     calibrating.check(job.spec)
+    sizes = () if embedding.embed else graphs.sizes(settings, job.spec.device)
 
     from vllmc.core.obtain import Policy
     from vllmc.core.pipeline import obtain_program
@@ -214,17 +223,20 @@ def run(
                 pool=pool,
                 meanwhile=entry.build,
             )
-        program, check, load = _load(entry, ready, checked=checked)
+        program, check, load = _load(entry, ready, checked=checked, graph_sizes=sizes)
     if pooling is None:
         done = _generate(program, prompts, params, limits, tokenizer)
     else:
         done = embed(job, program, prompts, pooling, embedding.embed_output)
     broken = check.broken if check is not None else ()
+    recorded = None if program.graphs is None else program.graphs.report()
+    tell_of_graphs(output, recorded)
     row = {
         "model": job.model.name,
         "key": job.key,
         "counts": {name: ready.count(name) for name in ("hit", "dup", "compiled")},
         **done,
+        "cuda_graphs": graphs_row(recorded),
         "recompiles": [*done["recompiles"], *(guard.to_json() for guard in broken)],
         "seconds": {"load": round(load, 4), **done["seconds"]},
     }
@@ -265,6 +277,7 @@ class _Entry:
     """The model with its weights, built once; `seconds` is what that took."""
 
     def __init__(self, job: Job, calibration: Calibration, observer: Observer) -> None:
+        self.device = job.spec.device
         self._job = job
         self._calibration = calibration
         self._observer = observer
@@ -295,18 +308,20 @@ class _Entry:
 
 
 def _load(
-    entry: _Entry, ready: Ready, *, checked: bool
+    entry: _Entry, ready: Ready, *, checked: bool, graph_sizes: tuple[int, ...]
 ) -> tuple[Program, GuardCheck | None, float]:
     """The program with the model's weights, its guards if `checked`, and how long that took."""
     from vllmc.core.graph.layout import Layout
     from vllmc.core.pipeline import open_program
+    from vllmc.core.runtime.cuda_graphs import recorder_for
     from vllmc.core.runtime.guards import GuardCheck
 
     module = entry.build(ready.record)
     started = time.perf_counter()
     layout = Layout.from_json(ready.record.program)
     check = GuardCheck(layout, ready.record.guarded, module) if checked else None
-    program = open_program(ready, module, check)
+    recorder = recorder_for(entry.device) if graph_sizes else None
+    program = open_program(ready, module, check, recorder=recorder, graph_sizes=graph_sizes)
     return program, check, entry.seconds + time.perf_counter() - started
 
 

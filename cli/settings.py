@@ -64,6 +64,8 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="jobs", kind="integer"),
     Option(name="weights"),
     Option(name="guards"),
+    Option(name="cuda-graphs"),
+    Option(name="cuda-graph-size", kind="integer", repeatable=True),
     Option(name="summary"),
 )
 

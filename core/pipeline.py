@@ -8,6 +8,7 @@ a layout, and artifacts as bytes.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -29,6 +30,7 @@ from vllmc.core.models.model import Weights
 from vllmc.core.obtain import Policy, Reader, UnitResult, Wanted, find, label_of
 from vllmc.core.prediction import ANY_RANGE, Found, Meanwhile, Miss, explain_miss
 from vllmc.core.runtime.conditions import spoken
+from vllmc.core.runtime.cuda_graphs import DEFAULT_SIZES, CudaGraphs, Recorder
 from vllmc.core.runtime.loader import load_artifact
 from vllmc.core.runtime.program import Guards, Program, Variant, link
 from vllmc.core.spec import CompileRange, CompileSpec
@@ -115,10 +117,18 @@ def obtain_program(
         return _build(job, reader, observer, policy, weights, pool, started)
 
 
-def open_program(ready: Ready, entry: torch.nn.Module, guards: Guards | None = None) -> Program:
+def open_program(
+    ready: Ready,
+    entry: torch.nn.Module,
+    guards: Guards | None = None,
+    *,
+    recorder: Recorder | None = None,
+    graph_sizes: Sequence[int] = DEFAULT_SIZES,
+) -> Program:
     """Loads the artifacts, each once, and links them with the tensors of `entry`.
 
-    `guards` looks at each call, as a `GuardCheck` does.
+    `guards` looks at each call, as a `GuardCheck` does. With `recorder` (`recorder_for(device)`)
+    decode steps of `graph_sizes` tokens replay CUDA graphs: see `vllmc.core.runtime.cuda_graphs`.
     """
     layout = Layout.from_json(ready.record.program)
     artifacts = {unit.artifact: unit.data for unit in ready.units}
@@ -133,7 +143,8 @@ def open_program(ready: Ready, entry: torch.nn.Module, guards: Guards | None = N
         )
         for name in layout.ranges
     ]
-    return link(layout, entry, variants, guards)
+    graphs = None if recorder is None else CudaGraphs(layout, recorder, graph_sizes)
+    return link(layout, entry, variants, guards, graphs)
 
 
 def capture_model(job: Job, weights: Weights = "fake") -> Capture:

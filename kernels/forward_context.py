@@ -204,6 +204,11 @@ def forward_context(context: ForwardContext) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
+def running_context() -> ForwardContext | None:
+    """The context that ops see now; None outside of `forward_context`."""
+    return _CURRENT.get()
+
+
 def current_layer(layer_name: str) -> tuple[AttentionMetadata, LayerCache]:
     """The running step's metadata and the cache of the layer `layer_name`.
 

@@ -34,7 +34,7 @@ def written_memory(graph: fx.Graph) -> Memory:
         for tensor in _tensors(value_of(node)):
             if tensor._version > 0:
                 written.add(tensor.untyped_storage()._cdata)
-        for argument in _written_arguments(node):
+        for argument in written_arguments(node):
             written |= memory_of(argument)
     return frozenset(written)
 
@@ -80,8 +80,9 @@ def _view(tensor: torch.Tensor) -> tuple[object, ...]:
     return (tensor.untyped_storage()._cdata, tensor.dtype, *strides_of(tensor))
 
 
-def _written_arguments(node: fx.Node) -> Iterator[fx.Node]:
-    for overload in _overloads(node.target):
+def written_arguments(node: fx.Node) -> Iterator[fx.Node]:
+    """The arguments that the op's schema says it writes to; of other functions nothing is said."""
+    for overload in overloads_of(node.target):
         for index, argument in enumerate(overload._schema.arguments):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
@@ -90,7 +91,7 @@ def _written_arguments(node: fx.Node) -> Iterator[fx.Node]:
             yield from (n for n in nodes if isinstance(n, fx.Node))
 
 
-def _overloads(target: object) -> tuple[torch._ops.OpOverload, ...]:
+def overloads_of(target: object) -> tuple[torch._ops.OpOverload, ...]:
     """The overloads that a call of `target` may mean."""
     if isinstance(target, torch._ops.OpOverload):
         return (target,)

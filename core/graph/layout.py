@@ -76,6 +76,14 @@ class ExpertsSite:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Obstacle:
+    """Unique piece number `piece` cannot be recorded as a CUDA graph, because of `cause`."""
+
+    piece: int
+    cause: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnitStep:
     """Runs unique piece number `piece`."""
 
@@ -101,7 +109,8 @@ class Layout:
     `pieces` names each unique piece by the first piece that is it, in the order in which steps
     count them; `ranges` are the token counts (`A:B` or `N`) for which it was compiled. Of the
     sizes of a call, `demands` must hold, and `promises` are taken for granted: see `conditions`.
-    `written` are the arguments that the program writes to, by path.
+    `written` are the arguments that the program writes to, by path; `obstacles` say of pieces that
+    they run without a CUDA graph.
     """
 
     arguments: tuple[Argument, ...]
@@ -115,6 +124,7 @@ class Layout:
     demands: tuple[str, ...] = ()
     promises: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
+    obstacles: tuple[Obstacle, ...] = ()
 
     @property
     def sizes(self) -> tuple[str, ...]:
@@ -153,6 +163,7 @@ class Layout:
                 demands=tuple(data["demands"]),
                 promises=tuple(data["promises"]),
                 written=tuple(data["written"]),
+                obstacles=tuple(Obstacle(**row) for row in data["obstacles"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UnsafeCacheError(

@@ -13,9 +13,10 @@ from vllmc.core.cache.key import JsonValue
 from vllmc.core.compiler.protocol import Unit
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.capture import Capture
-from vllmc.core.graph.layout import Layout, OpStep, UnitStep
+from vllmc.core.graph.layout import Layout, Obstacle, OpStep, UnitStep
 from vllmc.core.graph.literals import encode
 from vllmc.core.graph.normalize import value_of
+from vllmc.core.graph.obstacles import obstacle
 from vllmc.core.graph.piece import Piece, canonical_piece, digest_of_cut
 from vllmc.core.graph.split import Cut, split, splits_at
 from vllmc.core.graph.targets import nearest_names, target_name
@@ -64,10 +65,13 @@ def make_plan(captured: Capture, spec: CompileSpec) -> Plan:
     pieces: dict[str, Piece] = {}
     names: dict[str, list[str]] = {}
     digests: dict[str, str] = {}
+    obstacles: list[Obstacle] = []
     for cut in cuts:
         if not cut.splitting:
             digest = digest_of_cut(cut, captured.roles)
             if digest not in pieces:
+                if (cause := obstacle(cut, captured.roles)) is not None:
+                    obstacles.append(Obstacle(piece=len(pieces), cause=cause))
                 pieces[digest] = canonical_piece(cut, captured.roles)
             names.setdefault(digest, []).append(cut.name)
             digests[cut.name] = digest
@@ -86,6 +90,7 @@ def make_plan(captured: Capture, spec: CompileSpec) -> Plan:
             demands=captured.assumptions.demands,
             promises=captured.assumptions.promises,
             written=captured.written,
+            obstacles=tuple(obstacles),
             **_steps(captured, cuts, {name: order[d] for name, d in digests.items()}),
         ),
     )

@@ -24,14 +24,13 @@ from vllmc.core.graph.literals import decode_constant
 from vllmc.core.graph.targets import find_target, import_by_name
 from vllmc.core.models.expert_modules import experts_of, has_experts
 from vllmc.core.runtime.arguments import ArgumentCheck
+from vllmc.core.runtime.cuda_graphs import CudaGraphs
+from vllmc.core.runtime.linked import Linked, Step, Unit
 from vllmc.core.runtime.loader import BoundPiece, PieceCallable, bind_piece
 from vllmc.core.spec import CompileRange
 from vllmc.kernels.attention import past_dispatcher
 from vllmc.kernels.experts import Experts
 from vllmc.kernels.layer_name import LayerName
-
-Step: TypeAlias = Callable[..., Any]
-"""Takes the tensors of `Layout.arguments`, in their order."""
 
 Guards: TypeAlias = Callable[[Sequence[int]], None]
 """Takes the sizes that vary, in the order of `Layout.sizes`."""
@@ -53,19 +52,22 @@ class Program:
     Returns what the module does. The token count, the first of the sizes that vary, chooses the
     variant: a size beats a range. Where nothing varies there is one variant. `guards` is called
     with the sizes that vary before each call that runs. `experts` are those that its ops look for,
-    by layer name: the forward context of a call must hold them.
+    by layer name: the forward context of a call must hold them. With `graphs` some calls replay
+    CUDA graphs; a program then runs one call at a time.
     """
 
     def __init__(
         self,
         layout: Layout,
         device: torch.device | None,
-        steps: Sequence[tuple[CompileRange, Step]],
+        steps: Sequence[tuple[CompileRange, Linked]],
         guards: Guards | None = None,
         experts: Mapping[str, Experts] = MappingProxyType({}),
+        graphs: CudaGraphs | None = None,
     ) -> None:
         self.layout = layout
         self.experts = experts
+        self.graphs = graphs
         self._check = ArgumentCheck(layout, device)
         self._guards = guards
         self._static = steps[0][1] if not layout.sizes else None
@@ -87,9 +89,10 @@ class Program:
         """Raises `VllmcError`: what `ArgumentCheck` and `variant` raise."""
         # Compiled code reads memory as it was told to: what it is given is checked here.
         sizes = self._check(arguments)
-        step = self._static or self.variant(sizes[0])
+        linked = self._static or self._variant(sizes[0])
         if self._guards is not None:
             self._guards(sizes)
+        step = linked.step if self.graphs is None else self.graphs.step(sizes, linked)
         return step(*arguments)
 
     def variant(self, tokens: int) -> Step:
@@ -97,6 +100,9 @@ class Program:
 
         Raises `VllmcError`: `zero-tokens`, `size-out-of-range`, `ambiguous-size`.
         """
+        return self._variant(tokens).step
+
+    def _variant(self, tokens: int) -> Linked:
         if (step := self._sizes.get(tokens)) is not None:
             return step
         candidates = [(given, step) for given, step in self._ranges if tokens in given]
@@ -127,6 +133,7 @@ def link(
     entry: torch.nn.Module,
     variants: Sequence[Variant],
     guards: Guards | None = None,
+    graphs: CudaGraphs | None = None,
 ) -> Program:
     """Binds `layout` to the tensors of `entry` and to the functions of each variant.
 
@@ -139,27 +146,46 @@ def link(
         if given.kind in {"attribute", "layer-name"}
     }
     device = next((t.device for t in bound.values() if isinstance(t, torch.Tensor)), None)
-    targets: dict[str, object] = {}
-    source = _step_source(layout, bound, targets)
-    code = compile(source, "<vllmc program>", "exec")
+    bind = _binder(layout, bound, copying=False)
     steps = []
     for variant in variants:
+        units = _units(layout, bound, variant)
+        step = bind({name: unit.call for name, unit in units.items()})
+        rebind = partial(_rebind, layout, bound)
+        steps.append((variant.range, Linked(step=step, units=units, rebind=rebind)))
+    return Program(layout, device, steps, guards, experts, graphs)
+
+
+def _rebind(layout: Layout, bound: Mapping[str, object], units: Mapping[str, BoundPiece]) -> Step:
+    return _binder(layout, bound, copying=True)(units)
+
+
+def _binder(
+    layout: Layout, bound: Mapping[str, object], *, copying: bool
+) -> Callable[[Mapping[str, BoundPiece]], Step]:
+    """A function from those of the unit steps, by name, to a step; `copying` its results."""
+    targets: dict[str, object] = {}
+    code = compile(_step_source(layout, bound, targets, copying), "<vllmc program>", "exec")
+
+    def bind(units: Mapping[str, BoundPiece]) -> Step:
         namespace: dict[str, Any] = {}
         exec(code, namespace)
-        pieces = _bound_pieces(layout, bound, variant)
-        steps.append((variant.range, namespace["bind"](**bound, **targets, **pieces)))
-    return Program(layout, device, steps, guards, experts)
+        step: Step = namespace["bind"](**bound, **targets, **units)
+        return step
+
+    return bind
 
 
-def _bound_pieces(
-    layout: Layout, bound: Mapping[str, object], variant: Variant
-) -> dict[str, BoundPiece]:
+def _units(layout: Layout, bound: Mapping[str, object], variant: Variant) -> dict[str, Unit]:
     """The function of each unit step, by name: a step's own, which has its layer's parameters."""
     return {
-        f"unit_{number}": bind_piece(
-            variant.pieces[step.piece],
-            len(step.args),
-            {place: bound[name] for place, name in enumerate(step.args) if name in bound},
+        f"unit_{number}": Unit(
+            piece=step.piece,
+            call=bind_piece(
+                variant.pieces[step.piece],
+                len(step.args),
+                {place: bound[name] for place, name in enumerate(step.args) if name in bound},
+            ),
         )
         for number, step in enumerate(layout.steps)
         if isinstance(step, UnitStep)
@@ -201,7 +227,9 @@ def _mismatch(given: GraphInput, found: str) -> VllmcError:
     )
 
 
-def _step_source(layout: Layout, bound: Mapping[str, object], targets: dict[str, object]) -> str:
+def _step_source(
+    layout: Layout, bound: Mapping[str, object], targets: dict[str, object], copying: bool
+) -> str:
     """Python source of `bind(...)`, which returns the step as a closure over what it is given."""
     places = {argument.path: f"a{index}" for index, argument in enumerate(layout.arguments)}
     lines = []
@@ -221,6 +249,10 @@ def _step_source(layout: Layout, bound: Mapping[str, object], targets: dict[str,
             lines.append(_op_line(step, targets))
         if number in dead:
             lines.append(f"del {', '.join(dead[number])}")
+    if copying:
+        copied = _constant(_copied, targets)
+        results = dict.fromkeys(_references(layout.result))
+        lines += [f"{_value(name)} = {copied}({name})" for name in results]
     lines.append(f"return {_argument(layout.result, targets)}")
     units = [f"unit_{n}" for n, step in enumerate(layout.steps) if isinstance(step, UnitStep)]
     arguments = ", ".join([*bound, *targets, *units])
@@ -298,6 +330,10 @@ def _with_attributes(cls: Any, attributes: Mapping[str, object]) -> object:
     made = cls.__new__(cls)
     vars(made).update(attributes)
     return made
+
+
+def _copied(value: object) -> object:
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _constant(value: object, targets: dict[str, object]) -> str:
