@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias, get_args
 
 import typer
 
@@ -14,6 +14,9 @@ from vllmc.core.errors import UsageError
 
 if TYPE_CHECKING:
     from vllmc.core.runtime.cuda_graphs import GraphReport
+    from vllmc.core.spec import CompileSpec
+
+_INDUCTORS_OWN: Final = "triton.cudagraphs"
 
 GraphMode: TypeAlias = Literal["none", "piecewise"]
 
@@ -45,16 +48,18 @@ class GraphFlags:
         values = {"--cuda-graphs": self.cuda_graphs, "--cuda-graph-size": self.cuda_graph_size}
         return tuple(name for name, value in values.items() if value)
 
-    def sizes(self, settings: Settings, device: str) -> tuple[int, ...]:
-        """The numbers of tokens to record on `device` (`cuda:0`); none where nothing is recorded.
+    def sizes(self, settings: Settings, spec: CompileSpec) -> tuple[int, ...]:
+        """The numbers of tokens to record of a program of `spec`; none where nothing is recorded.
 
         Raises `UsageError`: `bad-value`, and `needs-gpu` where graphs are asked for on a CPU.
         """
         from vllmc.core.runtime.cuda_graphs import DEFAULT_SIZES
 
-        on_gpu = device.startswith("cuda")
+        device, on_gpu = spec.device, spec.device.startswith("cuda")
         flags = () if self.cuda_graphs is None else (self.cuda_graphs,)
-        default = "piecewise" if on_gpu else "none"
+        # Inductor's own graphs cannot be recorded within others.
+        inner = dict(spec.inductor).get(_INDUCTORS_OWN) is True
+        default = "piecewise" if on_gpu and not inner else "none"
         asked = settings.find("cuda-graphs", flags, default=(default,))
         mode = choice("cuda-graphs", asked, get_args(GraphMode))
         given = settings.find("cuda-graph-size", self.cuda_graph_size or (), default=())
@@ -65,6 +70,13 @@ class GraphFlags:
                 f"CUDA graphs need a GPU, and the program runs on {device}",
                 context={"origin": asked.origin},
                 hint="leave --cuda-graphs out, or give --device cuda on a machine with a GPU",
+            )
+        if mode == "piecewise" and inner:
+            raise UsageError(
+                "bad-value",
+                f"--cuda-graphs piecewise with -O {_INDUCTORS_OWN}=true, which records its own",
+                context={"origin": asked.origin},
+                hint="leave one of them out",
             )
         if mode == "none" and given.origin == "flag":
             raise UsageError(

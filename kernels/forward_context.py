@@ -15,6 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vllmc.core.errors import VllmcError
+from vllmc.kernels.copies import sent
 from vllmc.kernels.experts import Experts
 from vllmc.kernels.kv_cache import BlockTable, LayerCache
 
@@ -141,9 +142,7 @@ def _tables(sequences: Sequence[SequenceSpan], device: torch.device) -> DeviceTa
     blocks = pad_sequence([span.table.packed for span in sequences], batch_first=True)
     # One copy: each costs as much as a small kernel.
     host = torch.cat([torch.tensor(starts + totals, dtype=torch.int32), blocks.flatten()])
-    if device.type == "cuda":
-        host = host.pin_memory()
-    there = host.to(device, non_blocking=True)
+    there = sent(host, device)
     return DeviceTables(
         starts=there[: count + 1],
         totals=there[count + 1 : 2 * count + 1],

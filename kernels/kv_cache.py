@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from vllmc.core.errors import VllmcError
+from vllmc.kernels.copies import sent_numbers
 
 
 class OutOfBlocksError(VllmcError):
@@ -59,7 +60,7 @@ class BlockTable:
             slots = range(first * block_size, (first + count) * block_size)
             return cls(ids=tuple(ids), packed=packed, slots=slots, gather=None)
         scattered = [block * block_size + offset for block in ids for offset in range(block_size)]
-        gather = torch.tensor(scattered, dtype=torch.int64, device=device)
+        gather = sent_numbers(scattered, device)
         return cls(ids=tuple(ids), packed=packed, slots=scattered, gather=gather)
 
 

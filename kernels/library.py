@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -27,10 +28,23 @@ def define_op(schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any],
 
 
 def imported_when_called(place: str) -> Callable[..., Any]:
-    """The function that stands at `place`, `module:function`, whose module is not imported yet."""
+    """The function that stands at `place`, `module:function`, whose module is not imported yet.
+
+    It is called for the GPU of the first tensor that it is given: Triton launches on the current
+    one, whatever its tensors are on.
+    """
     module, _, name = place.partition(":")
 
+    @cache
+    def found() -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return function
+
     def call(*args: object, **kwargs: object) -> Any:
-        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+        device = next(given.device for given in args if isinstance(given, torch.Tensor))
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return found()(*args, **kwargs)
+        with torch.cuda.device(device):
+            return found()(*args, **kwargs)
 
     return call

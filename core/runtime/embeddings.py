@@ -14,6 +14,7 @@ from vllmc.core.diagnose.recompiles import Recompile
 from vllmc.core.models.model import EncoderInfo
 from vllmc.core.models.pooling import Pooling
 from vllmc.core.runtime.workload import repeat
+from vllmc.kernels.copies import sent_numbers
 from vllmc.kernels.forward_context import forward_context, whole_sequences
 
 Step: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -49,14 +50,14 @@ class Embedder:
         lengths = [len(prompt) for prompt in prompts]
         with torch.no_grad(), forward_context(whole_sequences(lengths)):
             states = self.step(
-                torch.tensor([ids], dtype=torch.int64, device=self.device),
-                torch.tensor([positions], dtype=torch.int64, device=self.device),
+                sent_numbers([ids], self.device),
+                sent_numbers([positions], self.device),
             )
+        states = states.to("cpu", torch.float32)
         return torch.stack([self._pool(part) for part in states.split(lengths)])
 
     def _pool(self, states: torch.Tensor) -> torch.Tensor:
         """The embedding of one sequence, from its hidden states `[tokens, H]`."""
-        states = states.to("cpu", torch.float32)
         if self.pooling == "mean":
             return states.mean(dim=0)
         return states[0 if self.pooling == "cls" else -1]

@@ -20,6 +20,7 @@ import torch
 from vllmc.core.errors import VllmcError
 from vllmc.core.runtime.sampler import Sampler, SamplingParams, TokenLogprobs
 from vllmc.core.spec import CompileRange
+from vllmc.kernels.copies import sent_numbers
 from vllmc.kernels.experts import Experts
 from vllmc.kernels.forward_context import (
     AttentionMetadata,
@@ -361,7 +362,7 @@ class _Run:
         """Runs the model on `batch` and appends the sampled tokens."""
         device = self._config.device
         metadata = AttentionMetadata(
-            slots=torch.tensor(batch.slots, dtype=torch.int64, device=device),
+            slots=sent_numbers(batch.slots, device),
             sequences=batch.spans,
         )
         # One row of logits even where none is wanted: no program is asked for an empty result.
@@ -369,9 +370,9 @@ class _Run:
         context = ForwardContext(metadata=metadata, caches=self._caches, experts=self._experts)
         with forward_context(context):
             logits = self._step(
-                torch.tensor([batch.ids], dtype=torch.int64, device=device),
-                torch.tensor([batch.positions], dtype=torch.int64, device=device),
-                torch.tensor(rows, dtype=torch.int64, device=device),
+                sent_numbers([batch.ids], device),
+                sent_numbers([batch.positions], device),
+                sent_numbers(rows, device),
             )
         if not batch.sampled:
             return

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vllmc.core.errors import UsageError
-from vllmc.kernels.logprobs import gather_logprobs
+from vllmc.kernels.logprobs import GatheredLogprobs, gather_logprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +84,8 @@ class Sampler:
         token_ids = tuple(chosen.tolist())
         if self._params.logprobs is None:
             return Sampled(token_ids=token_ids, logprobs=None)
-        return Sampled(
-            token_ids=token_ids, logprobs=_token_logprobs(logits, chosen, self._params.logprobs)
-        )
+        gathered = gather_logprobs(logits, chosen, self._params.logprobs)
+        return Sampled(token_ids=token_ids, logprobs=_token_logprobs(token_ids, gathered))
 
     def _draw(self, logits: torch.Tensor) -> torch.Tensor:
         """`[B]` token ids, drawn with temperature and top-p."""
@@ -103,11 +102,10 @@ class Sampler:
 
 
 def _token_logprobs(
-    logits: torch.Tensor, chosen: torch.Tensor, count: int
+    token_ids: tuple[int, ...], gathered: GatheredLogprobs
 ) -> tuple[TokenLogprobs, ...]:
-    gathered = gather_logprobs(logits, chosen, count)
     rows = zip(
-        chosen.tolist(),
+        token_ids,
         gathered.token_logprobs.tolist(),
         gathered.token_ranks.tolist(),
         gathered.top_ids.tolist(),

@@ -13,6 +13,7 @@ from vllmc.cli.output import Output, make_console
 from vllmc.cli.settings import load_settings
 from vllmc.core.errors import UsageError
 from vllmc.core.runtime.cuda_graphs import DEFAULT_SIZES, GraphReport
+from vllmc.core.spec import CompileSpec
 
 REPORT = GraphReport(
     sizes=(1, 8),
@@ -29,10 +30,11 @@ def sizes(
     device: str,
     *,
     environment: Mapping[str, str] | None = None,
+    inductor: tuple[tuple[str, Any], ...] = (),
     **flags: Any,
 ) -> tuple[int, ...]:
     settings = load_settings(environment=environment or {}, directory=tmp_path)
-    return GraphFlags(**flags).sizes(settings, device)
+    return GraphFlags(**flags).sizes(settings, CompileSpec(device=device, inductor=inductor))
 
 
 def test_decode_sizes_are_recorded_on_a_gpu_and_nothing_on_a_cpu(tmp_path: Path) -> None:
@@ -54,6 +56,14 @@ def test_sizes_take_the_place_of_the_default(tmp_path: Path) -> None:
     assert sizes(tmp_path, "cuda") == (3, 9)
     # A file that is shared with a machine that has no GPU is no mistake.
     assert sizes(tmp_path, "cpu") == ()
+
+
+def test_inductor_s_own_graphs_are_not_recorded_within_others(tmp_path: Path) -> None:
+    own = (("triton.cudagraphs", True),)
+    assert sizes(tmp_path, "cuda", inductor=own) == ()
+    assert sizes(tmp_path, "cuda", inductor=(("triton.cudagraphs", False),)) == DEFAULT_SIZES
+    with pytest.raises(UsageError, match="records its own"):
+        sizes(tmp_path, "cuda", inductor=own, cuda_graphs="piecewise")
 
 
 @pytest.mark.parametrize(
