@@ -22,7 +22,7 @@ from vllmc.core.pipeline import Ready, obtain_program, open_program
 from vllmc.core.runtime.calibration import calibrate, random_prompts
 from vllmc.core.runtime.cuda_graphs import DEFAULT_SIZES, GraphReport, Recorder
 from vllmc.core.runtime.sampler import SamplingParams
-from vllmc.core.runtime.workload import Limits, run_workload
+from vllmc.core.runtime.workload import Limits, make_engine, run_workload
 from vllmc.core.spec import CompileSpec
 
 VOCAB = 96
@@ -163,3 +163,26 @@ def generated(
     result = run_workload(program, prompts, params, limits_of(job), batch_sizes=batch_sizes)
     report = None if program.graphs is None else program.graphs.report()
     return [output.token_ids for output in result.outputs], report
+
+
+def logits(job: Job, ready: Ready, prompt: Sequence[int]) -> torch.Tensor:
+    """What the program makes of the prompt after each token: `[T, vocab]`, float64, on the CPU."""
+    program = open_program(ready, entry_of(job, ready))
+    found = []
+
+    def step(ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        found.append(program(ids, positions, torch.arange(ids.shape[1], device=ids.device)))
+        return found[-1][rows]
+
+    params = SamplingParams(max_new_tokens=1)
+    engine = make_engine(
+        step,
+        program.layout.attention,
+        [[prompt]],
+        params,
+        limits_of(job),
+        max_tokens=len(prompt),
+        experts=program.experts,
+    )
+    engine.generate([prompt], params)
+    return found[0].cpu().double()
