@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from graphed import NEW_TOKENS, PROMPTS
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+# torch warns of things on a GPU that it does not on a CPU.
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 EXECUTABLE = Path(sys.executable).parent / "vllmc"
 

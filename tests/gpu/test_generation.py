@@ -12,7 +12,8 @@ from graphed import FAMILIES, PROMPTS, generated, logits
 from vllmc.core.runtime.cuda_graphs import CudaRecorder, RecordingFailed
 from vllmc.core.spec import CompileRange, Quantization
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+# torch warns of things on a GPU that it does not on a CPU.
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 Make = Callable[..., Any]
 CASES: list[tuple[str, dict[str, Any]]] = [
