@@ -25,7 +25,7 @@ from vllmc.core.compiler.protocol import (
     example_scope,
 )
 from vllmc.core.errors import VllmcError
-from vllmc.core.graph.passes.manager import identity_of, passes_at, run_passes
+from vllmc.core.graph.passes.manager import passes_at, run_passes
 from vllmc.core.graph.passes.report import PassReport
 from vllmc.core.passes import PassChoice
 from vllmc.core.spec import CompileSpec
@@ -95,7 +95,7 @@ class _Passes:
         """Within it they are run over what Inductor compiles."""
         if not self._choices and not self._wanted:
             return nullcontext()
-        return at_post_grad(self, identity_of(self._choices))
+        return at_post_grad(self)
 
     def __call__(self, graph: fx.Graph) -> None:
         self._write("before.py", graph)

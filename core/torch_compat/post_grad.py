@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -18,12 +19,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 
 class _Hook(CustomGraphPass):
-    """What Inductor calls with each graph; `identity` stands for it in torch's own keys."""
+    """What Inductor calls with each graph."""
 
-    def __init__(self, run: Callable[[fx.Graph], None], identity: str, before: Any) -> None:
+    def __init__(self, run: Callable[[fx.Graph], None], before: Any) -> None:
         self._run = run
-        self._identity = identity
         self._before = before
+        # It stands for the hook in the keys of Inductor's own cache, which bundles go through.
+        # What is found there is not compiled, and `run` would see nothing of it.
+        self._identity = secrets.token_hex(16)
 
     def __call__(self, graph: fx.Graph) -> None:
         if self._before is not None:
@@ -35,14 +38,14 @@ class _Hook(CustomGraphPass):
 
 
 @contextmanager
-def at_post_grad(run: Callable[[fx.Graph], None], identity: str) -> Iterator[None]:
+def at_post_grad(run: Callable[[fx.Graph], None]) -> Iterator[None]:
     """Within it Inductor hands `run` each graph that it compiles, to change it in place.
 
     Nodes may be left in any order: Inductor sorts them. A pass that is set there already runs
-    first. `identity` must be another one where `run` does something else.
+    first. Nothing that Inductor compiled before is taken from its own cache.
     """
     before = inductor_config.post_grad_custom_post_pass
-    with inductor_config.patch(post_grad_custom_post_pass=_Hook(run, identity, before)):
+    with inductor_config.patch(post_grad_custom_post_pass=_Hook(run, before)):
         yield
 
 

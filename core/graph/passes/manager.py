@@ -10,7 +10,7 @@ from typing import Final, TypeAlias
 
 import torch.fx as fx
 
-from vllmc.core.cache.key import JsonValue, canonical_json, sha256_hex
+from vllmc.core.cache.key import JsonValue
 from vllmc.core.graph.passes.report import NearMiss, PassReport
 from vllmc.core.passes import PASSES, PassChoice, Stage
 from vllmc.core.ranges import CompileRange
@@ -90,8 +90,3 @@ def identity(choice: PassChoice) -> dict[str, JsonValue]:
         "source": hashlib.sha256(source).hexdigest()[:_DIGITS],
         "tokens": None if choice.tokens is None else str(choice.tokens),
     }
-
-
-def identity_of(choices: Iterable[PassChoice]) -> str:
-    """One text for several passes, by which they are told from any others."""
-    return sha256_hex(canonical_json({c.name: identity(c) for c in choices}))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -267,6 +268,29 @@ def test_the_code_of_a_bundle_is_what_was_generated_and_nothing_else(
     assert bundle_code(plain) == bundle_code(tuned)
     assert bundle_code(plain) != bundle_code(bundle(3))
     assert bundle_code(plain) != bundle_code(bundle(2, ("size_asserts", False)))
+
+
+def test_a_pass_sees_each_bundle_whatever_inductor_has_in_its_own_cache(
+    trace_toy: Any, ops: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllmc.core.compiler.protocol import example_inputs, example_scope
+    from vllmc.core.graph.plan import make_plan, plan_units
+    from vllmc.core.torch_compat.config import applied
+    from vllmc.core.torch_compat.inductor import bundle_code, generate_bundle
+    from vllmc.core.torch_compat.post_grad import at_post_grad
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    captured, spec = trace_toy(lambda e, x, p, r: ops.cut(ops.cut(x).sin() * 2)[0])
+    unit = plan_units(make_plan(captured, spec), spec)[1][1]
+    seen: list[int] = []
+    codes = set()
+    for turn in (1, 2):
+        with applied(vllmc_overrides(spec)), at_post_grad(lambda g: seen.append(len(g.nodes))):
+            scope = example_scope(unit, spec)
+            data = generate_bundle(unit.piece.module, example_inputs(unit, scope), scope)
+        assert len(seen) == turn
+        codes.add(bundle_code(data))
+    assert len(codes) == 1
 
 
 def test_what_inductor_would_need_a_runtime_wrapper_for_is_refused() -> None:
