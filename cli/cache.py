@@ -12,7 +12,6 @@ from vllmc.cli import render
 from vllmc.cli.options import CommonFlags, command
 from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.cache.record import ProgramRecord, UnitRecord
-from vllmc.core.cache.store import Store
 from vllmc.core.errors import UnsafeCacheError
 
 JsonRow = dict[str, JsonValue]
@@ -21,7 +20,7 @@ JsonRow = dict[str, JsonValue]
 @command
 def ls(common: CommonFlags) -> None:
     """List the compiled programs, the last used first."""
-    store = Store(common.settings().cache_dir)
+    store = common.settings().store()
     rows = [entry.to_json() for entry in store.entries()]
     common.output("cache ls").data({"entries": rows}, lambda: render.entries(rows))
 
@@ -39,7 +38,7 @@ def show(
     (key, id, model, created, pieces, units, sources, factor_groups), the newest first; a unit has
     one record (key, artifact, format, code, bytes, seconds, created, factor_groups).
     """
-    store = Store(common.settings().cache_dir)
+    store = common.settings().store()
     full = store.resolve_prefix(key)
     record = store.record(full)
     output = common.output("cache show")
@@ -57,7 +56,7 @@ def stats(common: CommonFlags) -> None:
 
     With --json, stats has programs, units, artifacts, bytes, unreferenced_bytes and by_model.
     """
-    store = Store(common.settings().cache_dir)
+    store = common.settings().store()
     row = dataclasses.asdict(store.stats())
     common.output("cache stats").data({"stats": row}, lambda: render.stats(row))
 
@@ -75,7 +74,7 @@ def verify(
     removed (path, reason). With --repair the exit code is 0 unless something corrupt is left.
     """
     output = common.output("cache verify")
-    store = Store(common.settings().cache_dir)
+    store = common.settings().store()
     problems = store.verify()
     plan = store.plan_repair(problems)
     if repair:

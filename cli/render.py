@@ -149,6 +149,13 @@ def problems(rows: Sequence[Row], removed: Sequence[Row]) -> RenderableType | st
     return Group(found, "", gone)
 
 
+def trusted(rows: Sequence[Row]) -> RenderableType | str:
+    """The table of `trust ls`."""
+    if not rows:
+        return "no key is trusted"
+    return Listing(headings=("NAME", "KEY"), rows=tuple((row["name"], row["key"]) for row in rows))
+
+
 def programs(rows: Sequence[Row]) -> RenderableType:
     """A program's records, as `cache show` prints them."""
     first, *others = map(_program, rows)

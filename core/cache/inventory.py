@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -82,11 +83,7 @@ def entries(store: Store) -> tuple[Entry, ...]:
 
 def stats(store: Store) -> Stats:
     """The sums over every artifact and every readable record."""
-    sizes = {
-        found.key: plain_size(found.path) or 0
-        for found in store.layout.walk("blobs")
-        if found.section == "blobs"
-    }
+    sizes = {found.key: plain_size(found.path) or 0 for found in store.walk("blobs")}
     keys: defaultdict[str, set[str]] = defaultdict(set)
     artifacts: defaultdict[str, set[str]] = defaultdict(set)
     for program in store.outlines():
@@ -119,15 +116,15 @@ def _entry(store: Store, key: str, outlines: Sequence[Outline]) -> Entry:
         model=newest.model,
         created=newest.created,
         last_used=max(newest.created, _used(store, key)),
-        bytes=sum(plain_size(store.layout.blob(digest)) or 0 for digest in artifacts),
+        bytes=sum(store.artifact_size(digest) or 0 for digest in artifacts),
         units=len({unit.key for outline in outlines for unit in outline.units}),
     )
 
 
 def _used(store: Store, key: str) -> float:
-    path = store.layout.used(key)
-    try:
-        with reading(path):
-            return path.lstat().st_mtime
-    except FileNotFoundError:
-        return 0.0
+    times = [0.0]
+    for layout in store.layouts:
+        path = layout.used(key)
+        with suppress(FileNotFoundError), reading(path):
+            times.append(path.lstat().st_mtime)
+    return max(times)
