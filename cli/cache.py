@@ -94,12 +94,14 @@ def verify(
 def path(common: CommonFlags) -> None:
     """Print where the cache lies.
 
-    With --json, path and origin: flag, env:NAME, file:NAME:LINE or default.
+    With --json, path, below (the layers that are only read) and origin: flag, env:NAME,
+    file:NAME:LINE or default.
     """
     settings = common.settings()
-    where = str(settings.cache_dir)
+    where, *below = map(str, settings.cache_dirs)
     common.output("cache path").data(
-        {"path": where, "origin": settings.cache_dir_origin}, lambda: where
+        {"path": where, "below": below, "origin": settings.cache_dir_origin},
+        lambda: "\n".join([where, *below]),
     )
 
 

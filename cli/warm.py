@@ -135,12 +135,12 @@ def warm(
         raise UsageError(
             "bad-value", f"--check compiles nothing, so it cannot {asked}", hint="leave one out"
         )
+    store = settings.store()
     # All of them first, so that a mistake in the last is found before anything is compiled.
     todo = [
         make(settings, compile_request(settings, compilation, model))
         for model in models or [DEFAULT_PRESET]
     ]
-    store = settings.store()
     if check:
         rows = [_predict(job, store) for job in todo]
         code = max(_PREDICTED_CODES.get(row["outcome"], 0) for row in rows)
