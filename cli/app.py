@@ -78,6 +78,9 @@ def build_app(*, rich_help: bool = False) -> TyperGroup:
         "show": "vllmc.cli.cache:show",
         "stats": "vllmc.cli.cache:stats",
         "verify": "vllmc.cli.cache:verify",
+        "export": "vllmc.cli.bundles:export",
+        "import": "vllmc.cli.bundles:import_",
+        "check-bundle": "vllmc.cli.bundles:check_bundle",
         "path": "vllmc.cli.cache:path",
     }
     trust = {

@@ -156,6 +156,47 @@ def trusted(rows: Sequence[Row]) -> RenderableType | str:
     return Listing(headings=("NAME", "KEY"), rows=tuple((row["name"], row["key"]) for row in rows))
 
 
+def bundle(row: Row) -> RenderableType:
+    """What `cache export` wrote."""
+    return Group(
+        facts(
+            ("bundle", row["bundle"]),
+            ("file", f"{row['file']}, {size(row['bytes'])}, {len(row['files'])} files"),
+            ("signed by", row["signed_by"] or "nobody"),
+        ),
+        "",
+        _bundled(row["programs"]),
+    )
+
+
+def imported(row: Row) -> RenderableType:
+    """What `cache import` took in."""
+    return Group(
+        facts(
+            ("bundle", f"{row['bundle']}, {row['vouched']}"),
+            ("files", f"{row['added']} new of {len(row['files'])}"),
+        ),
+        "",
+        _bundled(row["programs"]),
+    )
+
+
+def _bundled(rows: Sequence[Row]) -> RenderableType:
+    return Listing(
+        headings=("KEY", "MODEL", ">UNITS", "CREATED", "TORCH"),
+        rows=tuple(
+            (
+                short_key(row["key"]),
+                row["model"],
+                str(row["units"]),
+                moment(row["created"]),
+                str(row["factors"].get("versions.torch")),
+            )
+            for row in rows
+        ),
+    )
+
+
 def programs(rows: Sequence[Row]) -> RenderableType:
     """A program's records, as `cache show` prints them."""
     first, *others = map(_program, rows)

@@ -38,7 +38,7 @@ Weights: TypeAlias = Literal["fake", "real"]
 
 WEIGHTS: tuple[Weights, ...] = ("fake", "real")
 _PREDICTED = {"hit": "would-hit", "miss": "would-miss"}
-_PREDICTED_CODES = {
+PREDICTED_CODES = {
     "would-miss": CheckFailed.exit_code,
     "unknown": CheckFailed.exit_code,
     "unsafe": UnsafeCacheError.exit_code,
@@ -142,8 +142,8 @@ def warm(
         for model in models or [DEFAULT_PRESET]
     ]
     if check:
-        rows = [_predict(job, store) for job in todo]
-        code = max(_PREDICTED_CODES.get(row["outcome"], 0) for row in rows)
+        rows = [predict_row(job, store) for job in todo]
+        code = max(PREDICTED_CODES.get(row["outcome"], 0) for row in rows)
     else:
         with workers.pool(settings, [job.spec for job in todo]) as pool:
             from vllmc.core.obtain import Policy
@@ -172,7 +172,8 @@ def _summary_file(settings: Settings, flag: str | None) -> Path | None:
     return Path(values[0]).expanduser() if values else settings.step_summary
 
 
-def _predict(job: Job, store: Store) -> Row:
+def predict_row(job: Job, store: Store) -> Row:
+    """The row of `warm --check`: what a warm would find in `store`."""
     from vllmc.core.prediction import predict
 
     return _check_row(job, predict(job, store))

@@ -6,6 +6,7 @@ v1/programs/ab/<key>/<id>.json     the records of a program, one per version of 
 v1/codes/ab/<code digest>          which artifact holds this generated code
 v1/used/<key>                      its modification time is the last use of the program
 v1/locks/<name>.lock               held while a program is compiled; never removed
+v1/imports/<bundle>.json           where programs came from that were not compiled here
 v1/tmp/                            files on their way to one of the above
 """
 
@@ -21,7 +22,7 @@ from typing import Literal, TypeAlias
 from vllmc.core.cache.files import reading
 
 Section: TypeAlias = Literal[
-    "blobs", "units", "programs", "codes", "used", "locks", "tmp", "foreign"
+    "blobs", "units", "programs", "codes", "used", "locks", "imports", "tmp", "foreign"
 ]
 
 _FORMS: tuple[tuple[Section, re.Pattern[str]], ...] = (
@@ -34,10 +35,23 @@ _FORMS: tuple[tuple[Section, re.Pattern[str]], ...] = (
     ("codes", re.compile(r"codes/([0-9a-f]{2})/(?P<key>\1[0-9a-f]{62})")),
     ("used", re.compile(r"used/(?P<key>[0-9a-f]{64})")),
     ("locks", re.compile(r"locks/(?P<key>[\w.-]+)\.lock")),
+    ("imports", re.compile(r"imports/(?P<key>[0-9a-f]{64})\.json")),
     ("tmp", re.compile(r"tmp/(?P<key>[\w.-]+)")),
 )
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LOCK_NAME = re.compile(r"[\w.-]+")
+
+
+def section_of(relative: str) -> tuple[Section, str, str]:
+    """The section of a path below `v1/`, the key, digest or name in it, and a program record's id.
+
+    What has no section's form is `foreign`, without a key.
+    """
+    for section, form in _FORMS:
+        if match := form.fullmatch(relative):
+            groups = match.groupdict()
+            return section, groups["key"], groups.get("id", "")
+    return "foreign", "", ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +110,11 @@ class Layout:
         assert _DIGEST.fullmatch(key), key
         return self.top / "used" / key
 
+    def imported(self, bundle: str) -> Path:
+        """The path of the note of an imported bundle."""
+        assert _DIGEST.fullmatch(bundle), bundle
+        return self.top / "imports" / f"{bundle}.json"
+
     def lock(self, name: str) -> Path:
         """The path of the lock of this name."""
         assert _LOCK_NAME.fullmatch(name), name
@@ -126,12 +145,8 @@ class Layout:
                 yield found
 
     def _classify(self, path: Path) -> Found:
-        relative = path.relative_to(self.top).as_posix()
-        for section, form in _FORMS:
-            if match := form.fullmatch(relative):
-                groups = match.groupdict()
-                return Found(section=section, key=groups["key"], id=groups.get("id", ""), path=path)
-        return Found(section="foreign", key="", id="", path=path)
+        section, key, record_id = section_of(path.relative_to(self.top).as_posix())
+        return Found(section=section, key=key, id=record_id, path=path)
 
     def _fanned(self, section: Section, digest: str) -> Path:
         assert _DIGEST.fullmatch(digest), digest

@@ -230,6 +230,15 @@ class Store:
                 if isinstance(record := self.load(found), UnitRecord):
                     yield record
 
+    def readable_unit(self, key: str) -> UnitRecord | None:
+        """The record of a unit, to be shown; None where there is none that can be read."""
+        for layout in self.layouts:
+            with suppress(VllmcError):
+                found = Found(section="units", key=key, id="", path=layout.unit(key))
+                if isinstance(record := self.load(found), UnitRecord):
+                    return record
+        return None
+
     def readable_programs(self) -> Iterator[ProgramRecord]:
         """Every program's record that can be read; `verify` names the others."""
         for found in self.walk("programs"):

@@ -1,0 +1,283 @@
+"""Programs out of a cache and into another, by a bundle. Imports no torch.
+
+What comes in is verified whole before any of it is published, and it is published in the order in
+which `warm` stores: artifacts, units, programs. A process that dies in between leaves nothing that
+refers to what is not there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllmc.core.cache import bundle
+from vllmc.core.cache.bundle import BadBundle, Manifest, Reader
+from vllmc.core.cache.files import (
+    IrregularFile,
+    open_plain,
+    read_plain,
+    write_plain,
+    writing,
+)
+from vllmc.core.cache.key import JsonValue, canonical_json
+from vllmc.core.cache.record import ProgramRecord, UnitRecord, encode
+from vllmc.core.cache.signing import split
+from vllmc.core.cache.store import Store
+from vllmc.core.cache.trust import Trust, Untrusted
+from vllmc.core.cache.trust_store import trusted_keys
+from vllmc.core.errors import VllmcError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vouched:
+    """Why a bundle is used: the name and key of who signed it, or `--trust-unsigned`."""
+
+    name: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"signed by {self.name}" if self.key else "not signed, used by --trust-unsigned"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Imported:
+    """What an import did: the bundle, why it was used, and its programs.
+
+    `added` counts the files that were not there before, of `files`.
+    """
+
+    manifest: Manifest
+    vouched: Vouched
+    programs: tuple[ProgramRecord, ...]
+    added: int
+    files: int
+
+
+def select(store: Store, names: Iterable[str]) -> tuple[ProgramRecord, ...]:
+    """The programs that are meant: by key, by its first 8 or more hex digits, or by model.
+
+    Raises `VllmcError` (`unknown-key`, `ambiguous-key`) and what `Store.programs` does.
+    """
+    models: dict[str, set[str]] = {}
+    for outline in store.outlines():
+        models.setdefault(outline.model, set()).add(outline.key)
+    found: dict[str, ProgramRecord] = {}
+    for name in names:
+        keys = models.get(name) or {_program_key(store, name, sorted(models))}
+        for key in sorted(keys):
+            found |= {record.id: record for record in store.programs(key)}
+    return tuple(found.values())
+
+
+def _program_key(store: Store, name: str, models: list[str]) -> str:
+    try:
+        key = store.resolve_prefix(name)
+    except VllmcError as error:
+        if error.code not in ("bad-key", "unknown-key"):
+            raise
+        key = ""
+    if not key or not store.programs(key):
+        raise VllmcError(
+            "unknown-key",
+            f"the cache holds no program called '{name}', nor one whose key begins so",
+            context={"cache": str(store.root), "models": models},
+            hint="vllmc cache ls lists the programs; vllmc warm compiles one",
+        )
+    return key
+
+
+def export(store: Store, programs: Iterable[ProgramRecord], target: Path) -> Manifest:
+    """Writes a bundle of these programs to `target`, in place of any file there.
+
+    It is signed by `store.signing`, if there is one. Raises `VllmcError` (`missing-unit`,
+    `missing-artifact`), what reading a store raises and what `files.writing` does.
+    """
+    files: dict[str, bytes] = {}
+    programs = tuple(programs)
+    for program in programs:
+        layout = store.layout
+        path = layout.program(program.key, program.id).relative_to(layout.top).as_posix()
+        files[path] = encode(program)
+        for unit in program.units:
+            record = store.unit(unit.key)
+            if record is None:
+                raise VllmcError(
+                    "missing-unit",
+                    f"the cache lacks unit {unit.key[:12]} of {program.model}",
+                    context={"key": program.key, "unit": unit.key},
+                    hint="vllmc warm compiles what is missing",
+                )
+            path = layout.unit(unit.key).relative_to(layout.top).as_posix()
+            files[path] = encode(record)
+            for digest in {unit.artifact, record.artifact}:
+                path = layout.blob(digest).relative_to(layout.top).as_posix()
+                files[path] = store.read_artifact(digest)
+    raw = bundle.make_manifest(files, programs, store.signing)
+    _write(target, raw, files)
+    with _opened(target) as reader:
+        return reader.parse(reader.raw_manifest())
+
+
+def read_manifest(path: Path) -> Manifest:
+    """What a bundle says of itself, to be shown. Raises `VllmcError` (`no-bundle`), `BadBundle`."""
+    with _opened(path) as reader:
+        return reader.parse(reader.raw_manifest())
+
+
+def import_bundle(store: Store, path: Path, *, source: str = "") -> Imported:
+    """Verifies the bundle at `path` and publishes what it holds in the first layer of `store`.
+
+    `source` is what it is called in messages and in the cache's note of it. Raises `Untrusted`
+    where nobody whom `store.trust` believes signed it, `BadBundle`, `VllmcError` (`no-bundle`) and
+    what writing raises.
+    """
+    source = source or str(path)
+    store.check_writable()
+    with _opened(path, source) as reader:
+        raw = reader.raw_manifest()
+        # Before anything is made of it.
+        vouched = vouch(raw, store.trust, source)
+        manifest = reader.parse(raw)
+        records = [
+            bundle.record_of(member, data, source) for member, data in reader.files(manifest)
+        ]
+    units = {record.key: record for record in records if isinstance(record, UnitRecord)}
+    programs = tuple(record for record in records if isinstance(record, ProgramRecord))
+    _check_whole(manifest, units, programs, source)
+    added = 0
+    with _opened(path, source) as reader:
+        if reader.raw_manifest() != raw:
+            raise BadBundle(source, "it changed while it was read")
+        for member, data in reader.files(manifest):
+            record = bundle.record_of(member, data, source)
+            added += not (store.layout.top / member.path).exists()
+            if record is None:
+                store.put_artifact(data)
+            elif isinstance(record, ProgramRecord):
+                store.put_program(record)
+            elif store.readable_unit(record.key) is None:
+                # Programs that were here already name the artifact of theirs.
+                store.put_unit(record)
+    _note(store, manifest, programs, vouched, source)
+    return Imported(
+        manifest=manifest,
+        vouched=vouched,
+        programs=programs,
+        added=added,
+        files=len(manifest.members),
+    )
+
+
+def vouch(raw: bytes, trust: Trust, source: str) -> Vouched:
+    """Why what is signed at its end may be used. Raises `Untrusted`.
+
+    What is not trusted is not parsed. A signature that does not hold is refused in any case.
+    """
+    body, signature = split(raw)
+    if signature is None:
+        if trust.unsigned:
+            return Vouched(name="", key="")
+        raise Untrusted(
+            Path(source),
+            "it is not signed",
+            hint="have it signed (vllmc cache export --sign-key), or give --trust-unsigned",
+        )
+    if not signature.is_of(body):
+        raise Untrusted(
+            Path(source), "its signature is not of what it says", hint="fetch it once more"
+        )
+    name = trusted_keys(trust).get(signature.key)
+    if name is not None:
+        return Vouched(name=name, key=signature.key.hex())
+    if trust.unsigned:
+        return Vouched(name="", key="")
+    raise Untrusted(
+        Path(source),
+        f"the key that signs it is not in the trust store: {signature.key.hex()}",
+        hint="vllmc trust add FILE takes the public key of whom you trust",
+    )
+
+
+def imports_of(store: Store, key: str) -> tuple[JsonValue, ...]:
+    """The notes of the bundles that a program came in, the oldest first."""
+    notes = []
+    for found in store.walk("imports"):
+        try:
+            note = json.loads(read_plain(found.path))
+            if key in note["programs"]:
+                notes.append(note)
+        except (FileNotFoundError, IrregularFile, ValueError, KeyError, TypeError):
+            continue
+    return tuple(sorted(notes, key=lambda note: str(note.get("at"))))
+
+
+def _check_whole(
+    manifest: Manifest,
+    units: dict[str, UnitRecord],
+    programs: tuple[ProgramRecord, ...],
+    source: str,
+) -> None:
+    """Raises `BadBundle` where a program lacks a unit, or a unit its artifact."""
+    blobs = {member.sha256 for member in manifest.members if member.section == "blobs"}
+    for program in programs:
+        for unit in program.units:
+            if unit.key not in units or unit.artifact not in blobs:
+                raise BadBundle(source, f"it lacks a unit of {program.model}: {unit.key[:12]}")
+    for record in units.values():
+        if record.artifact not in blobs:
+            raise BadBundle(source, f"it lacks the artifact of unit {record.key[:12]}")
+
+
+def _note(
+    store: Store,
+    manifest: Manifest,
+    programs: Iterable[ProgramRecord],
+    vouched: Vouched,
+    source: str,
+) -> None:
+    note = {
+        "bundle": manifest.id,
+        "source": source,
+        "at": time.time(),
+        "signed_by": vouched.name,
+        "key": vouched.key,
+        "programs": sorted({program.key for program in programs}),
+    }
+    data = f"{canonical_json(note)}\n".encode("ascii")
+    write_plain(store.layout.imported(manifest.id), data, temporary=store.layout.temporary)
+
+
+def _write(target: Path, raw: bytes, files: dict[str, bytes]) -> None:
+    draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    with writing(target):
+        try:
+            with draft.open("xb") as file:
+                bundle.write(file, raw, files)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(target)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def _opened(path: Path, source: str = "") -> Iterator[Reader]:
+    source = source or str(path)
+    try:
+        with open_plain(path) as file:
+            yield Reader(file, os.fstat(file.fileno()).st_size, source)
+    except FileNotFoundError:
+        raise VllmcError(
+            "no-bundle",
+            f"there is no bundle {source}",
+            context={"bundle": source},
+            hint="vllmc cache export KEY -o FILE writes one",
+        ) from None
+    except IrregularFile as error:
+        raise BadBundle(source, f"it is {error}") from None
