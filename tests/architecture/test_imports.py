@@ -3,8 +3,8 @@
     cli  ->  core  ->  kernels  ->  leaves
 
 The leaves are what everything may import: `core.errors`, `core.spec` with `core.passes` and
-`core.ranges`, `core.cache.key`, `core.cache.facts` and `core.torch_compat`, which import each other
-only. Within core the order is between modules, not packages (`graph.plan` makes units, which
+`core.ranges`, `core.cache.key`, `core.cache.facts` with what tells whose files they are, and
+`core.torch_compat`, which import each other only. Within core the order is between modules, not packages (`graph.plan` makes units, which
 `compiler.protocol` describes by `graph.piece`): there is no cycle.
 """
 
@@ -28,6 +28,10 @@ LEAVES = (
     "vllmc.core.syntax",
     "vllmc.core.cache.key",
     "vllmc.core.cache.facts",
+    "vllmc.core.cache.files",
+    "vllmc.core.cache.signing",
+    "vllmc.core.cache.trust",
+    "vllmc.core.cache.trust_store",
     "vllmc.core.torch_compat",
 )
 PRIVATE = ("torch._inductor", "torch._dynamo", "torch._functorch")

@@ -8,6 +8,7 @@ import io
 import json
 import random
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from vllmc.core.cache import bundle
 from vllmc.core.cache.bundle import BadBundle
 from vllmc.core.cache.exchange import export, import_bundle, imports_of, read_manifest, select
 from vllmc.core.cache.key import canonical_json, sha256_hex
+from vllmc.core.cache.record import FormatTooNew
 from vllmc.core.cache.signing import generate, public_text
 from vllmc.core.cache.store import Store
 from vllmc.core.cache.trust import Trust, Untrusted
@@ -381,7 +383,7 @@ def test_an_artifact_below_another_digest_is_refused(packed, target):
     refused(packed, target, "another artifact")
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_flipped_bit_goes_unnoticed(data, packed, target):
     whole = packed.read_bytes()
@@ -402,7 +404,7 @@ def test_what_is_cut_off_anywhere_is_refused(packed, target):
         refused(path, target)
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.binary(max_size=400))
 def test_no_manifest_crashes_the_reader(body, packed, target):
     path = packed.with_name("fuzzed")
@@ -417,7 +419,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_value_in_a_manifest_crashes_the_reader(data, packed, target):
     whole = packed.read_bytes()
@@ -428,11 +430,8 @@ def test_no_value_in_a_manifest_crashes_the_reader(data, packed, target):
     body = (json.dumps(value, sort_keys=True, separators=(",", ":")) + "\n").encode()
     path = packed.with_name("fuzzed")
     path.write_bytes(repacked([("vllmc-bundle.json", body)], whole))
-    try:
+    with suppress(BadBundle, FormatTooNew):
         import_bundle(target, path)
-    except VllmcError as error:
-        assert error.code in ("corrupt-bundle", "format-too-new")
-    else:
         # What is only told, of programs and components, may say anything.
         assert name in ("programs", "components") or value == json.loads(whole[512:][:size])
 
