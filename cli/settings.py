@@ -181,7 +181,7 @@ def load_settings(
     """Reads environment and config file; the first four are the flags.
 
     `environment` and `directory` default to the process's own. Raises `VllmcError`
-    (`no-config-file`, `bad-config-file`, `unknown-setting`, `bad-setting`).
+    (`no-config-file`, `bad-config-file`, `unknown-setting`, `bad-setting`, `no-home-directory`).
     """
     variables = dict(os.environ if environment is None else environment)
     here = directory or Path.cwd()
@@ -194,13 +194,13 @@ def load_settings(
     return Settings(
         environment=variables,
         config=file,
-        cache_dirs=tuple(here / path.expanduser() for path in paths or [_default_cache_dir()]),
+        cache_dirs=tuple(here / _expanded(path) for path in paths or [_default_cache_dir()]),
         cache_dir_origin=place.origin if place else "default",
         trust=Trust(
-            keys=None if keys is None else here / Path(keys.value).expanduser(),
+            keys=None if keys is None else here / _expanded(Path(keys.value)),
             unsigned=unsigned is not None and truth("trust-unsigned", unsigned),
         ),
-        sign_key=None if signing is None else here / Path(signing.value).expanduser(),
+        sign_key=None if signing is None else here / _expanded(Path(signing.value)),
     )
 
 
@@ -226,6 +226,18 @@ def _default_cache_dir() -> Path:
     import platformdirs
 
     return platformdirs.user_cache_path("vllmc")
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise VllmcError(
+            "no-home-directory",
+            f"the '~' of {path} stands for no directory: {error}",
+            context={"path": str(path)},
+            hint="set HOME, or write the path out; VLLMC_CACHE_DIR names the cache's directory",
+        ) from error
 
 
 def _find(
