@@ -32,6 +32,7 @@ KeyPath: TypeAlias = tuple[str, ...]
 
 SCOPES: tuple[Scope, ...] = ("inductor", "functorch")
 CONFIG_NAME = "vllmc.toml"
+CONFIG_VARIABLE = "VLLMC_CONFIG"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,10 +263,10 @@ def _option(name: str) -> Option:
 def _read_config(
     flag: Path | None, environment: Mapping[str, str], directory: Path
 ) -> ConfigFile | None:
-    named = flag or (Path(text) if (text := environment.get("VLLMC_CONFIG")) else None)
+    named = flag or (Path(text) if (text := environment.get(CONFIG_VARIABLE)) else None)
     if named:
         path = directory / named.expanduser()
-        text = _read_text(path, "--config" if flag else "VLLMC_CONFIG")
+        text = _read_text(path, "--config" if flag else CONFIG_VARIABLE)
         return _parse_config(path, text, ("tool", "vllmc") if _is_project(path) else ())
     if (path := directory / CONFIG_NAME).is_file():
         return _parse_config(path, _read_text(path, "working directory"), ())
