@@ -33,22 +33,22 @@ def doctor(common: CommonFlags) -> int:
 
     It looks at the packages, the GPU, the C++ compiler, the directories of the cache (what they lie
     on, who may use them, how much room there is), the variables and the config file. It compiles
-    nothing, writes nothing, and imports no torch: where there is a GPU, torch is asked in a process
-    of its own. docs/doctor.md explains each finding.
+    and changes nothing, and imports no torch: where there is a GPU, torch is asked in a process of
+    its own. docs/doctor.md explains each finding.
 
     It exits 3 when there is a problem; warnings and notes leave it at 0.
 
     With --json: findings (id, level: problem, warning or note; what, why, fix), the gravest first,
     and facts: vllmc, python, platform, packages (name, oldest, version: of its metadata,
     file_version: of its files), device (toolkit, hidden, driver, gpus: name, capability;
-    torch_sees_gpu, torch_failure, architectures), compiler (program, version, python_headers),
-    memory_files, layers (place, given, origin, role: written or read; programs, newest, leftovers,
-    leftover_bytes), temporary (a place: where Inductor compiles), temporary_files, user (uid, name,
-    home, sudo_user), host, container, started, ci, config_file, config_named, hub (path, exists,
-    offline), variables, unknown_variables, empty_variables. A place has path, state (directory,
-    missing, not-a-directory or unreachable), reason, resolved, existing, owner, mode, readable,
-    writable, mount (point, root, kind, options) and space (free_bytes, total_bytes, free_inodes,
-    total_inodes); null is what could not be found out.
+    torch_sees_gpu, torch_failure, architectures), compiler (program, version, c_program,
+    python_headers), memory_files, layers (place, given, origin, role: written or read; programs,
+    newest, leftovers, leftover_bytes), temporary (a place: where Inductor compiles),
+    temporary_files, user (uid, name, home, sudo_user), host, container, started, ci, config_file,
+    config_named, hub (path, exists, offline), variables, unknown_variables, empty_variables. A
+    place has path, state (directory, missing, not-a-directory or unreachable), reason, resolved,
+    existing, owner, mode, readable, writable, mount (point, root, kind, options) and space
+    (free_bytes, total_bytes, free_inodes, total_inodes); null is what could not be found out.
     """
     settings = common.settings()
     facts = gather(_configured(settings, common), settings.environment)

@@ -22,7 +22,7 @@ HEAD = """# vllmc doctor
 what would make the cache useless, and what to do about it. Run it where the model is served, as
 the user that serves it, with the same variables and in the same working directory.
 
-It compiles nothing and writes nothing. It imports no torch: versions are read from the packages'
+It compiles nothing and changes nothing. It imports no torch: versions are read from the packages'
 files, and only where there is a GPU's driver and a torch for it, torch is asked in a process of its
 own, which takes some seconds. A torch for the CPU that cannot be imported is therefore not noticed.
 

@@ -51,7 +51,7 @@ def check_place(facts: Facts) -> Iterator[Finding]:
     layer = facts.layers[0]
     path, mount = layer.place.path, layer.place.mount
     elsewhere = _elsewhere(layer)
-    if mount is not None and mount.kind in IN_MEMORY and _POD_VOLUME not in mount.root:
+    if mount is not None and mount.kind in IN_MEMORY:
         where = f"{path} lies on {mount.kind}, mounted at {mount.point}"
         yield found("cache-in-memory", where, elsewhere)
     elif below := _temporary_directory(facts, layer.place.resolved):

@@ -129,10 +129,13 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiler:
-    """The C++ compiler that Inductor would run, and what it includes: the headers of Python."""
+    """The C++ compiler that Inductor would run, the C compiler that Triton would, and whether there
+    is what both include: the headers of Python.
+    """
 
     program: str | None
     version: str | None
+    c_program: str | None
     python_headers: bool
 
 

@@ -82,7 +82,9 @@ def gather(configured: Configured, environment: Mapping[str, str]) -> Facts:
         device=look_at_device(
             search_path=search_path, visible=environment.get("CUDA_VISIBLE_DEVICES")
         ),
-        compiler=look_at_compiler(cxx=environment.get("CXX", "g++"), search_path=search_path),
+        compiler=look_at_compiler(
+            cxx=environment.get("CXX"), cc=environment.get("CC"), search_path=search_path
+        ),
         memory_files=has_memory_files(),
         layers=_layers(configured, mounts),
         temporary=None if compiling is None else look_at(Path(compiling).absolute(), mounts),
@@ -177,8 +179,11 @@ def _hub(environment: Mapping[str, str]) -> Hub:
 
 
 def _unknown(environment: Mapping[str, str], known: Sequence[str]) -> dict[str, str]:
-    return {
-        name: (difflib.get_close_matches(name, known, n=1) or [""])[0]
-        for name in sorted(environment)
-        if name.startswith(_OURS) and name not in known
-    }
+    # The beginning, which all share, would make any name resemble any other.
+    ends = [name.removeprefix(_OURS) for name in known]
+    unknown = {}
+    for name in sorted(environment):
+        if name.startswith(_OURS) and name not in known:
+            near = difflib.get_close_matches(name.removeprefix(_OURS), ends, n=1)
+            unknown[name] = f"{_OURS}{near[0]}" if near else ""
+    return unknown

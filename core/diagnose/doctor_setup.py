@@ -102,14 +102,17 @@ def runs_on(gpu: Gpu, architectures: tuple[str, ...]) -> bool:
 
 
 def check_compiler(facts: Facts) -> Iterator[Finding]:
-    """Whether what is missing could be compiled for the CPU."""
+    """Whether what is missing could be compiled."""
     compiler = facts.compiler
     if compiler.program is None:
         filled = any(layer.programs for layer in facts.layers)
         kind = "no-compiler-for-misses" if filled else "no-compiler"
         yield found(kind, "no C++ compiler was found", "apt-get install g++")
-    elif not compiler.python_headers:
-        what = f"{compiler.program} is here, and Python.h is not"
+    if facts.device.torch_sees_gpu and compiler.c_program is None:
+        yield found("no-c-compiler", "no C compiler was found", "apt-get install gcc")
+    program = compiler.program or compiler.c_program
+    if program is not None and not compiler.python_headers:
+        what = f"{program} is here, and Python.h is not"
         yield found("no-python-headers", what, "apt-get install python3-dev")
 
 

@@ -87,12 +87,18 @@ def _in_file(name: str, variable: str) -> str | None:
     return None
 
 
-def look_at_compiler(*, cxx: str, search_path: str) -> Compiler:
-    """The program `cxx` on `search_path`, and whether Python's headers are installed."""
-    program = shutil.which(cxx, path=search_path)
+def look_at_compiler(*, cxx: str | None, cc: str | None, search_path: str) -> Compiler:
+    """The compilers on `search_path`, and whether Python's headers are installed.
+
+    `cxx` and `cc` are what `CXX` and `CC` say. Without them Inductor takes g++, and Triton gcc or
+    clang (triton/runtime/build.py).
+    """
+    program = shutil.which(cxx or "g++", path=search_path)
+    found = (shutil.which(name, path=search_path) for name in ([cc] if cc else ["gcc", "clang"]))
     return Compiler(
         program=program,
         version=compiler_version(program) if program else None,
+        c_program=next(filter(None, found), None),
         python_headers=(Path(sysconfig.get_paths()["include"]) / "Python.h").is_file(),
     )
 

@@ -48,7 +48,7 @@ def found(kind: str, what: str, fix: str) -> Finding:
 
 
 _LOST: Final = "Everything that was compiled is compiled again on the next start."
-_COMPILES: Final = "It matters only when something must be compiled; a hit does not use it."
+_COMPILES: Final = "It matters when something must be compiled; a hit for the CPU needs none of it."
 _REFUSED: Final = (
     "What others can write, others can replace, and loading an artifact runs its code."
 )
@@ -285,7 +285,7 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
         "no-compiler": Kind(
             level="warning",
             cause="There is no C++ compiler (`CXX`, else `g++`), and the cache is empty.",
-            why="Inductor needs one for what it compiles for CPUs. A hit needs none.",
+            why="Inductor needs one for what it compiles for CPUs. A hit for the CPU needs none.",
             cure="Install one (`apt-get install g++`), or bring a cache that was warmed elsewhere.",
         ),
         "no-compiler-for-misses": Kind(
@@ -294,10 +294,19 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
             why="Hits need none. What is missing cannot be compiled for the CPU.",
             cure="Nothing, where all that is served was warmed: `vllmc warm --check MODEL` tells.",
         ),
+        "no-c-compiler": Kind(
+            level="warning",
+            cause="There is a GPU that torch can use, and no C compiler (`CC`, else `gcc` or "
+            "`clang`).",
+            why="Triton builds a helper of its driver with one when it is first used, also on a "
+            "hit, unless the helper lies in Triton's own cache (`TRITON_CACHE_DIR`, else "
+            "`~/.triton/cache`).",
+            cure="Install one (`apt-get install gcc`), or keep Triton's cache as well.",
+        ),
         "no-python-headers": Kind(
             level="warning",
-            cause="There is a C++ compiler and no `Python.h` of this Python.",
-            why=f"Inductor's kernels for CPUs include it. {_COMPILES}",
+            cause="There is a compiler and no `Python.h` of this Python.",
+            why=f"Inductor's kernels for CPUs include it, and so does Triton's helper. {_COMPILES}",
             cure="Install Python's headers (`apt-get install python3-dev`).",
         ),
         "kernels-cannot-be-loaded": Kind(
