@@ -43,9 +43,9 @@ def doctor(common: CommonFlags) -> int:
     file_version: of its files), device (toolkit, hidden, driver, gpus: name, capability;
     torch_sees_gpu, torch_failure, architectures), compiler (program, version, c_program,
     python_headers), memory_files, layers (place, given, origin, role: written or read; programs,
-    newest, leftovers, leftover_bytes), temporary (a place: where Inductor compiles),
-    temporary_files, user (uid, name, home, sudo_user), host, container, started, ci, config_file,
-    config_named, hub (path, exists, offline), variables, unknown_variables, empty_variables. A
+    newest, untrusted, unreadable, leftovers, leftover_bytes), temporary (a place: where Inductor
+    compiles), temporary_files, user (uid, name, home, sudo_user), host, container, started, ci,
+    config_file, config_named, hub (path, exists, offline), variables, unknown_variables, empty_variables. A
     place has path, state (directory, missing, not-a-directory or unreachable), reason, resolved,
     existing, owner, mode, readable, writable, mount (point, root, kind, options) and space
     (free_bytes, total_bytes, free_inodes, total_inodes); null is what could not be found out.
@@ -100,7 +100,7 @@ def _verdict(findings: Sequence[Row]) -> Text:
 
 
 def _lines(facts: Row) -> Iterator[tuple[str, str]]:
-    yield "vllmc", f"{facts['vllmc']} on {facts['python']}, {facts['platform']}"
+    yield "vllmc", f"{facts['vllmc'] or '-'} on {facts['python']}, {facts['platform']}"
     yield "packages", ", ".join(f"{p['name']} {p['version'] or '-'}" for p in facts["packages"])
     yield "device", _device(facts["device"])
     compiler = facts["compiler"]
@@ -122,8 +122,8 @@ def _lines(facts: Row) -> Iterator[tuple[str, str]]:
 def _device(device: Row) -> str:
     gpus = [f"{gpu['name']} ({gpu['capability']})" for gpu in device["gpus"]]
     driver = [f"driver {device['driver']}"] if device["driver"] else []
-    built = f"torch built for {device['toolkit'] or 'the CPU'}"
-    return ", ".join([*(gpus or ["no GPU"]), *driver, built])
+    built = [f"torch built for {device['toolkit']}"] if device["toolkit"] else []
+    return ", ".join([*(gpus or ["CPU"]), *driver, *built])
 
 
 def _place(place: Row) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path, PurePath
 from typing import Final
 
 from vllmc.core.diagnose.doctor_facts import Facts, Layer, Mount, Space
+from vllmc.core.diagnose.doctor_places import OTHERS_WRITE
 from vllmc.core.diagnose.doctor_table import Finding, found
 
 IN_MEMORY: Final = frozenset({"tmpfs", "ramfs"})
@@ -44,6 +45,7 @@ LOW: Final = (10**9, 10_000)
 _TEMPORARY: Final = ("/tmp", "/var/tmp")
 _POD_VOLUME: Final = "kubernetes.io~empty-dir"
 _NO_NAME: Final = 64
+_USABLE: Final = ("directory", "missing")
 
 
 def check_place(facts: Facts) -> Iterator[Finding]:
@@ -174,11 +176,14 @@ def check_access(facts: Facts) -> Iterator[Finding]:
         elif place.state == "unreachable" or (place.state == "directory" and not place.readable):
             what = f"{place.path}: {place.reason or 'this user may not list it'}"
             yield found("cache-not-readable", what, _as_owner(layer))
+        elif place.state == "directory" and layer.unreadable:
+            what = f"{_files(layer.unreadable)} below {place.path} cannot be read by this user"
+            yield found("cache-not-readable", what, _as_owner(layer))
         elif place.state == "missing" and layer.role == "read":
             what = f"{place.path}, named by {_source(layer)}, does not exist"
             yield found("cache-layer-missing", what, f"mount it, or correct {_source(layer)}")
     first = facts.layers[0]
-    if first.place.state in ("directory", "missing") and not first.place.writable:
+    if first.place.state in _USABLE and not first.place.writable:
         yield _unwritable(facts, first)
 
 
@@ -194,7 +199,7 @@ def _unwritable(facts: Facts, layer: Layer) -> Finding:
 
 
 def check_trust(facts: Facts) -> Iterator[Finding]:
-    """Whether anyone but this user and root could have put something there."""
+    """Whether anyone but this user and root could have put something there, or changed it."""
     for layer in facts.layers:
         place = layer.place
         path = shlex.quote(place.path)
@@ -204,21 +209,31 @@ def check_trust(facts: Facts) -> Iterator[Finding]:
                 f"{place.path} belongs to user id {place.owner}, and this runs as {facts.user.uid}",
                 f"chown -R {facts.user.uid} {path}",
             )
-        if place.mode is not None and place.mode & 0o022:
+        if place.mode is not None and place.mode & OTHERS_WRITE:
             who = "everyone" if place.mode & 0o002 else "its group"
             what = f"{place.path} can be written by {who} (mode {place.mode:04o})"
             yield found("cache-writable-by-others", what, f"chmod go-w {path}")
+        if layer.untrusted:
+            what = (
+                f"{_files(layer.untrusted)} below {place.path} can be written by other users "
+                "than this one and root"
+            )
+            fix = f"chown -R {facts.user.uid} {path} && chmod -R go-w {path}"
+            yield found("cache-files-not-trusted", what, fix)
 
 
 def check_contents(facts: Facts) -> Iterator[Finding]:
     """Whether there is anything in the cache, and anything that should not be."""
-    if not _programs(facts):
+    open_to_us = all(
+        layer.place.state in _USABLE and not layer.unreadable for layer in facts.layers
+    )
+    if open_to_us and not _programs(facts):
         paths = ", ".join(layer.place.path for layer in facts.layers)
         yield found("cache-empty", f"no program in {paths}", "vllmc warm MODEL")
     for layer in facts.layers:
         if layer.leftovers:
             what = (
-                f"{layer.place.path} has {layer.leftovers} unfinished files, "
+                f"{layer.place.path} has {_files(layer.leftovers)} that nobody finished, "
                 f"{layer.leftover_bytes} bytes in all"
             )
             yield found("cache-leftovers", what, "")
@@ -254,6 +269,10 @@ def check_ci(facts: Facts) -> Iterator[Finding]:
 
 def _programs(facts: Facts) -> int:
     return sum(layer.programs for layer in facts.layers)
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
 
 
 def _source(layer: Layer) -> str:

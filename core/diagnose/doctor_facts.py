@@ -70,8 +70,10 @@ class Layer:
 
     `given` is what was typed or set, before `~` and the working directory; empty for the default.
     The first layer is `written`, all others are only `read`. `newest` is when the newest of its
-    `programs` was written, in unix seconds. `leftovers` are files that processes which died left
-    behind a day ago or earlier, of `leftover_bytes` bytes.
+    `programs` was written, in unix seconds. Of its files `untrusted` ones belong to another user
+    (but root), or can be written by others; `unreadable` ones, or a directory of such, are closed
+    to this user. `leftovers` are files that processes which died left behind a day ago or earlier,
+    of `leftover_bytes` bytes.
     """
 
     place: Place
@@ -80,6 +82,8 @@ class Layer:
     role: Role
     programs: int
     newest: float | None
+    untrusted: int
+    unreadable: int
     leftovers: int
     leftover_bytes: int
 

@@ -17,6 +17,10 @@ from vllmc.core.diagnose.doctor_facts import Layer, Mount, Place, Role, Space, S
 from vllmc.core.errors import VllmcError
 
 MOUNTS: Final = Path("/proc/self/mountinfo")
+OTHERS_WRITE: Final = 0o022
+"""The permission bits that let a group or everyone write."""
+
+_USED: Final = frozenset({"blobs", "units", "programs", "codes"})
 
 
 def read_mounts(file: Path = MOUNTS) -> tuple[Mount, ...]:
@@ -119,35 +123,45 @@ def look_into_layer(
     path: Path, *, given: str, origin: str, role: Role, mounts: tuple[Mount, ...]
 ) -> Layer:
     """What there is at one of the cache's directories, and how much is in it."""
-    layout = Layout(path)
-    left = _leftovers(layout.temporary)
-    written = _programs(layout)
+    programs: dict[str, float] = {}
+    untrusted = unreadable = 0
+    leftovers: list[int] = []
+    oldest = time.time() - SWEEP_AFTER_SECONDS
+    try:
+        for item in Layout(path).walk():
+            status = _status(item.path)
+            if status is None:
+                continue
+            if item.section == "programs":
+                programs[item.key] = max(programs.get(item.key, 0.0), status.st_mtime)
+            if item.section in _USED:
+                untrusted += not _is_trusted(status)
+                unreadable += not _may(item.path, os.R_OK)
+            elif item.section == "tmp" and status.st_mtime < oldest:
+                leftovers.append(status.st_size)
+    except VllmcError:  # a directory that this user may not list, or a file in place of one
+        unreadable += 1
     return Layer(
         place=look_at(path, mounts),
         given=given,
         origin=origin,
         role=role,
-        programs=len(written),
-        newest=max(written.values(), default=None),
-        leftovers=len(left),
-        leftover_bytes=sum(left),
+        programs=len(programs),
+        newest=max(programs.values(), default=None),
+        untrusted=untrusted,
+        unreadable=unreadable,
+        leftovers=len(leftovers),
+        leftover_bytes=sum(leftovers),
     )
 
 
-def _programs(layout: Layout) -> dict[str, float]:
-    """The keys of the programs, each with the time at which one of its records was written."""
-    try:
-        found = [item for item in layout.walk("programs") if item.section == "programs"]
-        return {item.key: item.path.lstat().st_mtime for item in found}
-    except (OSError, VllmcError):
-        return {}
+def _is_trusted(status: os.stat_result) -> bool:
+    """Whether a file or directory is this user's or root's, and nobody else may write it."""
+    return status.st_uid in (0, os.geteuid()) and not status.st_mode & OTHERS_WRITE
 
 
-def _leftovers(temporary: Path) -> tuple[int, ...]:
-    """The sizes of the files that were left there long enough ago to be nobody's."""
-    oldest = time.time() - SWEEP_AFTER_SECONDS
+def _status(path: Path) -> os.stat_result | None:
     try:
-        statuses = [file.lstat() for file in temporary.iterdir()]
-    except OSError:
-        return ()
-    return tuple(status.st_size for status in statuses if status.st_mtime < oldest)
+        return path.lstat()
+    except OSError:  # removed while we looked
+        return None

@@ -19,13 +19,14 @@ def check_packages(facts: Facts) -> Iterator[Finding]:
     """Whether the packages that every key names are there, new enough, and whole."""
     for package in facts.packages:
         name, version = package.name, package.file_version or package.version
+        install = f"pip install '{name}>={package.oldest}'"
         if version is None:
-            yield found("package-missing", f"{name} is not installed", f"pip install {name}")
+            yield found("package-missing", f"{name} is not installed", install)
         elif not _reaches(version, package.oldest):
             yield found(
                 "package-outdated",
                 f"{name} is {version}, and vllmc needs {package.oldest} or later",
-                f"pip install --upgrade '{name}>={package.oldest}'",
+                f"{install} --upgrade",
             )
         if _is_mixed(package):
             yield found(

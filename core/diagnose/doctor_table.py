@@ -159,8 +159,9 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
         ),
         "cache-not-readable": Kind(
             level="problem",
-            cause="This user may not enter or list a directory of the cache.",
-            why="Everything in it is out of reach, so every start compiles.",
+            cause="This user may not enter a directory of the cache, or read files in it: often "
+            "it was warmed by root, and a server runs as another user.",
+            why="What is out of reach is compiled again at every start.",
             cure="Run as its owner, or let this user read it.",
         ),
         "cache-not-writable": Kind(
@@ -189,6 +190,14 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
             why=_REFUSED,
             cure="`chmod go-w DIR`. Where a volume is given to a group (`fsGroup`), use a "
             "directory of your own below it.",
+        ),
+        "cache-files-not-trusted": Kind(
+            level="problem",
+            cause="Files in the cache belong neither to this user nor to root, or can be written "
+            "by their group or by everyone: another user warmed it, or under the umask 002.",
+            why=_REFUSED,
+            cure="Warm as the user that serves, or hand the files over: "
+            "`chown -R USER DIR && chmod -R go-w DIR`.",
         ),
         "cache-layer-missing": Kind(
             level="warning",

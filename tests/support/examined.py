@@ -51,6 +51,8 @@ def layer(*, at: Place | None = None, **changes: Any) -> Layer:
         role="written",
         programs=3,
         newest=STARTED - 3600,
+        untrusted=0,
+        unreadable=0,
         leftovers=0,
         leftover_bytes=0,
     )

@@ -110,7 +110,9 @@ CASES: list[tuple[str, Facts, set[str]]] = [
     ("sudo-no-matter", machine(user=replace(ADA, sudo_user="eve")), set()),
     (
         "a-file",
-        with_place(state="not-a-directory", reason="a file", owner=None, mode=None, readable=False),
+        machine(
+            layers=(layer(at=place(state="not-a-directory", readable=False), **EMPTY),),
+        ),
         {"cache-not-a-directory"},
     ),
     ("unlistable", with_place(readable=False), {"cache-not-readable"}),
@@ -145,6 +147,9 @@ CASES: list[tuple[str, Facts, set[str]]] = [
     ("for-the-group", with_place(mode=0o2770), {"cache-writable-by-others"}),
     ("for-all", with_place(mode=0o1777), {"cache-writable-by-others"}),
     ("readable-by-all", with_place(mode=0o755), set()),
+    ("files-for-all", with_layer(untrusted=2), {"cache-files-not-trusted"}),
+    ("files-of-root-alone", with_layer(unreadable=1), {"cache-not-readable"}),
+    ("closed-below", with_layer(unreadable=1, **EMPTY), {"cache-not-readable"}),
     ("below-for-all", with_below(mode=0o777), {"cache-writable-by-others"}),
     (
         "below-missing",

@@ -12,7 +12,7 @@ import pytest
 from vllmc.core.cache.files import SWEEP_AFTER_SECONDS
 from vllmc.core.cache.key import sha256_hex
 from vllmc.core.cache.layout import Layout
-from vllmc.core.diagnose.doctor_facts import Mount
+from vllmc.core.diagnose.doctor_facts import Layer, Mount
 from vllmc.core.diagnose.doctor_places import look_at, look_into_layer, mount_of, read_mounts
 
 NOBODY = 65534
@@ -41,6 +41,8 @@ def in_the_open() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp())
     path.chmod(0o755)
     yield path
+    if (path / "v1").exists():
+        (path / "v1").chmod(0o755)
     shutil.rmtree(path)
 
 
@@ -165,20 +167,63 @@ def test_permissions_are_those_of_the_user_who_runs_it(
     assert inside.reason
 
 
-def layer_at(path: Path) -> tuple[int, float | None, int, int]:
-    found = look_into_layer(path, given="", origin="default", role="written", mounts=())
-    return found.programs, found.newest, found.leftovers, found.leftover_bytes
+def layer_at(path: Path) -> Layer:
+    return look_into_layer(path, given="", origin="default", role="written", mounts=())
+
+
+def store(root: Path, name: str = "a", version: str = "1") -> Path:
+    """An empty record of a program, as only this user may write it."""
+    record = Layout(root).program(sha256_hex(name), sha256_hex(version))
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text("{}")
+    record.chmod(0o644)
+    return record
 
 
 def test_programs_are_counted_and_the_newest_is_dated(tmp_path: Path) -> None:
-    layout = Layout(tmp_path)
-    for index, name in enumerate(("a", "b")):
-        for version in ("1", "2"):
-            record = layout.program(sha256_hex(name), sha256_hex(version))
-            record.parent.mkdir(parents=True, exist_ok=True)
-            record.write_text("{}")
-            os.utime(record, (1000.0 + index, 1000.0 + index))
-    assert layer_at(tmp_path) == (2, 1001.0, 0, 0)
+    for index, (name, version) in enumerate([("a", "1"), ("a", "2"), ("b", "1")]):
+        os.utime(store(tmp_path, name, version), (1000.0 - index, 1000.0 - index))
+    found = layer_at(tmp_path)
+    assert (found.programs, found.newest) == (2, 1000.0)
+    assert (found.untrusted, found.unreadable) == (0, 0)
+
+
+def test_files_that_others_may_write_are_not_trusted(tmp_path: Path) -> None:
+    store(tmp_path, "a").chmod(0o664)
+    store(tmp_path, "b").chmod(0o646)
+    store(tmp_path, "c").chmod(0o444)
+    assert layer_at(tmp_path).untrusted == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_files_of_others_are_not_trusted_and_those_of_root_are(
+    in_the_open: Path, request: pytest.FixtureRequest
+) -> None:
+    store(in_the_open, "root's")
+    os.chown(store(in_the_open, "another's"), 12345, -1)
+    assert layer_at(in_the_open).untrusted == 1
+    request.getfixturevalue("not_root")
+    assert layer_at(in_the_open).untrusted == 1
+
+
+def test_what_is_closed_to_this_user_is_unreadable(
+    in_the_open: Path, request: pytest.FixtureRequest
+) -> None:
+    record = store(in_the_open)
+    record.chmod(0o000)
+    request.getfixturevalue("not_root")
+    found = layer_at(in_the_open)
+    assert (found.programs, found.unreadable) == (1, 1)
+
+
+def test_a_closed_directory_below_is_unreadable(
+    in_the_open: Path, request: pytest.FixtureRequest
+) -> None:
+    store(in_the_open)
+    (in_the_open / "v1").chmod(0o000)
+    request.getfixturevalue("not_root")
+    found = layer_at(in_the_open)
+    assert (found.place.readable, found.programs, found.unreadable) == (True, 0, 1)
 
 
 def test_only_drafts_that_are_surely_nobodys_are_leftovers(tmp_path: Path) -> None:
@@ -188,10 +233,12 @@ def test_only_drafts_that_are_surely_nobodys_are_leftovers(tmp_path: Path) -> No
     (temporary / "stale").write_bytes(b"..")
     old = time.time() - SWEEP_AFTER_SECONDS - 60
     os.utime(temporary / "stale", (old, old))
-    assert layer_at(tmp_path) == (0, None, 1, 2)
+    found = layer_at(tmp_path)
+    assert (found.leftovers, found.leftover_bytes) == (1, 2)
 
 
-def test_a_cache_that_cannot_be_looked_into_counts_as_empty(tmp_path: Path) -> None:
-    assert layer_at(tmp_path / "absent") == (0, None, 0, 0)
+def test_a_cache_that_is_not_there_counts_as_empty(tmp_path: Path) -> None:
+    found = layer_at(tmp_path / "absent")
+    assert (found.programs, found.newest, found.unreadable, found.leftovers) == (0, None, 0, 0)
     (tmp_path / "v1").write_text("a file")
-    assert layer_at(tmp_path) == (0, None, 0, 0)
+    assert layer_at(tmp_path).unreadable == 1
