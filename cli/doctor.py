@@ -45,10 +45,11 @@ def doctor(common: CommonFlags) -> int:
     python_headers), memory_files, layers (place, given, origin, role: written or read; programs,
     newest, untrusted, unreadable, leftovers, leftover_bytes), temporary (a place: where Inductor
     compiles), temporary_files, user (uid, name, home, sudo_user), host, container, started, ci,
-    config_file, config_named, hub (path, exists, offline), variables, unknown_variables, empty_variables. A
-    place has path, state (directory, missing, not-a-directory or unreachable), reason, resolved,
-    existing, owner, mode, readable, writable, mount (point, root, kind, options) and space
-    (free_bytes, total_bytes, free_inodes, total_inodes); null is what could not be found out.
+    config_file, config_named, hub (path, exists, offline), variables, unknown_variables,
+    empty_variables. A place has path, state (directory, missing, not-a-directory or unreachable),
+    reason, resolved, existing, owner, mode, readable, writable, mount (point, root, kind, options)
+    and space (free_bytes, total_bytes, free_inodes, total_inodes); null is what could not be found
+    out.
     """
     settings = common.settings()
     facts = gather(_configured(settings, common), settings.environment)

@@ -14,33 +14,20 @@ from vllmc.core.diagnose.doctor_table import Finding, found
 IN_MEMORY: Final = frozenset({"tmpfs", "ramfs"})
 LAYERED: Final = frozenset({"overlay", "aufs", "fuse.fuse-overlayfs"})
 OBJECT_STORES: Final = frozenset(
-    {
-        "fuse.blobfuse2",
-        "fuse.gcsfuse",
-        "fuse.goofys",
-        "fuse.mountpoint-s3",
-        "fuse.rclone",
-        "fuse.s3fs",
-    }
+    f"fuse.{name}" for name in ("blobfuse2", "gcsfuse", "goofys", "mountpoint-s3", "rclone", "s3fs")
 )
 NETWORK: Final = frozenset(
     {
-        *(
-            "9p",
-            "afs",
-            "beegfs",
-            "ceph",
-            "cifs",
-            "fuse.ceph-fuse",
-            "fuse.glusterfs",
-            "fuse.juicefs",
-        ),
-        *("fuse.sshfs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "orangefs", "smb3", "wekafs"),
+        *("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4"),
+        *("orangefs", "smb3", "wekafs"),
+        *("fuse.ceph-fuse", "fuse.glusterfs", "fuse.juicefs", "fuse.sshfs"),
     }
 )
 FULL: Final = (16 * 10**6, 100)
+"""Bytes and inodes: a disk with less than these left is full."""
+
 LOW: Final = (10**9, 10_000)
-"""Bytes and inodes left, below which a disk is full, and low."""
+"""Bytes and inodes: a disk with less than these left will soon be full."""
 
 _TEMPORARY: Final = ("/tmp", "/var/tmp")
 _POD_VOLUME: Final = "kubernetes.io~empty-dir"
@@ -154,7 +141,7 @@ def check_user(facts: Facts) -> Iterator[Finding]:
     named = f"export VLLMC_CACHE_DIR={shlex.quote(path)}"
     if user.home is None:
         yield found("home-unset", f"HOME is not set; the cache is {path}", named)
-    if user.sudo_user:
+    if user.sudo_user and user.uid == 0:
         yield found(
             "cache-of-root-by-sudo",
             f"{user.sudo_user} runs this by sudo, and the cache is {path}",
@@ -190,9 +177,9 @@ def check_access(facts: Facts) -> Iterator[Finding]:
 def _unwritable(facts: Facts, layer: Layer) -> Finding:
     place = layer.place
     read_only = place.mount is not None and "ro" in place.mount.options
-    reason = "mounted read-only" if read_only else "not this user's to write to"
-    existing = "" if place.existing == place.path else f" {place.existing} is"
-    what = f"{place.path}:{existing} {reason}"
+    what = f"this user cannot write to {place.existing}"
+    if read_only:
+        what = f"{place.existing} is mounted read-only"
     if _programs(facts):
         return found("cache-read-only", what, "")
     return found("cache-not-writable", what, _elsewhere(layer) if read_only else _as_owner(layer))

@@ -10,7 +10,6 @@ import os
 import platform
 import pwd
 import re
-import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -90,10 +89,10 @@ def gather(configured: Configured, environment: Mapping[str, str]) -> Facts:
         temporary=None if compiling is None else look_at(Path(compiling).absolute(), mounts),
         temporary_files=temporary_files,
         user=_user(environment),
-        host=socket.gethostname(),
+        host=platform.node(),
         container=_container(environment),
         started=_started(),
-        ci=next((name for variable, name in _CI if environment.get(variable)), ""),
+        ci=next((name for variable, name in _CI if _says_yes(environment.get(variable))), ""),
         config_file=None if file is None else str(file),
         config_named=configured.config_named,
         hub=_hub(environment),
@@ -152,6 +151,10 @@ def _container(environment: Mapping[str, str]) -> str:
             return name
     # systemd-nspawn and LXC say so of themselves (systemd.io/CONTAINER_INTERFACE).
     return environment.get("container", "")
+
+
+def _says_yes(value: str | None) -> bool:
+    return (value or "0").lower() not in ("0", "false")
 
 
 def _started() -> float | None:

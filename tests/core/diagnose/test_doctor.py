@@ -109,6 +109,11 @@ CASES: list[tuple[str, Facts, set[str]]] = [
     ),
     ("sudo-no-matter", machine(user=replace(ADA, sudo_user="eve")), set()),
     (
+        "sudo-to-the-server",
+        machine(layers=(layer(given="", origin="default"),), user=replace(ADA, sudo_user="eve")),
+        {"cache-by-default"},
+    ),
+    (
         "a-file",
         machine(
             layers=(layer(at=place(state="not-a-directory", readable=False), **EMPTY),),

@@ -47,6 +47,7 @@ def test_the_user_is_the_one_who_runs_it_and_home_is_what_is_set(tmp_path: Path)
         ({"CI": "true", "GITHUB_ACTIONS": "true"}, "GitHub Actions"),
         ({"CI": "true", "GITLAB_CI": "true"}, "GitLab CI"),
         ({"CI": "1"}, "CI"),
+        ({"CI": "false"}, ""),
         ({}, ""),
     ],
 )
