@@ -139,8 +139,7 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
         ),
         "cache-of-root-by-sudo": Kind(
             level="warning",
-            cause="This runs under `sudo`, and the cache lies in the home of root or of nobody "
-            "in particular.",
+            cause="This runs as root, by `sudo`, and the cache lies in root's home.",
             why="A server that runs as another user looks in its own home, or may not read this.",
             cure="Run it as the user that serves, or name a directory with `VLLMC_CACHE_DIR`.",
         ),
@@ -220,7 +219,7 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
         "cache-disk-low": Kind(
             level="warning",
             cause="There is less than 1 GB left where the cache is written, or few inodes.",
-            why="Some models more, and nothing can be stored.",
+            why="It will be full after some more models, and nothing can be stored then.",
             cure="Free some space, or name another directory.",
         ),
         "cache-leftovers": Kind(

@@ -83,6 +83,18 @@ def test_a_cache_on_an_overlay_is_lost_with_its_container(spawn: Run, tmp_path: 
 
 
 @in_a_namespace
+def test_a_volume_is_known_by_what_is_mounted_there(
+    spawn: Run, cache: Path, tmp_path: Path
+) -> None:
+    volume = tmp_path / "pods" / "1f0c" / "volumes" / "kubernetes.io~empty-dir" / "cache"
+    volume.mkdir(parents=True)
+    cache.mkdir()
+    mounted = spawn("doctor", "--json", before=after(f"mount --bind {volume} {cache}"))
+    assert "cache-in-pod-volume" in ids(mounted)
+    assert "cache-in-pod-volume" not in ids(spawn("doctor", "--json"))
+
+
+@in_a_namespace
 def test_a_full_disk_is_a_problem(spawn: Run, cache: Path) -> None:
     cache.mkdir()
     full = f"mount -t tmpfs -o size=1m,mode=700 t {cache}"
