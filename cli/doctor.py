@@ -14,6 +14,7 @@ from vllmc.cli import render
 from vllmc.cli.options import CommonFlags, command
 from vllmc.cli.settings import CONFIG_VARIABLE, OPTIONS, Settings
 from vllmc.core.diagnose.doctor import LEVELS, examine
+from vllmc.core.diagnose.doctor_places import Named
 from vllmc.core.diagnose.doctor_probe import Configured, gather
 from vllmc.core.errors import CheckFailed
 
@@ -43,13 +44,13 @@ def doctor(common: CommonFlags) -> int:
     file_version: of its files), device (toolkit, hidden, driver, gpus: name, capability;
     torch_sees_gpu, torch_failure, architectures), compiler (program, version, c_program,
     python_headers), memory_files, layers (place, given, origin, role: written or read; programs,
-    newest, untrusted, unreadable, leftovers, leftover_bytes), temporary (a place: where Inductor
-    compiles), temporary_files, user (uid, name, home, sudo_user), host, container, started, ci,
-    config_file, config_named, hub (path, exists, offline), variables, unknown_variables,
-    empty_variables. A place has path, state (directory, missing, not-a-directory or unreachable),
-    reason, resolved, existing, owner, mode, readable, writable, mount (point, root, kind, options)
-    and space (free_bytes, total_bytes, free_inodes, total_inodes); null is what could not be found
-    out.
+    newest, untrusted, unreadable, leftovers, leftover_bytes), trust_unsigned, temporary (a place:
+    where Inductor compiles), temporary_files, user (uid, name, home, sudo_user), host, container,
+    started, ci, config_file, config_named, hub (path, exists, offline), variables,
+    unknown_variables, empty_variables. A place has path, state (directory, missing, not-a-directory
+    or unreachable), reason, resolved, existing, owner, mode, readable, writable, mount (point,
+    root, kind, options) and space (free_bytes, total_bytes, free_inodes, total_inodes); null is
+    what could not be found out.
     """
     settings = common.settings()
     facts = gather(_configured(settings, common), settings.environment)
@@ -64,10 +65,15 @@ def doctor(common: CommonFlags) -> int:
 
 
 def _configured(settings: Settings, common: CommonFlags) -> Configured:
-    flags = () if common.cache_dir is None else (str(common.cache_dir),)
-    given = settings.find("cache-dir", flags, default=("",)).value
+    given = settings.find("cache-dir", [str(path) for path in common.cache_dir or ()], default=())
+    # As `load_settings` reads them: empty ones do not count, and without any there is the default.
+    texts = [text for text in given.values if text] or [""]
     return Configured(
-        layers=((settings.cache_dir, given, settings.cache_dir_origin),),
+        layers=[
+            Named(path=path, given=text, origin=settings.cache_dir_origin)
+            for path, text in zip(settings.cache_dirs, texts, strict=True)
+        ],
+        trust=settings.trust,
         config_file=settings.config.path if settings.config else None,
         config_named=bool(common.config or settings.environment.get(CONFIG_VARIABLE)),
         known_variables=(*(option.variable for option in OPTIONS), CONFIG_VARIABLE),

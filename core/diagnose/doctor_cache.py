@@ -8,7 +8,6 @@ from pathlib import Path, PurePath
 from typing import Final
 
 from vllmc.core.diagnose.doctor_facts import Facts, Layer, Mount, Space
-from vllmc.core.diagnose.doctor_places import OTHERS_WRITE
 from vllmc.core.diagnose.doctor_table import Finding, found
 
 IN_MEMORY: Final = frozenset({"tmpfs", "ramfs"})
@@ -186,27 +185,38 @@ def _unwritable(facts: Facts, layer: Layer) -> Finding:
 
 
 def check_trust(facts: Facts) -> Iterator[Finding]:
-    """Whether anyone but this user and root could have put something there, or changed it."""
+    """Whether what is stored would be used: others may have written it, and nobody signed it."""
     for layer in facts.layers:
-        place = layer.place
-        path = shlex.quote(place.path)
-        if place.owner is not None and place.owner not in (0, facts.user.uid):
+        doubts = tuple(_doubts(facts, layer))
+        if facts.trust_unsigned and (doubts or layer.untrusted):
+            what = f"others may have written {layer.place.path}, and --trust-unsigned is in force"
             yield found(
-                "cache-of-another-user",
-                f"{place.path} belongs to user id {place.owner}, and this runs as {facts.user.uid}",
-                f"chown -R {facts.user.uid} {path}",
+                "unsigned-is-used", what, "sign it (vllmc warm --sign-key), and trust the key"
             )
-        if place.mode is not None and place.mode & OTHERS_WRITE:
-            who = "everyone" if place.mode & 0o002 else "its group"
-            what = f"{place.path} can be written by {who} (mode {place.mode:04o})"
-            yield found("cache-writable-by-others", what, f"chmod go-w {path}")
-        if layer.untrusted:
-            what = (
-                f"{_files(layer.untrusted)} below {place.path} can be written by other users "
-                "than this one and root"
-            )
-            fix = f"chown -R {facts.user.uid} {path} && chmod -R go-w {path}"
-            yield found("cache-files-not-trusted", what, fix)
+        elif layer.untrusted or not layer.programs:
+            # What is signed is used wherever it lies.
+            yield from doubts
+            if layer.untrusted and not doubts:
+                path = shlex.quote(layer.place.path)
+                what = f"{_files(layer.untrusted)} below {layer.place.path} can be others' work"
+                fix = f"chown -R {facts.user.uid} {path} && chmod -R go-w {path}"
+                yield found("cache-files-not-trusted", what, fix)
+
+
+def _doubts(facts: Facts, layer: Layer) -> Iterator[Finding]:
+    """Why a directory of the cache is not trusted: the rules of `vllmc.core.cache.trust`."""
+    place = layer.place
+    path = shlex.quote(place.path)
+    if place.owner is not None and place.owner not in (0, facts.user.uid):
+        yield found(
+            "cache-of-another-user",
+            f"{place.path} belongs to user id {place.owner}, and this runs as {facts.user.uid}",
+            f"chown -R {facts.user.uid} {path}",
+        )
+    if place.mode is not None and place.mode & 0o022:
+        who = "everyone" if place.mode & 0o002 else "its group"
+        what = f"{place.path} can be written by {who} (mode {place.mode:04o})"
+        yield found("cache-writable-by-others", what, f"chmod go-w {path}")
 
 
 def check_contents(facts: Facts) -> Iterator[Finding]:

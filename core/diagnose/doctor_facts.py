@@ -70,8 +70,8 @@ class Layer:
 
     `given` is what was typed or set, before `~` and the working directory; empty for the default.
     The first layer is `written`, all others are only `read`. `newest` is when the newest of its
-    `programs` was written, in unix seconds. Of its files `untrusted` ones belong to another user
-    (but root), or can be written by others; `unreadable` ones, or a directory of such, are closed
+    `programs` was written, in unix seconds. Of its records `untrusted` ones would be refused unless
+    unsigned ones are asked for. Of its files `unreadable` ones, or a directory of such, are closed
     to this user. `leftovers` are files that processes which died left behind a day ago or earlier,
     of `leftover_bytes` bytes.
     """
@@ -169,7 +169,8 @@ class Hub:
 class Facts:
     """Everything that the checks look at.
 
-    `layers` has at least one. `temporary_files` is the directory of temporary files; None where
+    `layers` has at least one; `trust_unsigned` says that also what others may have written there
+    is used. `temporary_files` is the directory of temporary files; None where
     none can be written to. `temporary` is where Inductor compiles: `TORCHINDUCTOR_CACHE_DIR`, else
     the same; None where there is neither. `memory_files` says
     whether a compiled kernel can be loaded from memory, as vllmc does. `container` and `ci` name
@@ -188,6 +189,7 @@ class Facts:
     compiler: Compiler
     memory_files: bool
     layers: tuple[Layer, ...]
+    trust_unsigned: bool
     temporary: Place | None
     temporary_files: str | None
     user: User

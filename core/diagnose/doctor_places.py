@@ -8,19 +8,29 @@ from __future__ import annotations
 import os
 import stat
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from vllmc.core.cache.files import SWEEP_AFTER_SECONDS
+from vllmc.core.cache.files import SWEEP_AFTER_SECONDS, IrregularFile, read_plain
 from vllmc.core.cache.layout import Layout
+from vllmc.core.cache.trust import Trust
 from vllmc.core.diagnose.doctor_facts import Layer, Mount, Place, Role, Space, State
 from vllmc.core.errors import VllmcError
 
 MOUNTS: Final = Path("/proc/self/mountinfo")
-OTHERS_WRITE: Final = 0o022
-"""The permission bits that let a group or everyone write."""
 
-_USED: Final = frozenset({"blobs", "units", "programs", "codes"})
+_RECORDS: Final = frozenset({"units", "programs"})
+_READ: Final = _RECORDS | {"blobs", "codes"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Named:
+    """A directory of the cache: its path, what was typed or set for it, and the origin of that."""
+
+    path: Path
+    given: str
+    origin: str
 
 
 def read_mounts(file: Path = MOUNTS) -> tuple[Mount, ...]:
@@ -119,32 +129,31 @@ def _space(path: Path) -> Space | None:
     )
 
 
-def look_into_layer(
-    path: Path, *, given: str, origin: str, role: Role, mounts: tuple[Mount, ...]
-) -> Layer:
+def look_into_layer(named: Named, *, role: Role, mounts: tuple[Mount, ...], trust: Trust) -> Layer:
     """What there is at one of the cache's directories, and how much is in it."""
     programs: dict[str, float] = {}
     untrusted = unreadable = 0
     leftovers: list[int] = []
     oldest = time.time() - SWEEP_AFTER_SECONDS
     try:
-        for item in Layout(path).walk():
+        for item in Layout(named.path).walk():
             status = _status(item.path)
             if status is None:
                 continue
             if item.section == "programs":
                 programs[item.key] = max(programs.get(item.key, 0.0), status.st_mtime)
-            if item.section in _USED:
-                untrusted += not _is_trusted(status)
+            if item.section in _RECORDS:
+                untrusted += _is_refused(item.path, status, named.path, trust)
+            if item.section in _READ:
                 unreadable += not _may(item.path, os.R_OK)
             elif item.section == "tmp" and status.st_mtime < oldest:
                 leftovers.append(status.st_size)
     except VllmcError:  # a directory that this user may not list, or a file in place of one
         unreadable += 1
     return Layer(
-        place=look_at(path, mounts),
-        given=given,
-        origin=origin,
+        place=look_at(named.path, mounts),
+        given=named.given,
+        origin=named.origin,
         role=role,
         programs=len(programs),
         newest=max(programs.values(), default=None),
@@ -155,9 +164,18 @@ def look_into_layer(
     )
 
 
-def _is_trusted(status: os.stat_result) -> bool:
-    """Whether a file or directory is this user's or root's, and nobody else may write it."""
-    return status.st_uid in (0, os.geteuid()) and not status.st_mode & OTHERS_WRITE
+def _is_refused(path: Path, status: os.stat_result, root: Path, trust: Trust) -> bool:
+    """Whether a record would not be used for want of trust, were nothing unsigned allowed."""
+    strict = replace(trust, unsigned=False)
+    if not (strict.doubt(status) or strict.doubt_of(root)):
+        return False
+    try:
+        strict.check(path, read_plain(path), status, root)
+    except (IrregularFile, FileNotFoundError):  # of no use for another reason
+        return False
+    except VllmcError as error:
+        return error.code != "not-readable"
+    return False
 
 
 def _status(path: Path) -> os.stat_result | None:

@@ -19,8 +19,9 @@ from typing import Final
 
 from vllmc.core.cache.factor_table import CUDA_ENVIRONMENT, ENVIRONMENT
 from vllmc.core.cache.redaction import redact
+from vllmc.core.cache.trust import Trust
 from vllmc.core.diagnose.doctor_facts import Facts, Hub, Layer, Mount, User
-from vllmc.core.diagnose.doctor_places import look_at, look_into_layer, read_mounts
+from vllmc.core.diagnose.doctor_places import Named, look_at, look_into_layer, read_mounts
 from vllmc.core.diagnose.doctor_software import (
     has_memory_files,
     installed_version,
@@ -55,12 +56,13 @@ _CI: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configured:
-    """What the settings say: the directories of the cache as (path, as given, origin), the first
-    of them to be written to; the config file, and whether it was named or found; the names of all
-    variables of vllmc.
+    """What the settings say: the directories of the cache, the first of them to be written to; who
+    is trusted; the config file, and whether it was named or found; the names of all variables of
+    vllmc.
     """
 
-    layers: Sequence[tuple[Path, str, str]]
+    layers: Sequence[Named]
+    trust: Trust
     config_file: Path | None
     config_named: bool
     known_variables: Sequence[str]
@@ -86,6 +88,7 @@ def gather(configured: Configured, environment: Mapping[str, str]) -> Facts:
         ),
         memory_files=has_memory_files(),
         layers=_layers(configured, mounts),
+        trust_unsigned=configured.trust.unsigned,
         temporary=None if compiling is None else look_at(Path(compiling).absolute(), mounts),
         temporary_files=temporary_files,
         user=_user(environment),
@@ -111,13 +114,9 @@ def gather(configured: Configured, environment: Mapping[str, str]) -> Facts:
 def _layers(configured: Configured, mounts: tuple[Mount, ...]) -> tuple[Layer, ...]:
     return tuple(
         look_into_layer(
-            path,
-            given=given,
-            origin=origin,
-            role="read" if index else "written",
-            mounts=mounts,
+            named, role="read" if index else "written", mounts=mounts, trust=configured.trust
         )
-        for index, (path, given, origin) in enumerate(configured.layers)
+        for index, named in enumerate(configured.layers)
     )
 
 

@@ -49,9 +49,9 @@ def found(kind: str, what: str, fix: str) -> Finding:
 
 _LOST: Final = "Everything that was compiled is compiled again on the next start."
 _COMPILES: Final = "It matters when something must be compiled; a hit for the CPU needs none of it."
-_REFUSED: Final = (
-    "What others can write, others can replace, and loading an artifact runs its code."
-)
+_RISK: Final = "What others can write, others can replace, and loading an artifact runs its code."
+_REFUSED: Final = f"{_RISK} So it is not used."
+
 
 KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
     {
@@ -179,24 +179,35 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
         ),
         "cache-of-another-user": Kind(
             level="problem",
-            cause="A directory of the cache belongs neither to this user nor to root.",
-            why=f"Its owner can write it. {_REFUSED}",
+            cause="A directory of the cache belongs neither to this user nor to root, and it is "
+            "empty, or holds what no trusted key signed.",
+            why=_REFUSED,
             cure="Warm as the user that serves, or hand the files over: `chown -R`.",
         ),
         "cache-writable-by-others": Kind(
             level="problem",
-            cause="A directory of the cache can be written by its group or by everyone.",
+            cause="A directory of the cache can be written by its group or by everyone, and it is "
+            "empty, or holds what no trusted key signed.",
             why=_REFUSED,
             cure="`chmod go-w DIR`. Where a volume is given to a group (`fsGroup`), use a "
             "directory of your own below it.",
         ),
         "cache-files-not-trusted": Kind(
             level="problem",
-            cause="Files in the cache belong neither to this user nor to root, or can be written "
-            "by their group or by everyone: another user warmed it, or under the umask 002.",
+            cause="Records in the cache belong neither to this user nor to root, or can be written "
+            "by their group or by everyone, and no trusted key signed them.",
             why=_REFUSED,
             cure="Warm as the user that serves, or hand the files over: "
-            "`chown -R USER DIR && chmod -R go-w DIR`.",
+            "`chown -R USER DIR && chmod -R go-w DIR`. Or sign it: `vllmc warm --sign-key FILE`, "
+            "`vllmc trust add FILE.pub`.",
+        ),
+        "unsigned-is-used": Kind(
+            level="warning",
+            cause="Others may have written a directory of the cache, and `--trust-unsigned` or "
+            "`VLLMC_TRUST_UNSIGNED` has it used all the same.",
+            why=_RISK,
+            cure="Sign it (`vllmc warm --sign-key FILE`) and trust the key (`vllmc trust add "
+            "FILE.pub`).",
         ),
         "cache-layer-missing": Kind(
             level="warning",

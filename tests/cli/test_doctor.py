@@ -70,6 +70,33 @@ def test_a_cache_that_others_can_write_is_a_problem_and_exits_3(
     assert "cache-writable-by-others" not in ids(vllmc("doctor", "--json"))
 
 
+def test_each_layer_is_looked_at_with_what_was_typed_for_it(vllmc: Run, workplace: Path) -> None:
+    first, below = workplace / "first", workplace / "below"
+    below.mkdir(mode=0o777)
+    below.chmod(0o777)
+    words = ("doctor", "--cache-dir", "first", "--cache-dir", str(below))
+    done = vllmc(*words, "--json")
+    layers = done.json["facts"]["layers"]
+    assert [(layer["place"]["path"], layer["given"], layer["role"]) for layer in layers] == [
+        (str(first), "first", "written"),
+        (str(below), str(below), "read"),
+    ]
+    assert {"cache-path-relative", "cache-writable-by-others"} <= ids(done)
+    used = vllmc(*words, "--json", "--trust-unsigned")
+    assert "unsigned-is-used" in ids(used)
+    assert "cache-writable-by-others" not in ids(used)
+
+
+def test_no_directory_at_all_is_the_default_one(
+    vllmc: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("VLLMC_CACHE_DIR", os.pathsep)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    [layer] = vllmc("doctor", "--json").json["facts"]["layers"]
+    assert layer["given"] == ""
+    assert Path(layer["place"]["path"]).name == "vllmc"
+
+
 def test_a_file_in_place_of_the_cache_is_a_problem(vllmc: Run, workplace: Path) -> None:
     (workplace.parent / "cache").write_text("")
     done = vllmc("doctor", "--json")

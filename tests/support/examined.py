@@ -86,6 +86,7 @@ def machine(**changes: Any) -> Facts:
         ),
         memory_files=True,
         layers=(layer(),),
+        trust_unsigned=False,
         temporary=place("/tmp", mode=0o1777, owner=0),
         temporary_files="/tmp",
         user=User(uid=1000, name="ada", home="/home/ada", sudo_user=""),

@@ -34,6 +34,12 @@ def with_place(**changes: Any) -> Facts:
     return machine(layers=(layer(at=place(**changes)),))
 
 
+def doubted(*, untrusted: int = 3, unsigned: bool = False, **changes: Any) -> Facts:
+    """A machine whose cache holds records that another may have written."""
+    layers = (layer(at=place(**changes), untrusted=untrusted),)
+    return machine(layers=layers, trust_unsigned=unsigned)
+
+
 def with_layer(**changes: Any) -> Facts:
     return machine(layers=(layer(**changes),))
 
@@ -142,17 +148,26 @@ CASES: list[tuple[str, Facts, set[str]]] = [
         with_place(writable=False, space=replace(PLENTY, free_bytes=0, free_inodes=0)),
         {"cache-read-only"},
     ),
-    ("another's", with_place(owner=1001), {"cache-of-another-user"}),
+    ("another's", doubted(owner=1001), {"cache-of-another-user"}),
+    ("another's-signed", doubted(owner=1001, untrusted=0), set()),
+    ("another's-unsigned", doubted(owner=1001, unsigned=True), {"unsigned-is-used"}),
+    (
+        "another's-empty",
+        machine(layers=(layer(at=place(owner=1001), **EMPTY),)),
+        {"cache-of-another-user", "cache-empty"},
+    ),
     ("root's", with_place(owner=0), set()),
     (
         "a-user's-for-root",
-        machine(user=ROOT),
+        replace(doubted(), user=ROOT),
         {"cache-of-another-user"},
     ),
-    ("for-the-group", with_place(mode=0o2770), {"cache-writable-by-others"}),
-    ("for-all", with_place(mode=0o1777), {"cache-writable-by-others"}),
+    ("for-the-group", doubted(mode=0o2770), {"cache-writable-by-others"}),
+    ("for-all", doubted(mode=0o1777), {"cache-writable-by-others"}),
     ("readable-by-all", with_place(mode=0o755), set()),
-    ("files-for-all", with_layer(untrusted=2), {"cache-files-not-trusted"}),
+    ("files-for-all", doubted(), {"cache-files-not-trusted"}),
+    ("files-for-all-unsigned", doubted(unsigned=True), {"unsigned-is-used"}),
+    ("unsigned-no-matter", doubted(untrusted=0, unsigned=True), set()),
     ("files-of-root-alone", with_layer(unreadable=1), {"cache-not-readable"}),
     ("closed-below", with_layer(unreadable=1, **EMPTY), {"cache-not-readable"}),
     ("below-for-all", with_below(mode=0o777), {"cache-writable-by-others"}),
@@ -332,7 +347,7 @@ def test_the_fix_of_a_containers_layer_is_that_of_its_kind() -> None:
 
 
 def test_paths_in_commands_are_quoted_for_a_shell() -> None:
-    facts = machine(layers=(layer(at=place("/my data", mode=0o777)),))
+    facts = machine(layers=(layer(at=place("/my data", mode=0o777), untrusted=1),))
     assert fix_of(facts, "cache-writable-by-others") == "chmod go-w '/my data'"
 
 

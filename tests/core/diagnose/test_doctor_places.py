@@ -12,8 +12,13 @@ import pytest
 from vllmc.core.cache.files import SWEEP_AFTER_SECONDS
 from vllmc.core.cache.key import sha256_hex
 from vllmc.core.cache.layout import Layout
+from vllmc.core.cache.record import UnitRecord
+from vllmc.core.cache.signing import generate, public_text
+from vllmc.core.cache.store import Store
+from vllmc.core.cache.trust import Trust
+from vllmc.core.cache.trust_store import add_key
 from vllmc.core.diagnose.doctor_facts import Layer, Mount
-from vllmc.core.diagnose.doctor_places import look_at, look_into_layer, mount_of, read_mounts
+from vllmc.core.diagnose.doctor_places import Named, look_at, look_into_layer, mount_of, read_mounts
 
 NOBODY = 65534
 
@@ -168,7 +173,9 @@ def test_permissions_are_those_of_the_user_who_runs_it(
 
 
 def layer_at(path: Path) -> Layer:
-    return look_into_layer(path, given="", origin="default", role="written", mounts=())
+    named = Named(path=path, given="", origin="default")
+    keys = path.parent / "no-keys"
+    return look_into_layer(named, role="written", mounts=(), trust=Trust(keys=keys))
 
 
 def store(root: Path, name: str = "a", version: str = "1") -> Path:
@@ -186,6 +193,38 @@ def test_programs_are_counted_and_the_newest_is_dated(tmp_path: Path) -> None:
     found = layer_at(tmp_path)
     assert (found.programs, found.newest) == (2, 1000.0)
     assert (found.untrusted, found.unreadable) == (0, 0)
+
+
+def test_records_in_a_directory_that_others_may_write_are_not_trusted(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    store(cache, "a")
+    store(cache, "b")
+    assert layer_at(cache).untrusted == 0
+    cache.chmod(0o777)
+    assert layer_at(cache).untrusted == 2
+
+
+def test_records_that_a_trusted_key_signed_are_trusted_wherever_they_lie(tmp_path: Path) -> None:
+    cache, keys = tmp_path / "cache", tmp_path / "keys"
+    pair = generate()
+    trust = Trust(keys=keys)
+    add_key(trust, public_text(pair.public, "ours"), "ours", "ours.pub")
+    unit = UnitRecord(
+        key=sha256_hex("unit"),
+        artifact=sha256_hex("artifact"),
+        format="native",
+        code=sha256_hex("code"),
+        bytes=1,
+        seconds=1.0,
+        created=1.0,
+        factors=(),
+    )
+    Store(cache, signing=pair).put_unit(unit)
+    cache.chmod(0o777)
+    named = Named(path=cache, given="", origin="default")
+    found = look_into_layer(named, role="written", mounts=(), trust=trust)
+    assert found.untrusted == 0
+    assert layer_at(cache).untrusted == 1
 
 
 def test_files_that_others_may_write_are_not_trusted(tmp_path: Path) -> None:

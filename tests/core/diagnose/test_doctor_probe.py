@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from vllmc.core.cache.key import REDACTED
+from vllmc.core.cache.trust import Trust
 from vllmc.core.diagnose.doctor_facts import Facts
+from vllmc.core.diagnose.doctor_places import Named
 from vllmc.core.diagnose.doctor_probe import Configured, gather
 
 KNOWN = ("VLLMC_CACHE_DIR", "VLLMC_DTYPE", "VLLMC_CONFIG")
@@ -16,7 +18,8 @@ KNOWN = ("VLLMC_CACHE_DIR", "VLLMC_DTYPE", "VLLMC_CONFIG")
 def facts_of(cache: Path, *below: Path, **environment: str) -> Facts:
     """The facts under these variables, with no program to be found."""
     configured = Configured(
-        layers=[(path, str(path), "flag") for path in (cache, *below)],
+        layers=[Named(path=path, given=str(path), origin="flag") for path in (cache, *below)],
+        trust=Trust(),
         config_file=None,
         config_named=False,
         known_variables=KNOWN,
