@@ -96,6 +96,7 @@ def build_app(*, rich_help: bool = False) -> TyperGroup:
         "run": "vllmc.cli.run:run",
         "recompiles": "vllmc.cli.recompiles:recompiles",
         "models": "vllmc.cli.models:models",
+        "doctor": "vllmc.cli.doctor:doctor",
         "cache": make_group("cache", _cache, cache, markup=markup),
         "trust": make_group("trust", _trust, trust, markup=markup),
     }

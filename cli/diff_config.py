@@ -236,7 +236,7 @@ def _live_side(text: str, given: _Given, model: str) -> Side:
 
 def _configures(variable: str) -> bool:
     """Whether a variable may change a factor, so that `defaults` is without it."""
-    from vllmc.core.cache.factors import CUDA_ENVIRONMENT, ENVIRONMENT
+    from vllmc.core.cache.factor_table import CUDA_ENVIRONMENT, ENVIRONMENT
 
     return (
         variable.startswith(_CONFIGURING) or variable in ENVIRONMENT or variable in CUDA_ENVIRONMENT

@@ -32,6 +32,7 @@ KeyPath: TypeAlias = tuple[str, ...]
 
 SCOPES: tuple[Scope, ...] = ("inductor", "functorch")
 CONFIG_NAME = "vllmc.toml"
+CONFIG_VARIABLE = "VLLMC_CONFIG"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +182,7 @@ def load_settings(
     """Reads environment and config file; the first four are the flags.
 
     `environment` and `directory` default to the process's own. Raises `VllmcError`
-    (`no-config-file`, `bad-config-file`, `unknown-setting`, `bad-setting`).
+    (`no-config-file`, `bad-config-file`, `unknown-setting`, `bad-setting`, `no-home-directory`).
     """
     variables = dict(os.environ if environment is None else environment)
     here = directory or Path.cwd()
@@ -194,13 +195,13 @@ def load_settings(
     return Settings(
         environment=variables,
         config=file,
-        cache_dirs=tuple(here / path.expanduser() for path in paths or [_default_cache_dir()]),
+        cache_dirs=tuple(here / _expanded(path) for path in paths or [_default_cache_dir()]),
         cache_dir_origin=place.origin if place else "default",
         trust=Trust(
-            keys=None if keys is None else here / Path(keys.value).expanduser(),
+            keys=None if keys is None else here / _expanded(Path(keys.value)),
             unsigned=unsigned is not None and truth("trust-unsigned", unsigned),
         ),
-        sign_key=None if signing is None else here / Path(signing.value).expanduser(),
+        sign_key=None if signing is None else here / _expanded(Path(signing.value)),
     )
 
 
@@ -228,6 +229,18 @@ def _default_cache_dir() -> Path:
     return platformdirs.user_cache_path("vllmc")
 
 
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise VllmcError(
+            "no-home-directory",
+            f"the '~' of {path} stands for no directory: {error}",
+            context={"path": str(path)},
+            hint="set HOME, or write the path out; VLLMC_CACHE_DIR names the cache's directory",
+        ) from error
+
+
 def _find(
     name: str, flags: Sequence[str], environment: Mapping[str, str], config: ConfigFile | None
 ) -> Setting | None:
@@ -250,10 +263,10 @@ def _option(name: str) -> Option:
 def _read_config(
     flag: Path | None, environment: Mapping[str, str], directory: Path
 ) -> ConfigFile | None:
-    named = flag or (Path(text) if (text := environment.get("VLLMC_CONFIG")) else None)
+    named = flag or (Path(text) if (text := environment.get(CONFIG_VARIABLE)) else None)
     if named:
         path = directory / named.expanduser()
-        text = _read_text(path, "--config" if flag else "VLLMC_CONFIG")
+        text = _read_text(path, "--config" if flag else CONFIG_VARIABLE)
         return _parse_config(path, text, ("tool", "vllmc") if _is_project(path) else ())
     if (path := directory / CONFIG_NAME).is_file():
         return _parse_config(path, _read_text(path, "working directory"), ())

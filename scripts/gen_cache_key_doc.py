@@ -10,8 +10,16 @@ from pathlib import Path
 
 from pages import publish
 
-from vllmc.core.cache.factor_table import FACTORS, GPU_FACTORS, GROUPS, NO_FACTORS, ORIGINS
-from vllmc.core.cache.factors import CUDA_ENVIRONMENT, ENVIRONMENT, UNIT_FACTORS, UNIT_GROUPS
+from vllmc.core.cache.factor_table import (
+    CUDA_ENVIRONMENT,
+    ENVIRONMENT,
+    FACTORS,
+    GPU_FACTORS,
+    GROUPS,
+    NO_FACTORS,
+    ORIGINS,
+)
+from vllmc.core.cache.factors import UNIT_FACTORS, UNIT_GROUPS
 from vllmc.core.cache.record import GRAPH_GROUPS
 from vllmc.core.cache.redaction import SECRET_LAST_WORDS, SECRET_PARTS, SHAPES, VOCABULARY
 from vllmc.core.models.transformers_model import NOT_IDENTITY

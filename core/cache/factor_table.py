@@ -33,6 +33,44 @@ GROUPS: Final[Mapping[str, str]] = MappingProxyType(
 )
 """What each group holds and why; `graph` and `range` are of units only."""
 
+_DEBUG_CODE: Final = "builds the C++ code without optimisation, or with debug symbols"
+_TRITON_CODE: Final = "changes what Triton makes of a kernel"
+_TRITON_TOOL: Final = "another assembler or library than the one that comes with Triton"
+
+ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "TORCHINDUCTOR_DEBUG_COMPILE": _DEBUG_CODE,
+        "TORCHINDUCTOR_DEBUG_SYMBOL": _DEBUG_CODE,
+        "TENSORIFY_PYTHON_SCALARS": "decides whether traced Python numbers become tensors",
+        "FX_PATCH_GETITEM": "decides whether symbolic tracing follows indexing",
+    }
+)
+"""The environment variables that are factors on every device, and the reason.
+
+Most variables that torch reads set an option and are covered by the snapshots. These are read
+within torch's compiler itself (or Triton's, below).
+"""
+
+CUDA_ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "DISABLE_LLVM_OPT": _TRITON_CODE,
+        "DISABLE_MMA_V3": _TRITON_CODE,
+        "DISABLE_MMA_V5": _TRITON_CODE,
+        "DISABLE_PTXAS_OPT": _TRITON_CODE,
+        "PTXAS_OPTIONS": _TRITON_CODE,
+        "TRITON_DEFAULT_FP_FUSION": _TRITON_CODE,
+        "TRITON_DISABLE_LINE_INFO": _TRITON_CODE,
+        "TRITON_F32_DEFAULT": _TRITON_CODE,
+        "TRITON_INTERPRET": "runs kernels in Python instead of compiling them",
+        "TRITON_OVERRIDE_ARCH": "compiles for another GPU than the one there is",
+        "TRITON_USE_META_WS": _TRITON_CODE,
+        "TRITON_LIBDEVICE_PATH": _TRITON_TOOL,
+        "TRITON_PTXAS_PATH": _TRITON_TOOL,
+        "TRITON_PTXAS_BLACKWELL_PATH": _TRITON_TOOL,
+    }
+)
+"""The environment variables that are factors on a GPU as well; of a file, its contents count."""
+
 FACTORS: Final[Mapping[tuple[str, str], str]] = MappingProxyType(
     {
         ("environment", "torch.default_dtype"): "the dtype of tensors that a forward makes",

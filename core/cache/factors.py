@@ -12,13 +12,12 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final
 
 import torch
 import xxhash
 
-from vllmc.core.cache.factor_table import NO_FACTORS
+from vllmc.core.cache.factor_table import CUDA_ENVIRONMENT, ENVIRONMENT, NO_FACTORS
 from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.cache.redaction import hide, redact
 from vllmc.core.errors import VllmcError
@@ -33,44 +32,6 @@ from vllmc.core.torch_compat.config import (
     vllmc_overrides,
 )
 from vllmc.core.torch_compat.config_scope import EXCLUDED
-
-_DEBUG_CODE: Final = "builds the C++ code without optimisation, or with debug symbols"
-_TRITON_CODE: Final = "changes what Triton makes of a kernel"
-_TRITON_TOOL: Final = "another assembler or library than the one that comes with Triton"
-
-ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "TORCHINDUCTOR_DEBUG_COMPILE": _DEBUG_CODE,
-        "TORCHINDUCTOR_DEBUG_SYMBOL": _DEBUG_CODE,
-        "TENSORIFY_PYTHON_SCALARS": "decides whether traced Python numbers become tensors",
-        "FX_PATCH_GETITEM": "decides whether symbolic tracing follows indexing",
-    }
-)
-"""The environment variables that are factors on every device, and the reason.
-
-Most variables that torch reads set an option and are covered by the snapshots. These are read
-within torch's compiler itself (or Triton's, below).
-"""
-
-CUDA_ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "DISABLE_LLVM_OPT": _TRITON_CODE,
-        "DISABLE_MMA_V3": _TRITON_CODE,
-        "DISABLE_MMA_V5": _TRITON_CODE,
-        "DISABLE_PTXAS_OPT": _TRITON_CODE,
-        "PTXAS_OPTIONS": _TRITON_CODE,
-        "TRITON_DEFAULT_FP_FUSION": _TRITON_CODE,
-        "TRITON_DISABLE_LINE_INFO": _TRITON_CODE,
-        "TRITON_F32_DEFAULT": _TRITON_CODE,
-        "TRITON_INTERPRET": "runs kernels in Python instead of compiling them",
-        "TRITON_OVERRIDE_ARCH": "compiles for another GPU than the one there is",
-        "TRITON_USE_META_WS": _TRITON_CODE,
-        "TRITON_LIBDEVICE_PATH": _TRITON_TOOL,
-        "TRITON_PTXAS_PATH": _TRITON_TOOL,
-        "TRITON_PTXAS_BLACKWELL_PATH": _TRITON_TOOL,
-    }
-)
-"""The environment variables that are factors on a GPU as well; of a file, its contents count."""
 
 # One factor each, so that a diff names the package. Relative to the directory of vllmc.core or
 # vllmc.kernels; what only displays, stores or explains is not here.

@@ -11,7 +11,6 @@ import importlib.metadata
 import pkgutil
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.machinery import FileFinder
@@ -22,6 +21,7 @@ import torch
 
 from vllmc.core.cache.facts import remembered
 from vllmc.core.errors import VllmcError
+from vllmc.core.torch_compat.compilers import compiler_version
 
 if TYPE_CHECKING:
     from vllmc.core.cache.key import JsonValue
@@ -46,7 +46,6 @@ _X86_EXTENSIONS: Final = (
     "amx_int8",
     "amx_fp16",
 )
-_VERSION_TIMEOUT_SECONDS: Final = 10
 
 
 def torch_key_hex(cache: Path | None) -> str:
@@ -223,22 +222,6 @@ def cxx_compiler(
             status = program.stat()
             facts = f"{program.resolve()}|{status.st_size}|{status.st_mtime_ns}"
             name = f"cxx-{hashlib.sha256(facts.encode()).hexdigest()}"
-            version = remembered(cache, name, lambda: _compiler_version(found))
+            version = remembered(cache, name, lambda: compiler_version(found))
             return f"{program.name}: {version}"
     return None
-
-
-def _compiler_version(program: str) -> str:
-    try:
-        asked = subprocess.run(
-            [program, "--version"],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_VERSION_TIMEOUT_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown version"
-    lines = asked.stdout.splitlines()
-    return lines[0].strip()[:200] or "unknown version" if lines else "unknown version"

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from vllmc.core.cache.factors import CUDA_ENVIRONMENT, ENVIRONMENT, excluded
+from vllmc.core.cache.factor_table import CUDA_ENVIRONMENT, ENVIRONMENT
+from vllmc.core.cache.factors import excluded
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

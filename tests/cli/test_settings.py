@@ -255,3 +255,10 @@ def test_the_environment_is_the_process_s_unless_given(
     settings = load_settings()
     monkeypatch.setenv("VLLMC_DTYPE", "bfloat16")
     assert settings.find("dtype", default=[]).value == "float16"
+
+
+def test_a_home_that_nobody_has_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(VllmcError) as caught:
+        load(tmp_path, VLLMC_CACHE_DIR="~nonesuch/cache")
+    assert caught.value.code == "no-home-directory"
+    assert "~nonesuch/cache" in caught.value.message

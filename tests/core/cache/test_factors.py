@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from vllmc.core.cache.factor_table import FACTORS, GPU_FACTORS, GROUPS, ORIGINS
-from vllmc.core.cache.factors import (
+from vllmc.core.cache.factor_table import (
     CUDA_ENVIRONMENT,
     ENVIRONMENT,
-    excluded,
-    program_factors,
-    unit_factors,
+    FACTORS,
+    GPU_FACTORS,
+    GROUPS,
+    ORIGINS,
 )
+from vllmc.core.cache.factors import excluded, program_factors, unit_factors
 from vllmc.core.cache.key import Factor, key_of, sha256_hex
 from vllmc.core.errors import UsageError, VllmcError
 from vllmc.core.spec import CompileRange, CompileSpec
