@@ -4,8 +4,9 @@
 
 The leaves are what everything may import: `core.errors`, `core.spec` with `core.passes` and
 `core.ranges`, `core.cache.key`, `core.cache.facts` with what tells whose files they are, and
-`core.torch_compat`, which import each other only. Within core the order is between modules, not packages (`graph.plan` makes units, which
-`compiler.protocol` describes by `graph.piece`): there is no cycle.
+`core.torch_compat`, which import each other only. Within core the order is between modules, not
+packages (`graph.plan` makes units, which `compiler.protocol` describes by `graph.piece`): there is
+no cycle.
 """
 
 from __future__ import annotations
