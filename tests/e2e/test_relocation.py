@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,21 @@ from typing import Any
 import pytest
 
 Run = Callable[..., Any]
+
+COMMAND = "import sys; del sys.argv[1]; from vllmc.cli.app import entry_point; entry_point()"
+
+
+def _another_user() -> tuple[str, ...]:
+    """What runs a command as another user: in a namespace, where those are allowed."""
+    program = shutil.which("unshare")
+    if program is None:
+        return ()
+    words = (program, "--user", "--map-user=4321", "--map-group=4321")
+    allowed = subprocess.run([*words, "true"], capture_output=True, check=False)
+    return words if allowed.returncode == 0 else ()
+
+
+AS_ANOTHER_USER = _another_user()
 
 
 def elsewhere(place: Path) -> dict[str, str]:
@@ -71,6 +89,51 @@ def test_a_corrupt_artifact_of_inductor_is_compiled_again(
     assert "warning[corrupt-artifact]: " in done.err
     assert vllmc("cache", "verify", "--cache-dir", root).code == 0
     assert vllmc(*words, "--fail-on-miss").json["counts"]["hit"] == 3
+
+
+@pytest.fixture
+def other_python(tmp_path: Path) -> Path:
+    """The `vllmc` of another virtual environment, with the packages of this one."""
+    place = tmp_path / "another venv"
+    venv.create(place, symlinks=True)
+    [packages] = place.glob("lib/python*/site-packages")
+    lines = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "lent.pth").write_text("\n".join(lines) + "\n")
+    return place / "bin" / "python"
+
+
+@pytest.mark.slow
+def test_a_bundle_serves_another_user_in_another_virtual_environment(
+    inductor_cache: Any, spawn: Run, tmp_path: Path, workplace: Path, other_python: Path
+) -> None:
+    made = tmp_path / "made" / "tiny.vllmc"
+    made.parent.mkdir()
+    signing = ("--sign-key", made.parent / "key", "--cache-dir", inductor_cache.root)
+    assert spawn("trust", "keygen", made.parent / "key").code == 0
+    assert spawn("cache", "export", "tiny-llama", "-o", made, *signing).code == 0
+
+    there = elsewhere(workplace) | {"VLLMC_CACHE_DIR": str(tmp_path / "theirs")}
+    before = (*AS_ANOTHER_USER, str(other_python), "-c", COMMAND)
+
+    def run(*words: str | Path) -> Any:
+        return spawn(*words, "--json", env=there, before=before)
+
+    check = ("cache", "check-bundle", made, "--for", "tiny-llama")
+    refused = run(*check)
+    assert (refused.code, refused.json["error"]["code"]) == (4, "untrusted")
+    assert run("trust", "add", f"{made.parent / 'key'}.pub").code == 0
+    foretold = run(*check)
+    assert (foretold.code, foretold.json["outcome"]) == (0, "would-hit")
+    assert not (tmp_path / "theirs" / "v1").exists()
+    other = run(*check, "--dtype", "bfloat16")
+    assert (other.code, other.json["outcome"]) == (3, "would-miss")
+    assert [change["name"] for change in other.json["miss"]["changes"]] == ["dtype"]
+    assert run("cache", "import", made).json["vouched"] == "signed by key"
+    done = run("run", "--prompt-ids", "1,2,3", "--max-new-tokens", "4", "--fail-on-miss")
+    assert done.code == 0, done.err
+    assert done.json["key"] == inductor_cache.said["key"]
+    assert done.json["counts"] == {"hit": 3, "dup": 0, "compiled": 0}
+    assert [p for p in (workplace / "inductor").rglob("*") if p.is_file()] == []
 
 
 def test_a_directory_is_found_under_another_path(
