@@ -54,7 +54,7 @@ def _root(
 
 
 def _cache(context: typer.Context) -> None:
-    """Look into the cache, and check it."""
+    """Look into the cache, check it, and make it smaller."""
     _help_without_command(context)
 
 
@@ -73,6 +73,7 @@ def build_app(*, rich_help: bool = False) -> TyperGroup:
         "show": "vllmc.cli.cache:show",
         "stats": "vllmc.cli.cache:stats",
         "verify": "vllmc.cli.cache:verify",
+        "prune": "vllmc.cli.prune:prune",
         "path": "vllmc.cli.cache:path",
     }
     commands: dict[str, str | TyperGroup] = {

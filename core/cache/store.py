@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllmc.core.cache import inventory, verify
+from vllmc.core.cache import inventory, summary, usage, verify
 from vllmc.core.cache.files import (
     CorruptArtifact,
     CorruptRecordError,
@@ -25,6 +25,7 @@ from vllmc.core.cache.files import (
     make_directory,
     plain_size,
     read_plain,
+    refresh,
     write_plain,
     writing,
 )
@@ -41,6 +42,7 @@ from vllmc.core.cache.record import (
     encode,
     outline,
 )
+from vllmc.core.cache.usage import Counts, Hold
 from vllmc.core.cache.verify import Problem, RepairPlan
 from vllmc.core.errors import UsageError, VllmcError
 
@@ -91,9 +93,18 @@ class Store:
         """Stores a program's record, in place of any under its key with the same sources."""
         self._put(self.layout.program(record.key, record.id), encode(record))
 
+    def retain(self, digest: str, data: bytes) -> None:
+        """Sees to it that an artifact that was found is still there, and counts as new to prune.
+
+        Raises what `put_artifact` does.
+        """
+        path = self.layout.blob(digest)
+        if not refresh(path):
+            write_plain(path, data, temporary=self.layout.temporary)
+
     def _put(self, path: Path, data: bytes) -> None:
         with suppress(FileNotFoundError, IrregularFile, VllmcError):
-            if read_plain(path) == data:
+            if read_plain(path) == data and refresh(path):
                 return
         write_plain(path, data, temporary=self.layout.temporary)
 
@@ -254,12 +265,13 @@ class Store:
         finally:
             guard.release()
 
-    def touch(self, key: str) -> None:
-        """Notes that the program `key` was used now; a read-only cache is left as it is."""
-        path = self.layout.used(key)
-        with suppress(OSError):
-            path.parent.mkdir(exist_ok=True)
-            path.touch()
+    def note_use(self, key: str, counts: Counts) -> Hold | None:
+        """Notes that the program `key` was used now, and holds it; see `usage.note`."""
+        return usage.note(self.layout.used(key), counts)
+
+    def compile_seconds(self, units: Iterable[str]) -> float:
+        """What compiling these units took once, as far as their records can be read."""
+        return sum(summary.compile_seconds(self.layout, key) for key in units)
 
     def resolve_prefix(self, prefix: str) -> str:
         """The one program or unit key that starts with `prefix` (8 hex digits or more).
