@@ -100,7 +100,8 @@ def take_census(layout: Layout) -> Census:
             continue
         if found.section == "programs":
             with _later_formats(file, mentioned) as data:
-                outlines[file.key].append((file, outline(data, found.id)))
+                row = (file, outline(data, found.id))
+                outlines[file.key].append(row)
             continue
         files[file.section][file.key] = file
         if found.section == "units":

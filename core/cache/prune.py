@@ -34,7 +34,7 @@ from vllmc.core.cache.usage import claimed
 
 Kind: TypeAlias = Literal["program", "use", "unit", "code", "artifact", "temporary"]
 
-HELD: Final = "a process runs it"
+_HELD: Final = "a process holds it"
 _YOUNG: Final = "it may be of a model that is being compiled now"
 _CHANGED: Final = "it was used or stored again since the plan was made"
 _NEEDED: Final = "a program that is stored by now needs it"
@@ -124,7 +124,7 @@ def plan_prune(root: Path, criteria: Criteria) -> PrunePlan:
         root=root,
         removals=tuple(describe.removal(f) for f in census.files if f.path not in stays),
         kept=(
-            *(describe.item(f, HELD) for p in choice.held for f in p.records),
+            *(describe.item(f, _HELD) for p in choice.held for f in p.records),
             *(describe.item(f, _YOUNG) for f in census.files if f.path in spared),
         ),
         bytes_before=total_bytes(census.files),
@@ -163,7 +163,7 @@ class _Executor:
             used = self._layout.used(key)
             with claimed(used) as free:
                 if not free or _used_since(used, items):
-                    self._keep(items, _CHANGED if free else HELD)
+                    self._keep(items, _CHANGED if free else _HELD)
                     continue
                 for item in items:
                     self._remove(item)
@@ -248,7 +248,7 @@ def _is_held(used: Path) -> bool:
 def _used_since(used: Path, items: Iterable[PruneItem]) -> bool:
     """Whether a use was noted that the plan does not know of."""
     planned = next((item.mtime_ns for item in items if item.kind == "use"), None)
-    return _mtime_ns(used) != planned
+    return _mtime_ns(used) not in (None, planned)
 
 
 def _mtime_ns(path: Path) -> int | None:

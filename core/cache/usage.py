@@ -180,8 +180,12 @@ def _append(fd: int, counts: Counts) -> None:
     line = _line(counts)
     os.write(fd, line)
     end = os.lseek(fd, 0, os.SEEK_CUR)
-    # Of many writers only one sees its own line cross the limit, so nothing is added up twice.
-    if end // FOLD_AT != (end - len(line)) // FOLD_AT:
+    if end > _READ_AT_MOST:
+        # Whoever wrote that, it was not this module.
+        os.ftruncate(fd, 0)
+        os.write(fd, line)
+    elif end // FOLD_AT != (end - len(line)) // FOLD_AT:
+        # Of many writers only one sees its own line cross the limit: nothing is added up twice.
         total = _sum(os.pread(fd, _READ_AT_MOST, 0))
         # In this order: a process that dies in between loses counts and doubles none.
         os.ftruncate(fd, 0)
