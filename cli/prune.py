@@ -14,7 +14,7 @@ from vllmc.core.cache.retention import Criteria
 from vllmc.core.cache.versions import installed_torch
 from vllmc.core.errors import UsageError
 
-_QUANTITY = re.compile(r"(\d{1,15}(?:\.\d{1,6})?) ?([A-Za-z]*)")
+_QUANTITY = re.compile(r"(\d{1,15}(?:\.\d{1,6})?) ?([A-Za-z]*)", re.ASCII)
 _BYTES = {
     "": 1,
     "b": 1,
