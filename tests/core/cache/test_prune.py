@@ -336,6 +336,29 @@ def test_what_is_found_or_stored_again_after_the_plan_is_kept(store, three):
     assert store.read_artifact(unit.artifact) == b"old"
 
 
+REFRESHED = """
+import os, sys
+from pathlib import Path
+from vllmc.core.cache.prune import execute, plan_prune
+from vllmc.core.cache.retention import Criteria
+from vllmc.core.cache.store import Store
+store, digest = Store(Path(sys.argv[1])), sys.argv[2]
+plan = plan_prune(store.root, Criteria(max_count=0))
+def hook(event, arguments):
+    if event == "os.rename" and os.fspath(arguments[0]) == str(store.layout.blob(digest)):
+        store.retain(digest, b"")
+sys.addaudithook(hook)
+done = execute(plan)
+print([item.key for item in done.kept] == [digest], len(store.read_artifact(digest)))
+"""
+
+
+def test_what_is_found_at_the_very_moment_of_its_removal_is_put_back(store, three, start):
+    unit = three["old"].units[0]
+    out, _ = start(REFRESHED, store.root, unit.artifact).communicate()
+    assert out == "True 3\n"
+
+
 def test_what_is_gone_by_now_is_neither_removed_nor_kept(store, three):
     first, second = (plan_prune(store.root, ALL) for _ in range(2))
     assert execute(first).removed == first.removals

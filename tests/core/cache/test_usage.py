@@ -250,6 +250,27 @@ def test_a_use_that_meets_a_removal_is_noted_in_a_new_file(path):
     assert not is_free(path)
 
 
+OVERTAKEN = """
+import sys
+from pathlib import Path
+from vllmc.core.cache.usage import Counts, note, read_counts
+path, moments = Path(sys.argv[1]), []
+def hook(event, arguments):
+    if event == "fcntl.flock" and not moments:
+        moments.append(event)
+        path.unlink()
+sys.addaudithook(hook)
+hold = note(path, Counts(hits=1))
+print(hold is not None, read_counts(path).hits, moments)
+"""
+
+
+def test_a_file_that_is_removed_before_it_is_locked_is_made_again(path, start):
+    noted(path, HIT).release()
+    out, _ = start(OVERTAKEN, path).communicate()
+    assert out == "True 1 ['fcntl.flock']\n"
+
+
 def test_a_use_waits_for_a_removal_no_longer_than_a_moment(path):
     noted(path, HIT).release()
     with claimed(path) as free:
