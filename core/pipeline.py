@@ -276,10 +276,6 @@ def _build(
 
 
 def _publish(record: ProgramRecord, results: Sequence[UnitResult], store: Store) -> Hold | None:
-    for unit in results:
-        # A prune may have removed what nothing referred to yet.
-        store.retain(unit.artifact, unit.data)
-    store.put_program(record)
     outcomes = Counter(unit.outcome for unit in results)
     counts = Counts(
         hits=outcomes["hit"],
@@ -287,7 +283,13 @@ def _publish(record: ProgramRecord, results: Sequence[UnitResult], store: Store)
         dups=outcomes["dup"],
         seconds_saved=store.compile_seconds(u.key for u in results if u.outcome == "hit"),
     )
-    return store.note_use(record.key, counts)
+    # Held before it is there, so that no prune comes in between.
+    hold = store.note_use(record.key, counts)
+    for unit in results:
+        # A prune may have removed what nothing referred to yet.
+        store.retain(unit.artifact, unit.data)
+    store.put_program(record)
+    return hold
 
 
 def _compiles_on_its_own(spec: CompileSpec) -> bool:

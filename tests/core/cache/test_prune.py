@@ -587,6 +587,7 @@ import sys
 from pathlib import Path
 from vllmc.core.cache.record import decode
 from vllmc.core.cache.store import Store
+from vllmc.core.cache.usage import Counts
 store, rounds = Store(Path(sys.argv[1])), int(sys.argv[2])
 records = [decode(Path(path).read_bytes()) for path in sys.argv[3:]]
 units, programs = records[:2], records[2:]
@@ -597,12 +598,14 @@ for number in range(rounds):
     for unit in units:
         store.put_artifact(data[unit.artifact])
         store.put_unit(unit)
+    hold = store.note_use(program.key, Counts(misses=2))
     for unit in units:
         store.retain(unit.artifact, data[unit.artifact])
     store.put_program(program)
+    assert store.programs(program.key) == (program,)
     for unit in program.units:
-        if program.key in {p.key for p in store.readable_programs()}:
-            store.read_artifact(unit.artifact)
+        store.read_artifact(unit.artifact)
+    hold.release()
 print("done", flush=True)
 """
 
