@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vllmc.core.cache.files import IrregularFile, open_plain, writing
+from vllmc.core.cache.files import IrregularFile, open_plain, plain_size, writing
 from vllmc.core.errors import VllmcError
 
 FOLD_AT: Final = 16 * 1024
@@ -128,11 +128,10 @@ def claimed(path: Path) -> Iterator[bool]:
     Where there is no such file, or the file system has no locks, nobody does. Raises
     `not-writable`.
     """
-    with writing(path):
-        try:
+    fd = None
+    if plain_size(path) is not None:
+        with writing(path), suppress(FileNotFoundError):
             fd = os.open(path, os.O_RDWR | _FLAGS)
-        except FileNotFoundError:
-            fd = None
     if fd is None:
         yield True
         return

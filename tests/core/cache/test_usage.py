@@ -122,6 +122,7 @@ def test_what_is_no_plain_file_is_left_alone(path, tmp_path, kind):
         os.mkfifo(path)
     assert note(path, HIT) is None
     assert read_counts(path) == Counts()
+    assert is_free(path)
     assert aside.read_bytes() == b"mine"
 
 
