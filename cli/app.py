@@ -58,6 +58,11 @@ def _cache(context: typer.Context) -> None:
     _help_without_command(context)
 
 
+def _trust(context: typer.Context) -> None:
+    """Say whose signed records are used."""
+    _help_without_command(context)
+
+
 def _help_without_command(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         with contextlib.redirect_stdout(sys.stderr):
@@ -76,6 +81,12 @@ def build_app(*, rich_help: bool = False) -> TyperGroup:
         "prune": "vllmc.cli.prune:prune",
         "path": "vllmc.cli.cache:path",
     }
+    trust = {
+        "add": "vllmc.cli.trust:add",
+        "ls": "vllmc.cli.trust:ls",
+        "rm": "vllmc.cli.trust:rm",
+        "keygen": "vllmc.cli.trust:keygen",
+    }
     commands: dict[str, str | TyperGroup] = {
         "warm": "vllmc.cli.warm:warm",
         "inspect-key": "vllmc.cli.inspect_key:inspect_key",
@@ -84,6 +95,7 @@ def build_app(*, rich_help: bool = False) -> TyperGroup:
         "recompiles": "vllmc.cli.recompiles:recompiles",
         "models": "vllmc.cli.models:models",
         "cache": make_group("cache", _cache, cache, markup=markup),
+        "trust": make_group("trust", _trust, trust, markup=markup),
     }
     return make_group("vllmc", _root, commands, markup=markup)
 

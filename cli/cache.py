@@ -12,7 +12,6 @@ from vllmc.cli import render
 from vllmc.cli.options import CommonFlags, command
 from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.cache.record import ProgramRecord, UnitRecord
-from vllmc.core.cache.store import Store
 from vllmc.core.errors import UnsafeCacheError
 
 JsonRow = dict[str, JsonValue]
@@ -21,7 +20,7 @@ JsonRow = dict[str, JsonValue]
 @command
 def ls(common: CommonFlags) -> None:
     """List the compiled programs, the last used first."""
-    store = Store(common.settings().cache_dir)
+    store = common.settings().store()
     rows = [entry.to_json() for entry in store.entries()]
     common.output("cache ls").data({"entries": rows}, lambda: render.entries(rows))
 
@@ -39,7 +38,7 @@ def show(
     (key, id, model, created, pieces, units, sources, factor_groups), the newest first; a unit has
     one record (key, artifact, format, code, bytes, seconds, created, factor_groups).
     """
-    store = Store(common.settings().cache_dir)
+    store = common.settings().store()
     full = store.resolve_prefix(key)
     record = store.record(full)
     output = common.output("cache show")
@@ -61,7 +60,7 @@ def stats(common: CommonFlags) -> None:
     With --json, stats has programs, units, artifacts, bytes, unreferenced_bytes, inodes, hits,
     misses, dups, seconds_saved and by_model.
     """
-    store = Store(common.settings().cache_dir)
+    store = common.settings().store()
     row = dataclasses.asdict(store.stats())
     common.output("cache stats").data({"stats": row}, lambda: render.stats(row))
 
@@ -79,7 +78,7 @@ def verify(
     removed (path, reason). With --repair the exit code is 0 unless something corrupt is left.
     """
     output = common.output("cache verify")
-    store = Store(common.settings().cache_dir)
+    store = common.settings().store()
     problems = store.verify()
     plan = store.plan_repair(problems)
     if repair:
@@ -99,12 +98,14 @@ def verify(
 def path(common: CommonFlags) -> None:
     """Print where the cache lies.
 
-    With --json, path and origin: flag, env:NAME, file:NAME:LINE or default.
+    With --json, path, below (the layers that are only read) and origin: flag, env:NAME,
+    file:NAME:LINE or default.
     """
     settings = common.settings()
-    where = str(settings.cache_dir)
+    where, *below = map(str, settings.cache_dirs)
     common.output("cache path").data(
-        {"path": where, "origin": settings.cache_dir_origin}, lambda: where
+        {"path": where, "below": below, "origin": settings.cache_dir_origin},
+        lambda: "\n".join([where, *below]),
     )
 
 

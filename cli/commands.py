@@ -80,10 +80,15 @@ class _PlainValue:
         return None if value is None else self._make(value)
 
 
+def _paths(values: Any) -> list[Path]:
+    return [Path(value) for value in values]
+
+
 _MAKERS: Mapping[object, Callable[[Any], object]] = {
     bool: bool,
     str: str,
     list[str]: list,
+    list[Path]: _paths,
     Path: Path,
 }
 

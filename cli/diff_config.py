@@ -167,7 +167,7 @@ def _compare_foreign(a: str, b: str) -> Comparison | None:
 
 
 def _compare_own(a: str, b: str, given: _Given) -> Comparison:
-    store = Store(given.settings.cache_dir)
+    store = given.settings.store()
     known = {text: _known_side(store, text) for text in (a, b)}
     models = (given.model, *(side.model for side in known.values() if side), given.proved)
     whose = next((model for model in models if model), DEFAULT_PRESET)
@@ -248,7 +248,8 @@ def _elsewhere(
 ) -> tuple[Factor, ...]:
     """The factors that `inspect-key` with the options `words` finds under this environment."""
     program = "from vllmc.cli.app import entry_point; entry_point()"
-    words = [model, "--cache-dir", str(given.settings.cache_dir), *words]
+    places = [word for path in given.settings.cache_dirs for word in ("--cache-dir", str(path))]
+    words = [model, *places, *words]
     done = subprocess.run(
         [sys.executable, "-c", program, "inspect-key", "--json", "-q", *words],
         env=dict(environment),

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vllmc.cli.options import choice
 from vllmc.cli.output import Output
-from vllmc.cli.settings import Setting
+from vllmc.cli.settings import Setting, choice
 from vllmc.core.errors import UsageError, VllmcError
 from vllmc.core.models.pooling import (
     DEFAULT_POOLING,

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias, get
 
 import typer
 
-from vllmc.cli.options import choice, counts
+from vllmc.cli.options import counts
 from vllmc.cli.output import Output
-from vllmc.cli.settings import Settings
+from vllmc.cli.settings import Settings, choice
 from vllmc.core.errors import UsageError
 
 if TYPE_CHECKING:

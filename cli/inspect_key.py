@@ -74,7 +74,7 @@ def inspect_key(
     output = common.output("inspect-key")
     if target and Path(target).exists() and _foreign(Path(target), output):
         return
-    store = Store(settings.cache_dir)
+    store = settings.store()
     key = stored_key(store, target) if target and not Path(target).exists() else None
     row = _stored(store, key) if key else _current(settings, compilation, store, target)
     output.data(row, lambda: report.inspect(row, whole=output.verbosity > 0))

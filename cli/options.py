@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
 from vllmc.cli.output import Output
-from vllmc.cli.settings import RawOption, Setting, Settings, load_settings
+from vllmc.cli.settings import RawOption, Setting, Settings, choice, load_settings, truth
 from vllmc.core.errors import UsageError
 from vllmc.core.models.presets import DEFAULT_PRESET
 from vllmc.core.passes import ALL, PASSES, PassChoice
@@ -75,11 +75,27 @@ class CommonFlags:
         typer.Option("-q", help="Show no progress and no hints.", rich_help_panel=COMMON_PANEL),
     ] = False
     cache_dir: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
             metavar="DIR",
             show_default="the user's cache directory",
-            help="Where the cache lies.",
+            help="Where the cache lies; repeatable: what follows the first is only read.",
+            rich_help_panel=COMMON_PANEL,
+        ),
+    ] = None
+    trust_unsigned: Annotated[
+        bool,
+        typer.Option(
+            "--trust-unsigned",
+            help="Use also what other users may have written, unsigned.",
+            rich_help_panel=COMMON_PANEL,
+        ),
+    ] = False
+    sign_key: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Sign the records that are written with this private key.",
             rich_help_panel=COMMON_PANEL,
         ),
     ] = None
@@ -95,7 +111,12 @@ class CommonFlags:
 
     def settings(self) -> Settings:
         """The settings under these flags; raises what `load_settings` raises."""
-        return load_settings(cache_dir=self.cache_dir, config=self.config)
+        return load_settings(
+            cache_dir=self.cache_dir or (),
+            config=self.config,
+            trust_unsigned=self.trust_unsigned,
+            sign_key=self.sign_key,
+        )
 
     def output(self, command: str) -> Output:
         """The sink for what `command` (`cache ls`) prints."""
@@ -343,7 +364,7 @@ def compile_request(
         layer_names=choice("layer-names", names, get_args(LayerNames)),
         experts=choice("experts", experts, get_args(ExpertsKind)),
         splitting_ops=tuple(dict.fromkeys(_located(ops, _op_name))),
-        split_kv_update=_truth("split-kv-update", given("split-kv-update", split, "false")),
+        split_kv_update=truth("split-kv-update", given("split-kv-update", split, "false")),
         quantize=choice("quantize", modes, get_args(Quantization)) if modes.values else None,
         options=_merge(settings.raw_options, flags.option or ()),
         added_passes=added,
@@ -355,18 +376,6 @@ def compile_request(
     return request
 
 
-def choice(name: str, setting: Setting, choices: tuple[T, ...]) -> T:
-    """The one of `choices` that the setting spells; raises `UsageError` (`bad-value`)."""
-    if setting.value not in choices:
-        raise UsageError(
-            "bad-value",
-            f"'{setting.value}' is no {name}",
-            context={"origin": setting.origin},
-            hint=f"--{name} takes one of {', '.join(map(str, choices))}",
-        )
-    return cast("T", setting.value)
-
-
 def _device(setting: Setting) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", setting.value):
         raise UsageError(
@@ -376,10 +385,6 @@ def _device(setting: Setting) -> str:
             hint="--device takes auto, cpu, cuda or cuda:N",
         )
     return setting.value
-
-
-def _truth(name: str, setting: Setting) -> bool:
-    return choice(name, setting, ("false", "true", "0", "1")) in ("true", "1")
 
 
 def counts(name: str, setting: Setting) -> tuple[int, ...]:

@@ -17,7 +17,6 @@ from vllmc.cli.settings import Settings
 from vllmc.cli.snapshots import Side
 from vllmc.core.cache.explain import diff
 from vllmc.core.cache.key import Factor
-from vllmc.core.cache.store import Store
 
 if TYPE_CHECKING:
     from vllmc.core.proof.compare import Verdict
@@ -40,7 +39,7 @@ def print_proof(
     from vllmc.core.proof.prove import prove
     from vllmc.core.proof.workbench import Workbench
 
-    store = Store(settings.cache_dir)
+    store = settings.store()
     with output.progress() as observer:
         bench = Workbench(model, environment=settings.environment, store=store, observer=observer)
         proof = prove(*_factors(*sides), bench)

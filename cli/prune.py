@@ -82,7 +82,7 @@ def prune(
         other_torch=installed_torch() if other_torch else None,
     )
     output = common.output("cache prune")
-    plan = plan_prune(common.settings().cache_dir, criteria)
+    plan = plan_prune(common.settings().store(), criteria)
     done = Pruned(removed=(), kept=plan.kept) if dry_run else execute(plan)
     gone = plan.removals if dry_run else done.removed
     left = plan.bytes_before - sum(item.bytes for item in gone)

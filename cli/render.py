@@ -195,6 +195,13 @@ def _gone(rows: Sequence[Row], title: str) -> Listing:
     )
 
 
+def trusted(rows: Sequence[Row]) -> RenderableType | str:
+    """The table of `trust ls`."""
+    if not rows:
+        return "no key is trusted"
+    return Listing(headings=("NAME", "KEY"), rows=tuple((row["name"], row["key"]) for row in rows))
+
+
 def programs(rows: Sequence[Row]) -> RenderableType:
     """A program's records, as `cache show` prints them."""
     first, *others = map(_program, rows)

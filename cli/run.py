@@ -17,12 +17,11 @@ from vllmc.cli.options import (
     CommonFlags,
     CompileFlags,
     WorkerFlags,
-    choice,
     command,
     compile_request,
 )
 from vllmc.cli.prompts import PromptFlags, Prompts, load_tokenizer
-from vllmc.core.cache.store import Store
+from vllmc.cli.settings import choice
 from vllmc.core.errors import CheckFailed, UsageError, VllmcError
 
 if TYPE_CHECKING:
@@ -217,7 +216,7 @@ def run(
         with workers.pool(settings, [job.spec]) as pool:
             ready = obtain_program(
                 job,
-                Store(settings.cache_dir),
+                settings.store(),
                 observer,
                 policy=Policy(may_compile=not fail_on_miss),
                 pool=pool,

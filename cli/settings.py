@@ -16,9 +16,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
-from vllmc.core.errors import VllmcError
+from vllmc.core.cache.signing import load_signing_key
+from vllmc.core.cache.trust import Trust
+from vllmc.core.errors import UsageError, VllmcError
+
+if TYPE_CHECKING:
+    from vllmc.core.cache.store import Store
+
+T = TypeVar("T")
 
 Scope: TypeAlias = Literal["inductor", "functorch"]
 KeyPath: TypeAlias = tuple[str, ...]
@@ -29,15 +36,20 @@ CONFIG_NAME = "vllmc.toml"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """An option that the environment and the config file may set, as well as a flag."""
+    """An option that the environment and the config file may set, as well as a flag.
+
+    Some are not for the file: what a directory holds must not say that it is trusted.
+    """
 
     name: str
     kind: Literal["text", "integer", "truth"] = "text"
     repeatable: bool = False
+    separator: str = ","
+    in_file: bool = True
 
     @property
     def variable(self) -> str:
-        """Its environment variable; a repeatable option's values are separated by commas."""
+        """Its environment variable; `separator` is between a repeatable option's values."""
         return f"VLLMC_{self.name.upper().replace('-', '_')}"
 
 
@@ -46,7 +58,10 @@ _KINDS: Mapping[str, tuple[type, str]] = MappingProxyType(
 )
 
 OPTIONS: tuple[Option, ...] = (
-    Option(name="cache-dir"),
+    Option(name="cache-dir", repeatable=True, separator=os.pathsep),
+    Option(name="trust-unsigned", kind="truth", in_file=False),
+    Option(name="trust-dir", in_file=False),
+    Option(name="sign-key", in_file=False),
     Option(name="device"),
     Option(name="dtype"),
     Option(name="compile-range", repeatable=True),
@@ -117,8 +132,24 @@ class Settings:
 
     environment: Mapping[str, str]
     config: ConfigFile | None
-    cache_dir: Path
+    cache_dirs: tuple[Path, ...]
     cache_dir_origin: str
+    trust: Trust
+    sign_key: Path | None
+
+    @property
+    def cache_dir(self) -> Path:
+        """The cache's first layer, which is written to."""
+        return self.cache_dirs[0]
+
+    def store(self) -> Store:
+        """The cache. Raises `VllmcError` (`bad-signing-key`)."""
+        # `vllmc models` and others do without.
+        from vllmc.core.cache.store import Store
+
+        signing = None if self.sign_key is None else load_signing_key(self.sign_key)
+        first, *below = self.cache_dirs
+        return Store(first, tuple(below), self.trust, signing)
 
     @property
     def step_summary(self) -> Path | None:
@@ -140,12 +171,14 @@ class Settings:
 
 def load_settings(
     *,
-    cache_dir: Path | None = None,
+    cache_dir: Sequence[Path] = (),
     config: Path | None = None,
+    trust_unsigned: bool = False,
+    sign_key: Path | None = None,
     environment: Mapping[str, str] | None = None,
     directory: Path | None = None,
 ) -> Settings:
-    """Reads environment and config file; `cache_dir` and `config` are the flags.
+    """Reads environment and config file; the first four are the flags.
 
     `environment` and `directory` default to the process's own. Raises `VllmcError`
     (`no-config-file`, `bad-config-file`, `unknown-setting`, `bad-setting`).
@@ -153,15 +186,39 @@ def load_settings(
     variables = dict(os.environ if environment is None else environment)
     here = directory or Path.cwd()
     file = _read_config(config, variables, here)
-    flags = () if cache_dir is None else (str(cache_dir),)
-    place = _find("cache-dir", flags, variables, file)
-    path = Path(place.value) if place else _default_cache_dir()
+    place = _find("cache-dir", [str(path) for path in cache_dir], variables, file)
+    paths = [Path(text) for text in place.values if text] if place else []
+    unsigned = _find("trust-unsigned", ["true"] if trust_unsigned else [], variables, file)
+    keys = _find("trust-dir", (), variables, file)
+    signing = _find("sign-key", [] if sign_key is None else [str(sign_key)], variables, file)
     return Settings(
         environment=variables,
         config=file,
-        cache_dir=here / path.expanduser(),
+        cache_dirs=tuple(here / path.expanduser() for path in paths or [_default_cache_dir()]),
         cache_dir_origin=place.origin if place else "default",
+        trust=Trust(
+            keys=None if keys is None else here / Path(keys.value).expanduser(),
+            unsigned=unsigned is not None and truth("trust-unsigned", unsigned),
+        ),
+        sign_key=None if signing is None else here / Path(signing.value).expanduser(),
     )
+
+
+def choice(name: str, setting: Setting, choices: tuple[T, ...]) -> T:
+    """The one of `choices` that the setting spells; raises `UsageError` (`bad-value`)."""
+    if setting.value not in choices:
+        raise UsageError(
+            "bad-value",
+            f"'{setting.value}' is no {name}",
+            context={"origin": setting.origin},
+            hint=f"--{name} takes one of {', '.join(map(str, choices))}",
+        )
+    return cast("T", setting.value)
+
+
+def truth(name: str, setting: Setting) -> bool:
+    """What a setting says that is true or false; raises `UsageError` (`bad-value`)."""
+    return choice(name, setting, ("false", "true", "0", "1")) in ("true", "1")
 
 
 def _default_cache_dir() -> Path:
@@ -179,7 +236,8 @@ def _find(
     option = _option(name)
     # An empty variable counts as unset, so that a script can clear it.
     if text := environment.get(option.variable, "").strip():
-        values = tuple(v.strip() for v in text.split(",")) if option.repeatable else (text,)
+        parts = text.split(option.separator) if option.repeatable else [text]
+        values = tuple(part.strip() for part in parts)
         return Setting(values=values, origin=f"env:{option.variable}")
     return config.settings.get(name) if config else None
 
@@ -313,6 +371,8 @@ class _Reader:
                 continue
             if name not in [option.name for option in OPTIONS]:
                 raise self._unknown(name)
+            if not _option(name).in_file:
+                raise self._not_here(_option(name))
             values = self._values(_option(name), value)
             found[name] = Setting(values=values, origin=f"file:{self._where((name,))}")
         return found
@@ -346,10 +406,20 @@ class _Reader:
             hint=f"did you mean '{near[0]}'?" if near else "see the options in docs/cli.md",
         )
 
+    def _not_here(self, option: Option) -> VllmcError:
+        return VllmcError(
+            "unknown-setting",
+            f"{self._where((option.name,))} sets '{option.name}', which no file may set",
+            context={"origin": f"file:{self._where((option.name,))}"},
+            hint=f"give --{option.name}, or set {option.variable}",
+        )
+
     def _values(self, option: Option, value: object) -> tuple[str, ...]:
         kind, noun = _KINDS[option.kind]
         where = self._where((option.name,))
         if option.repeatable:
+            if option.separator == os.pathsep and isinstance(value, str):
+                value = value.split(os.pathsep)
             if not isinstance(value, list) or any(type(item) is not kind for item in value):
                 raise _bad_setting(option.name, where, f"a list, each item {noun}", value)
             return tuple(str(item) for item in value)

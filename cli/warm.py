@@ -15,12 +15,11 @@ from vllmc.cli.options import (
     CommonFlags,
     CompileFlags,
     WorkerFlags,
-    choice,
     command,
     compile_request,
 )
 from vllmc.cli.output import Output, error_fields
-from vllmc.cli.settings import Settings
+from vllmc.cli.settings import Settings, choice
 from vllmc.cli.summary import write_summary
 from vllmc.core.cache.redaction import scrub
 from vllmc.core.cache.store import Store
@@ -136,12 +135,12 @@ def warm(
         raise UsageError(
             "bad-value", f"--check compiles nothing, so it cannot {asked}", hint="leave one out"
         )
+    store = settings.store()
     # All of them first, so that a mistake in the last is found before anything is compiled.
     todo = [
         make(settings, compile_request(settings, compilation, model))
         for model in models or [DEFAULT_PRESET]
     ]
-    store = Store(settings.cache_dir)
     if check:
         rows = [_predict(job, store) for job in todo]
         code = max(_PREDICTED_CODES.get(row["outcome"], 0) for row in rows)
@@ -158,7 +157,9 @@ def warm(
         lambda: report.warm(rows, verbose=common.verbose > 0),
     )
     if any(row["outcome"] == "unsafe" for row in rows):
-        output.note("hint: vllmc warm compiles it again; vllmc cache verify lists all that is bad")
+        output.note(
+            "hint: vllmc cache verify lists all that is bad; vllmc warm replaces what is corrupt"
+        )
     return code
 
 

@@ -111,6 +111,8 @@ def obtain_program(
     if not policy.force and (found := reader.program(job, meanwhile)) is not None:
         return _hit(job, store, found, started)
     # A cache may be read-only where nothing is to be compiled.
+    if policy.may_compile:
+        store.check_writable()
     lock = (
         store.lock(job.key, lambda: observer.waiting("another process compiles this model"))
         if policy.may_compile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typer.core import TyperGroup
 
 from vllmc.cli.app import INTERRUPTED, PIPE_CLOSED, build_app
 from vllmc.cli.options import COMMON_PANEL, SHAPING_PANEL
-from vllmc.cli.settings import OPTIONS
+from vllmc.cli.settings import OPTIONS, Option
 from vllmc.core.errors import CheckFailed, UnsafeCacheError, UsageError, VllmcError
 
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
@@ -61,7 +62,8 @@ donated_buffer = false
 def page() -> str:
     """The whole page."""
     settings = "".join(
-        f"| `{option.name}` | `{option.variable}` | {_value(option.kind, option.repeatable)} |\n"
+        f"| {f'`{option.name}`' if option.in_file else 'not there'} | `{option.variable}` "
+        f"| {_value(option)} |\n"
         for option in OPTIONS
     )
     commands = tuple(_commands(build_app(), "vllmc"))
@@ -69,9 +71,10 @@ def page() -> str:
     return HEAD + settings + shared + "".join(_section(*item) for item in commands)
 
 
-def _value(kind: str, repeatable: bool) -> str:
-    noun = {"text": "text", "integer": "number", "truth": "true or false"}[kind]
-    return f"list of {noun}s; in the variable separated by commas" if repeatable else noun
+def _value(option: Option) -> str:
+    noun = {"text": "text", "integer": "number", "truth": "true or false"}[option.kind]
+    between = {",": "commas", os.pathsep: "colons"}[option.separator]
+    return f"list of {noun}s; in the variable separated by {between}" if option.repeatable else noun
 
 
 def _commands(group: Any, path: str) -> Iterator[tuple[str, Any, Any]]:

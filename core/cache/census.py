@@ -58,7 +58,7 @@ class Census:
 
     `programs` come the least recently used first. Of the units and the notes of generated code
     `artifact_of` tells the artifact, by path; those that cannot be read are not in it. `mentioned`
-    holds every digest in a record that a later vllmc wrote.
+    holds every digest in a record that a later vllmc wrote, and those `elsewhere`.
     """
 
     programs: tuple[StoredProgram, ...]
@@ -85,15 +85,16 @@ class Census:
         return (*own, *orphans, *(f for table in tables for f in table.values()), *self.temporary)
 
 
-def take_census(layout: Layout) -> Census:
+def take_census(layout: Layout, elsewhere: Iterable[str] = ()) -> Census:
     """Looks at every file of the cache; raises `not-readable` and `bad-cache-dir`.
 
     Links, directories in the place of files and what vllmc did not write are left out.
+    `elsewhere` are keys and digests that programs in other layers stand for.
     """
     files: defaultdict[Section, dict[str, CacheFile]] = defaultdict(dict)
     outlines: defaultdict[str, list[tuple[CacheFile, Outline]]] = defaultdict(list)
     artifact_of: dict[Path, str] = {}
-    mentioned: set[str] = set()
+    mentioned = set(elsewhere)
     for found in layout.walk():
         file = _look_at(found)
         if file is None:

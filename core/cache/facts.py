@@ -2,7 +2,8 @@
 
 A fact is named by the digest of what it follows from, so it never becomes wrong, and begins with
 its own SHA-256. It is never worth an error: one that is damaged or cannot be read is found again,
-and where none can be written, so is it every time.
+and where none can be written, so is it every time. One that another user may have
+written is not believed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
+from vllmc.core.cache.files import IrregularFile, make_directory, read_with_status
 from vllmc.core.cache.key import sha256_hex
+from vllmc.core.cache.trust import Trust
+from vllmc.core.errors import VllmcError
 
 
 def recall(cache: Path | None, name: str) -> str | None:
@@ -21,8 +25,11 @@ def recall(cache: Path | None, name: str) -> str | None:
     if cache is None:
         return None
     try:
-        text = _file(cache, name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        data, status = read_with_status(_file(cache, name))
+        text = data.decode("utf-8")
+    except (FileNotFoundError, IrregularFile, VllmcError, UnicodeDecodeError):
+        return None
+    if Trust().doubt(status) is not None:
         return None
     digest, _, fact = text.partition("\n")
     return fact if digest == sha256_hex(fact) else None
@@ -34,9 +41,10 @@ def remember(cache: Path | None, name: str, fact: str) -> None:
         return
     file = _file(cache, name)
     with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(file.parent)
         draft = file.with_name(f".{os.getpid()}.{secrets.token_hex(8)}")
         try:
+            draft.touch(mode=0o644, exist_ok=False)
             draft.write_text(f"{sha256_hex(fact)}\n{fact}", encoding="utf-8")
             draft.replace(file)
         finally:

@@ -23,6 +23,7 @@ _ATTEMPTS = 5
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _DENIED = frozenset({errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _ELSEWHERE = "use another directory with --cache-dir or VLLMC_CACHE_DIR"
 _REPAIR = "vllmc cache verify --repair"
 
@@ -151,8 +152,13 @@ def open_plain(path: Path) -> Iterator[BufferedReader]:
 
 def read_plain(path: Path) -> bytes:
     """The contents of a plain file; raises what `open_plain` raises."""
+    return read_with_status(path)[0]
+
+
+def read_with_status(path: Path) -> tuple[bytes, os.stat_result]:
+    """As `read_plain`, with what the open file says of itself: its owner and mode."""
     with open_plain(path) as file:
-        return file.read()
+        return file.read(), os.fstat(file.fileno())
 
 
 def plain_size(path: Path) -> int | None:
@@ -178,12 +184,15 @@ def refresh(path: Path) -> bool:
 
 
 def make_directory(path: Path) -> None:
-    """Makes `path` and its parents, each entry on disk before anything is written below it."""
+    """Makes `path` and its parents, each entry on disk before anything is written below it.
+
+    What is made is this user's alone: a directory that others write to is not trusted.
+    """
     if path.is_dir():
         return
     make_directory(path.parent)
     with suppress(FileExistsError):
-        path.mkdir()
+        path.mkdir(mode=0o700)
     if not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     _sync_directory(path.parent)
@@ -200,10 +209,10 @@ def write_plain(path: Path, data: bytes, *, temporary: Path) -> None:
         make_directory(path.parent)
         make_directory(temporary)
         _sweep(temporary)
-        # Not mkstemp: its mode 0600 would lock other users out of a shared cache.
         draft = temporary / f"{os.getpid()}.{secrets.token_hex(8)}"
         try:
-            with draft.open("xb") as file:
+            # Whatever the umask: who may enter the directory reads, and none but its owner writes.
+            with os.fdopen(os.open(draft, _NEW, 0o644), "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

@@ -10,11 +10,11 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllmc.core.cache.files import plain_size
 from vllmc.core.cache.key import JsonValue
-from vllmc.core.cache.layout import Layout
 from vllmc.core.cache.summary import ProgramSummary, program_summaries, unit_summaries
 from vllmc.core.cache.usage import Counts, last_use, read_counts
 
@@ -92,34 +92,31 @@ class Stats:
 def entries(store: Store) -> tuple[Entry, ...]:
     """One entry per program key, the last used first."""
     # The summaries come by key.
-    by_key = itertools.groupby(program_summaries(store.layout), key=lambda program: program.key)
-    rows = [_entry(store.layout, key, tuple(programs)) for key, programs in by_key]
+    by_key = itertools.groupby(
+        program_summaries(store.walk("programs")), key=lambda program: program.key
+    )
+    rows = [_entry(store, key, tuple(programs)) for key, programs in by_key]
     return tuple(sorted(rows, key=lambda entry: (-entry.last_used, entry.key)))
 
 
 def stats(store: Store) -> Stats:
     """The sums over every artifact and every readable record."""
-    layout = store.layout
-    sizes = {
-        found.key: plain_size(found.path) or 0
-        for found in layout.walk("blobs")
-        if found.section == "blobs"
-    }
+    sizes = {found.key: plain_size(found.path) or 0 for found in store.walk("blobs")}
     keys: defaultdict[str, set[str]] = defaultdict(set)
     artifacts: defaultdict[str, set[str]] = defaultdict(set)
-    for program in program_summaries(layout):
+    for program in program_summaries(store.walk("programs")):
         keys[program.model].add(program.key)
         artifacts[program.model].update(unit.artifact for unit in program.units)
-    units = tuple(unit.artifact for unit in unit_summaries(layout))
+    units = tuple(unit.artifact for unit in unit_summaries(store.walk("units")))
     named = set(units).union(*artifacts.values())
-    uses = {key: read_counts(layout.used(key)) for key in set().union(*keys.values())}
+    uses = {key: _counts(store, key) for key in set().union(*keys.values())}
     return Stats(
         programs=len(uses),
         units=len(units),
         artifacts=len(sizes),
         bytes=sum(sizes.values()),
         unreferenced_bytes=sum(size for digest, size in sizes.items() if digest not in named),
-        inodes=sum(1 + len(files) for _, _, files in os.walk(store.root)),
+        inodes=sum(_inodes(layout.root) for layout in store.layouts),
         **asdict(sum(uses.values(), Counts())),
         by_model=tuple(
             ModelStats(
@@ -133,16 +130,29 @@ def stats(store: Store) -> Stats:
     )
 
 
-def _entry(layout: Layout, key: str, programs: Sequence[ProgramSummary]) -> Entry:
+def _entry(store: Store, key: str, programs: Sequence[ProgramSummary]) -> Entry:
     newest = max(programs, key=lambda program: (program.created, program.id))
     artifacts = {unit.artifact for program in programs for unit in program.units}
-    noted = last_use(layout.used(key))
-    stored = (last_use(layout.program(key, program.id)) or 0.0 for program in programs)
+    uses = [last_use(layout.used(key)) for layout in store.layouts]
+    stored = [
+        last_use(layout.program(key, program.id))
+        for layout in store.layouts
+        for program in programs
+    ]
+    noted = [time for time in uses if time is not None]
     return Entry(
         key=key,
         model=newest.model,
         created=newest.created,
-        last_used=max(stored) if noted is None else noted,
-        bytes=sum(plain_size(layout.blob(digest)) or 0 for digest in artifacts),
+        last_used=max(noted or [time for time in stored if time is not None], default=0.0),
+        bytes=sum(store.artifact_size(digest) or 0 for digest in artifacts),
         units=len({unit.key for program in programs for unit in program.units}),
     )
+
+
+def _counts(store: Store, key: str) -> Counts:
+    return sum((read_counts(layout.used(key)) for layout in store.layouts), Counts())
+
+
+def _inodes(root: Path) -> int:
+    return sum(1 + len(files) for _, _, files in os.walk(root))

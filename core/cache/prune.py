@@ -11,11 +11,11 @@ from __future__ import annotations
 import os
 import secrets
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from vllmc.core.cache.census import CacheFile, Census, StoredProgram, take_census
 from vllmc.core.cache.files import make_directory, reading, writing
@@ -30,7 +30,11 @@ from vllmc.core.cache.retention import (
     total_bytes,
     young_files,
 )
+from vllmc.core.cache.summary import program_summaries
 from vllmc.core.cache.usage import claimed
+
+if TYPE_CHECKING:
+    from vllmc.core.cache.store import Store
 
 Kind: TypeAlias = Literal["program", "use", "unit", "code", "artifact", "temporary"]
 
@@ -105,14 +109,14 @@ class Pruned:
     kept: tuple[PruneItem, ...]
 
 
-def plan_prune(root: Path, criteria: Criteria) -> PrunePlan:
-    """Decides what goes from the cache directory `root`, and removes nothing.
+def plan_prune(store: Store, criteria: Criteria) -> PrunePlan:
+    """Decides what goes from the store's first layer, and removes nothing.
 
     Raises `not-readable`, `bad-cache-dir`, and what `writing` maps: the file system's clock is
     read off a file made in the cache.
     """
-    layout = Layout(root)
-    census = take_census(layout)
+    layout = store.layout
+    census = take_census(layout, elsewhere=_named_below(store))
     now_ns = _now_ns(layout) if census.files else 0
     held = frozenset(p.key for p in census.programs if _is_held(layout.used(p.key)))
     young = young_files(census, now_ns)
@@ -121,7 +125,7 @@ def plan_prune(root: Path, criteria: Criteria) -> PrunePlan:
     describe = _Describer(layout, census, choice)
     spared = stays - needed_files(census, choice.staying, frozenset())
     return PrunePlan(
-        root=root,
+        root=store.root,
         removals=tuple(describe.removal(f) for f in census.files if f.path not in stays),
         kept=(
             *(describe.item(f, _HELD) for p in choice.held for f in p.records),
@@ -192,6 +196,15 @@ class _Executor:
                 self.removed.append(item)
             case False:
                 self._keep([item], _CHANGED)
+
+
+def _named_below(store: Store) -> Iterator[str]:
+    """The keys of the programs of the layers below, of their units, and their artifacts."""
+    for lower in store.layouts[1:]:
+        for program in program_summaries(lower.walk("programs")):
+            yield program.key
+            for unit in program.units:
+                yield from (unit.key, unit.artifact)
 
 
 class _Describer:

@@ -7,8 +7,9 @@ A record file is one JSON object whose header is always spelled in the same byte
 Of the factors, most of which nobody has set, the body holds only names and values where all else
 is as usual; each record stays readable by itself. The body is canonical JSON, and the checksum is
 the SHA-256 over format, version and body, so a change to any byte of the file is noticed before
-the body is parsed. A record holds no absolute path and no secret: sources are named relative to
-their package, and whoever makes factors redacts them (`redaction`).
+the body is parsed. A signature may follow (`signing`). A record holds no absolute path and no
+secret: sources are named relative to their package, and whoever makes factors redacts them
+(`redaction`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
 from vllmc.core.cache.key import Factor, JsonValue, canonical_json, key_of, sha256_hex
+from vllmc.core.cache.signing import split
 from vllmc.core.errors import VllmcError
 
 UNREADABLE = "unreadable"
@@ -243,6 +245,7 @@ def outline(data: bytes, id: str) -> Outline:
 
 def open_body(data: bytes) -> tuple[str, bytes]:
     """The format and the body of an intact record, not parsed; raises what `decode` raises."""
+    data, _ = split(data)
     header = _HEADER.match(data)
     if header is None or not data.endswith(_TRAILER):
         raise CorruptRecord("it is truncated, or not a vllmc record")

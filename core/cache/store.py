@@ -3,16 +3,21 @@
 Everything below the cache directory is written whole or not at all (`files.write_plain`) and
 checked before it is used. Callers write an artifact first and the record that names it last, so a
 process that dies in between leaves nothing that refers to what is not there. Reading creates
-nothing: a cache directory that does not exist is an empty cache. Loading an artifact runs its
-code: the digests here detect damage, they do not authenticate.
+nothing: a cache directory that does not exist is an empty cache.
+
+A cache has layers: the first is written to, what lies below it is only read, as a cache that was
+baked into an image is. Loading an artifact runs its code. Digests detect damage, and do not say
+whose work it is: what is read to be used (`unit`, `programs`, `find_code`) must be trusted
+(`vllmc.core.cache.trust`), what is read to be shown need not be.
 """
 
 from __future__ import annotations
 
+import heapq
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,13 +30,15 @@ from vllmc.core.cache.files import (
     make_directory,
     plain_size,
     read_plain,
+    read_with_status,
+    reading,
     refresh,
     write_plain,
     writing,
 )
 from vllmc.core.cache.inventory import Entry, Stats
 from vllmc.core.cache.key import sha256_hex
-from vllmc.core.cache.layout import Found, Layout
+from vllmc.core.cache.layout import Found, Layout, Section
 from vllmc.core.cache.record import (
     CorruptRecord,
     FormatTooNew,
@@ -42,6 +49,9 @@ from vllmc.core.cache.record import (
     encode,
     outline,
 )
+from vllmc.core.cache.signing import SigningKey, split
+from vllmc.core.cache.trust import Trust, Untrusted
+from vllmc.core.cache.trust_store import trusts
 from vllmc.core.cache.usage import Counts, Hold
 from vllmc.core.cache.verify import Problem, RepairPlan
 from vllmc.core.errors import UsageError, VllmcError
@@ -65,14 +75,43 @@ _PREFIX = re.compile(r"[0-9a-f]{8,64}")
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """The cache in the directory `root`, which need not exist yet."""
+    """The cache in the directory `root`, over the layers `below` it; none need exist yet.
+
+    `trust` decides what is used, and `signing` signs the records that are written.
+    """
 
     root: Path
+    below: tuple[Path, ...] = ()
+    trust: Trust = field(default_factory=Trust)
+    signing: SigningKey | None = None
+    # What is corrupt in a layer below cannot be removed.
+    _passed_over: set[Path] = field(default_factory=set, repr=False, compare=False)
 
     @property
     def layout(self) -> Layout:
-        """Where each thing lies."""
+        """Where each thing lies that is written."""
         return Layout(self.root)
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Where each thing may lie: that of the first layer first."""
+        return tuple(Layout(root) for root in (self.root, *self.below))
+
+    def check_writable(self) -> None:
+        """Raises `Untrusted` where what is written would not be used afterwards."""
+        with reading(self.root):
+            doubt = self.trust.doubt_of(self.root)
+        if doubt is None or self.trust.unsigned:
+            return
+        hint = f"chmod go-w {self.root}, use a directory of your own, or give --trust-unsigned"
+        if self.signing is None:
+            raise Untrusted(self.root, doubt, hint=hint)
+        if not trusts(self.signing.public, self.trust):
+            raise Untrusted(
+                self.root,
+                f"{doubt}, and the key that would sign what is written is not in the trust store",
+                hint=f"vllmc trust add takes its public key; or {hint}",
+            )
 
     def put_artifact(self, data: bytes) -> str:
         """Stores an artifact and returns its SHA-256. One that is there and intact is kept.
@@ -80,18 +119,22 @@ class Store:
         Raises what `files.write_plain` raises, as do the other `put_` methods.
         """
         digest = sha256_hex(data)
-        self._put(self.layout.blob(digest), data)
+        if not any(_holds(layout.blob(digest), data) for layout in self.layouts[1:]):
+            self._put(self.layout.blob(digest), data)
         return digest
 
     def put_unit(self, record: UnitRecord) -> None:
         """Stores a unit's record, in place of any under its key; its artifact is there already."""
         note = f"{record.code} {record.artifact}\n".encode("ascii")
         self._put(self.layout.code(record.code), note)
-        self._put(self.layout.unit(record.key), encode(record))
+        self._put(self.layout.unit(record.key), self._signed(encode(record)))
 
     def put_program(self, record: ProgramRecord) -> None:
         """Stores a program's record, in place of any under its key with the same sources."""
-        self._put(self.layout.program(record.key, record.id), encode(record))
+        self._put(self.layout.program(record.key, record.id), self._signed(encode(record)))
+
+    def _signed(self, data: bytes) -> bytes:
+        return data if self.signing is None else self.signing.signed(data)
 
     def retain(self, digest: str, data: bytes) -> None:
         """Sees to it that an artifact that was found is still there, and counts as new to prune.
@@ -99,96 +142,139 @@ class Store:
         Raises what `put_artifact` does.
         """
         path = self.layout.blob(digest)
-        if not refresh(path):
+        if not refresh(path) and self.artifact_size(digest) is None:
             write_plain(path, data, temporary=self.layout.temporary)
 
     def _put(self, path: Path, data: bytes) -> None:
-        with suppress(FileNotFoundError, IrregularFile, VllmcError):
-            if read_plain(path) == data and refresh(path):
-                return
-        write_plain(path, data, temporary=self.layout.temporary)
+        if not (_holds(path, data) and refresh(path)):
+            write_plain(path, data, temporary=self.layout.temporary)
 
     def read_artifact(self, digest: str) -> bytes:
         """The artifact with this SHA-256, checked. Raises `CorruptArtifact`, `MissingArtifact`."""
-        path = self.layout.blob(digest)
+        corrupt: CorruptArtifact | None = None
+        for layout in self.layouts:
+            try:
+                if (data := self._blob(layout.blob(digest), digest)) is not None:
+                    return data
+            except CorruptArtifact as error:
+                corrupt = corrupt or error
+        raise corrupt or MissingArtifact(self.layout.blob(digest), digest=digest)
+
+    def _blob(self, path: Path, digest: str) -> bytes | None:
+        if path in self._passed_over:
+            return None
         try:
             data = read_plain(path)
         except FileNotFoundError:
-            raise MissingArtifact(path, digest=digest) from None
+            return None
         except IrregularFile as error:
             raise CorruptArtifact(path, expected=digest, found=str(error)) from None
         if (found := sha256_hex(data)) != digest:
             raise CorruptArtifact(path, expected=digest, found=found)
         return data
 
-    def unit(self, key: str) -> UnitRecord | None:
-        """The record of a compile unit, if there is one.
+    def artifact_size(self, digest: str) -> int | None:
+        """The size of an artifact in bytes, unchecked; None where it is not there."""
+        sizes = (plain_size(layout.blob(digest)) for layout in self.layouts)
+        return next((size for size in sizes if size is not None), None)
 
-        Raises `CorruptRecordError`, and `FormatTooNew` for a later vllmc's record.
+    def unit(self, key: str) -> UnitRecord | None:
+        """The record of a compile unit, to be used, if there is one.
+
+        Raises `CorruptRecordError`, `FormatTooNew` for a later vllmc's record, and `Untrusted`.
         """
-        found = Found(section="units", key=key, id="", path=self.layout.unit(key))
-        record = self.load(found)
-        assert not isinstance(record, ProgramRecord)
-        return record
+        for layout in self.layouts:
+            found = Found(section="units", key=key, id="", path=layout.unit(key))
+            record = self._load(found, used_from=layout)
+            assert not isinstance(record, ProgramRecord)
+            if record is not None:
+                return record
+        return None
 
     def programs(self, key: str) -> tuple[ProgramRecord, ...]:
-        """The records of a program, newest first; raises as `unit` does."""
-        below = self.layout.programs(key).relative_to(self.layout.top)
-        records = self._load_programs(self.layout.walk(below.as_posix()))
-        return tuple(sorted(records, key=lambda record: (-record.created, record.id)))
+        """The records of a program, to be used, newest first; raises as `unit` does."""
+        records: dict[str, ProgramRecord] = {}
+        for layout in self.layouts:
+            for found in layout.walk(layout.programs(key).relative_to(layout.top).as_posix()):
+                if found.id not in records:
+                    record = self._load(found, used_from=layout)
+                    if isinstance(record, ProgramRecord):
+                        records[found.id] = record
+        return tuple(sorted(records.values(), key=lambda record: (-record.created, record.id)))
+
+    def walk(self, section: Section, prefix: str = "") -> Iterator[Found]:
+        """The files of a section, in the order of keys: of several layers the first that has it.
+
+        `prefix` is two digits with which the keys begin, or empty. Raises as `Layout.walk` does.
+        """
+        below = f"{section}/{prefix}" if prefix else section
+        walks = [
+            (found for found in layout.walk(below) if found.section == section)
+            for layout in self.layouts
+        ]
+        if len(walks) == 1:
+            yield from walks[0]
+            return
+        last = None
+        for found in heapq.merge(*walks, key=lambda found: (found.key, found.id)):
+            if (found.key, found.id) != last:
+                last = (found.key, found.id)
+                yield found
 
     def all_units(self) -> Iterator[UnitRecord]:
-        """Every unit's record, by key; raises as `unit` does."""
-        for found in self.layout.walk("units"):
+        """Every unit's record, by key, to be shown.
+
+        Raises `CorruptRecordError` and `FormatTooNew`.
+        """
+        for found in self.walk("units"):
             if isinstance(record := self.load(found), UnitRecord):
                 yield record
 
     def all_programs(self) -> Iterator[ProgramRecord]:
-        """Every program's records, by key; raises as `unit` does."""
-        return self._load_programs(self.layout.walk("programs"))
+        """Every program's records, by key, to be shown; raises as `all_units` does."""
+        return self._load_programs(self.walk("programs"))
 
     def readable_units(self) -> Iterator[UnitRecord]:
         """Every unit's record that can be read; `verify` names the others."""
-        for found in self.layout.walk("units"):
+        for found in self.walk("units"):
             with suppress(VllmcError):
                 if isinstance(record := self.load(found), UnitRecord):
                     yield record
 
     def readable_programs(self) -> Iterator[ProgramRecord]:
         """Every program's record that can be read; `verify` names the others."""
-        for found in self.layout.walk("programs"):
+        for found in self.walk("programs"):
             with suppress(VllmcError):
                 if isinstance(record := self.load(found), ProgramRecord):
                     yield record
 
     def readable_program(self, key: str, id: str) -> ProgramRecord | None:
         """One record of a program; None where it is gone or cannot be read."""
-        path = self.layout.program(key, id)
-        with suppress(VllmcError):
-            record = self.load(Found(section="programs", key=key, id=id, path=path))
-            assert not isinstance(record, UnitRecord)
-            return record
+        for layout in self.layouts:
+            path = layout.program(key, id)
+            with suppress(VllmcError):
+                record = self.load(Found(section="programs", key=key, id=id, path=path))
+                if isinstance(record, ProgramRecord):
+                    return record
         return None
 
     def outlines(self) -> Iterator[Outline]:
         """The outline of every program's record that can be read, by key."""
-        for found in self.layout.walk("programs"):
-            if found.section == "programs":
-                with suppress(FileNotFoundError, IrregularFile, CorruptRecord, VllmcError):
-                    known = outline(read_plain(found.path), found.id)
-                    if known.key == found.key:
-                        yield known
+        for found in self.walk("programs"):
+            with suppress(FileNotFoundError, IrregularFile, CorruptRecord, VllmcError):
+                known = outline(read_plain(found.path), found.id)
+                if known.key == found.key:
+                    yield known
 
     def ranges_compiled_by(self, compiler: str) -> frozenset[str]:
         """The ranges of the readable units with this `compiler_key`."""
         ranges = set()
-        for found in self.layout.walk("units"):
-            if found.section == "units":
-                with suppress(FileNotFoundError, IrregularFile, CorruptRecord, VllmcError):
-                    data = read_plain(found.path)
-                    # Whatever its file says elsewhere; most units are another compiler's.
-                    if compiler.encode() in data and isinstance(unit := decode(data), UnitRecord):
-                        ranges.add(str(unit.value("range", "tokens")))
+        for found in self.walk("units"):
+            with suppress(FileNotFoundError, IrregularFile, CorruptRecord, VllmcError):
+                data = read_plain(found.path)
+                # Whatever its file says elsewhere; most units are another compiler's.
+                if compiler.encode() in data and isinstance(unit := decode(data), UnitRecord):
+                    ranges.add(str(unit.value("range", "tokens")))
         return frozenset(ranges)
 
     def _load_programs(self, files: Iterable[Found]) -> Iterator[ProgramRecord]:
@@ -197,11 +283,33 @@ class Store:
                 yield record
 
     def load(self, found: Found) -> UnitRecord | ProgramRecord | None:
-        """The record in a file that `Layout.walk` found; None where it is gone, or no record."""
-        if found.section not in ("units", "programs"):
+        """The record in a file that `Layout.walk` found, to be shown.
+
+        None where it is gone, or no record. Raises `CorruptRecordError` and `FormatTooNew`.
+        """
+        return self._load(found, used_from=None)
+
+    def check(self, found: Found, layout: Layout) -> UnitRecord | ProgramRecord | None:
+        """As `load`, of a file of `layout`, whose signature is checked wherever it has one.
+
+        Raises `Untrusted`, too, for what would not be used.
+        """
+        record = self._load(found, used_from=layout)
+        if record is not None:
+            body, signature = split(read_plain(found.path))
+            if signature is not None and not signature.is_of(body):
+                raise CorruptRecordError(found.path, "its signature is not of what it says")
+        return record
+
+    def _load(self, found: Found, *, used_from: Layout | None) -> UnitRecord | ProgramRecord | None:
+        if found.section not in ("units", "programs") or found.path in self._passed_over:
             return None
         try:
-            record = decode(read_plain(found.path))
+            data, status = read_with_status(found.path)
+            if used_from is not None:
+                # Before anything else is made of it.
+                self.trust.check(found.path, data, status, used_from.root)
+            record = decode(data)
         except FileNotFoundError:
             return None
         except IrregularFile as error:
@@ -217,20 +325,31 @@ class Store:
         return record
 
     def find_code(self, code: str) -> str | None:
-        """The digest of a stored artifact with this generated code, if there is one."""
-        try:
-            note = read_plain(self.layout.code(code))
-        except (FileNotFoundError, IrregularFile):
-            return None
-        match = re.fullmatch(rb"([0-9a-f]{64}) ([0-9a-f]{64})\n", note)
-        if match is None or match[1].decode("ascii") != code:
-            return None
-        artifact = match[2].decode("ascii")
-        return None if plain_size(self.layout.blob(artifact)) is None else artifact
+        """The digest of a stored artifact with this generated code, if there is one.
+
+        Notes are not signed: of a layer that others may write to there is none.
+        """
+        for layout in self.layouts:
+            with suppress(FileNotFoundError, IrregularFile, Untrusted):
+                path = layout.code(code)
+                note, status = read_with_status(path)
+                self.trust.check(path, note, status, layout.root)
+                match = re.fullmatch(rb"([0-9a-f]{64}) ([0-9a-f]{64})\n", note)
+                if match is not None and match[1].decode("ascii") == code:
+                    artifact = match[2].decode("ascii")
+                    if self.artifact_size(artifact) is not None:
+                        return artifact
+        return None
 
     def discard(self, error: CorruptArtifact | CorruptRecordError) -> None:
-        """Removes the corrupt file that `error` names, so that it is compiled again."""
-        verify.remove(error.path)
+        """Removes the corrupt file that `error` names, so that it is compiled again.
+
+        One of a layer below is left, and taken for absent from now on.
+        """
+        if error.path.is_relative_to(self.layout.top):
+            verify.remove(error.path)
+        else:
+            self._passed_over.add(error.path)
 
     @contextmanager
     def lock(
@@ -267,11 +386,16 @@ class Store:
 
     def note_use(self, key: str, counts: Counts) -> Hold | None:
         """Notes that the program `key` was used now, and holds it; see `usage.note`."""
-        return usage.note(self.layout.used(key), counts)
+        path = self.layout.used(key)
+        if self.below:
+            # The programs of a layer below are used before anything is stored in this one.
+            with suppress(OSError):
+                make_directory(path.parent)
+        return usage.note(path, counts)
 
     def compile_seconds(self, units: Iterable[str]) -> float:
         """What compiling these units took once, as far as their records can be read."""
-        return sum(summary.compile_seconds(self.layout, key) for key in units)
+        return sum(summary.compile_seconds(self.layouts, key) for key in units)
 
     def resolve_prefix(self, prefix: str) -> str:
         """The one program or unit key that starts with `prefix` (8 hex digits or more).
@@ -285,7 +409,7 @@ class Store:
                 f"'{prefix}' is not a key: that takes 8 to 64 hex digits",
                 hint="vllmc cache ls lists the keys",
             )
-        walks = (self.layout.walk(f"{name}/{prefix[:2]}") for name in ("programs", "units"))
+        walks = (self.walk("programs", prefix[:2]), self.walk("units", prefix[:2]))
         keys = sorted({f.key for walk in walks for f in walk if f.key.startswith(prefix)})
         if not keys:
             raise VllmcError(
@@ -334,6 +458,13 @@ class Store:
     def plan_repair(self, problems: Iterable[Problem]) -> RepairPlan:
         """What `verify`'s problems ask to be removed; `execute()` removes it."""
         return verify.plan_repair(self, problems)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    """Whether a file is there, and just this."""
+    with suppress(FileNotFoundError, IrregularFile, VllmcError):
+        return read_plain(path) == data
+    return False
 
 
 def _acquire(guard: FileLock, timeout: float) -> bool:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from vllmc.core.cache.files import IrregularFile, read_plain
-from vllmc.core.cache.layout import Layout
+from vllmc.core.cache.layout import Found, Layout
 from vllmc.core.cache.record import (
     PROGRAM_FORMAT,
     UNIT_FORMAT,
@@ -103,26 +103,25 @@ def summarize_unit(data: bytes, key: str) -> UnitSummary:
     )
 
 
-def program_summaries(layout: Layout) -> Iterator[ProgramSummary]:
-    """The summary of every program's record that can be read, by key."""
-    for found in layout.walk("programs"):
-        if found.section == "programs":
-            with suppress(FileNotFoundError, IrregularFile, CorruptRecord, VllmcError):
-                yield summarize_program(read_plain(found.path), found.key, found.id)
+def program_summaries(files: Iterable[Found]) -> Iterator[ProgramSummary]:
+    """The summaries of those program's records that can be read, in their order."""
+    for found in files:
+        with suppress(FileNotFoundError, IrregularFile, CorruptRecord, VllmcError):
+            yield summarize_program(read_plain(found.path), found.key, found.id)
 
 
-def unit_summaries(layout: Layout) -> Iterator[UnitSummary]:
-    """The summary of every unit's record that can be read, by key."""
-    for found in layout.walk("units"):
-        if found.section == "units":
-            with suppress(FileNotFoundError, IrregularFile, CorruptRecord, VllmcError):
-                yield summarize_unit(read_plain(found.path), found.key)
+def unit_summaries(files: Iterable[Found]) -> Iterator[UnitSummary]:
+    """The summaries of those unit's records that can be read, in their order."""
+    for found in files:
+        with suppress(FileNotFoundError, IrregularFile, CorruptRecord, VllmcError):
+            yield summarize_unit(read_plain(found.path), found.key)
 
 
-def compile_seconds(layout: Layout, key: str) -> float:
-    """What compiling this unit took; 0 where its record cannot be read."""
-    with suppress(FileNotFoundError, IrregularFile, CorruptRecord, VllmcError):
-        return summarize_unit(read_plain(layout.unit(key)), key).seconds
+def compile_seconds(layouts: Iterable[Layout], key: str) -> float:
+    """What compiling this unit took, as its first record that can be read says; 0 without one."""
+    for layout in layouts:
+        with suppress(FileNotFoundError, IrregularFile, CorruptRecord, VllmcError):
+            return summarize_unit(read_plain(layout.unit(key)), key).seconds
     return 0.0
 
 

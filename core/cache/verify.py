@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllmc.core.cache.files import IrregularFile, open_plain, writing
 from vllmc.core.cache.key import JsonValue
-from vllmc.core.cache.layout import Found
+from vllmc.core.cache.layout import Found, Layout
 from vllmc.core.cache.record import ProgramRecord, UnitRecord
 from vllmc.core.errors import VllmcError
 
@@ -25,11 +25,12 @@ _HARMLESS = frozenset({"foreign-file", "format-too-new"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One thing that is wrong. `path` is relative to the cache directory.
+    """One thing that is wrong. `path` is relative to the cache's first directory, or absolute.
 
     `kind` is the code of the error that using it would raise (`corrupt-artifact`,
-    `corrupt-record`, `not-readable`, `format-too-new`; for `missing-artifact` the path is that of
-    the record that names it), or `foreign-file`: vllmc did not write it, and never reads it.
+    `corrupt-record`, `not-readable`, `format-too-new`, `untrusted`; for `missing-artifact` the path
+    is that of the record that names it), or `foreign-file`: vllmc did not write it, and never reads
+    it.
     """
 
     path: str
@@ -81,16 +82,20 @@ def remove(path: Path) -> None:
 
 
 def verify(store: Store) -> tuple[Problem, ...]:
-    """Reads every artifact and record, and names each problem, by path."""
-    found = tuple(store.layout.walk())
-    present = {f.key for f in found if f.section == "blobs"}
-    problems = (_check(store, f, present) for f in found)
+    """Reads every artifact and record of every layer, and names each problem, by path."""
+    found = [(layout, f) for layout in store.layouts for f in layout.walk()]
+    present = {f.key for _, f in found if f.section == "blobs"}
+    problems = (_check(store, layout, f, present) for layout, f in found)
     return tuple(problem for problem in problems if problem is not None)
 
 
 def plan_repair(store: Store, problems: Iterable[Problem]) -> RepairPlan:
-    """Removes what is corrupt, and every record that names a corrupt or missing artifact."""
-    damage = tuple(p for p in problems if p.kind in _REMOVED)
+    """Removes what is corrupt, and every record that names a corrupt or missing artifact.
+
+    That is, of the first layer: what lies below it is only read.
+    """
+    damage = tuple(p for p in problems if p.kind in _REMOVED and not Path(p.path).is_absolute())
+    store = replace(store, below=())
     removals = {p.path: p.detail for p in damage}
     corrupt = {p.path for p in damage if p.kind == "corrupt-artifact"}
     layout = store.layout
@@ -114,14 +119,15 @@ def plan_repair(store: Store, problems: Iterable[Problem]) -> RepairPlan:
     )
 
 
-def _check(store: Store, found: Found, present: set[str]) -> Problem | None:
-    path = store.layout.relative(found.path)
+def _check(store: Store, layout: Layout, found: Found, present: set[str]) -> Problem | None:
+    own = layout.root == store.root
+    path = layout.relative(found.path) if own else str(found.path)
     if found.section == "foreign":
         return Problem(path=path, kind="foreign-file", detail="vllmc did not write this file")
     try:
         if found.section == "blobs":
             return _check_blob(found, path)
-        record = store.load(found)
+        record = store.check(found, layout)
     except VllmcError as error:
         return Problem(path=path, kind=error.code, detail=error.message)
     if record is None:

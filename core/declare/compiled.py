@@ -91,7 +91,6 @@ class CompiledForward:
     def _open(self, module: torch.nn.Module, values: tuple[object, ...]) -> Program:
         """The program for calls like this one, from the cache or compiled now."""
         # Importing the pipeline takes a second, which a module that is only made does without.
-        from vllmc.core.cache.store import Store
         from vllmc.core.job import make_job, resolve_spec
         from vllmc.core.models.live_model import LiveModel
         from vllmc.core.obtain import Policy
@@ -103,13 +102,13 @@ class CompiledForward:
             model,
             resolve_spec(session.spec, model),
             environment=session.environment,
-            cache_dir=session.cache_dir,
+            cache_dir=session.store.root,
             origins={},
             since=session.since,
         )
         ready = obtain_program(
             job,
-            Store(session.cache_dir),
+            session.store,
             session.observer,
             policy=Policy(may_compile=session.may_compile),
         )

@@ -17,6 +17,7 @@ from typing import Final
 
 import platformdirs
 
+from vllmc.core.cache.store import Store
 from vllmc.core.events import LogObserver, Observer
 from vllmc.core.spec import CompileSpec
 
@@ -33,7 +34,7 @@ class Session:
     """
 
     spec: CompileSpec
-    cache_dir: Path
+    store: Store
     environment: Mapping[str, str]
     observer: Observer
     may_compile: bool = True
@@ -55,7 +56,7 @@ def compiling(
     """Decorated modules that are made within the block are compiled as `spec` says.
 
     Without one, and for modules made outside of any such block, for 1 to 8192 tokens, on the
-    device and in the dtype of their own parameters. The cache is `cache_dir`, else the directory
+    device and in the dtype of their own parameters. The cache is `cache_dir`, else the directories
     that VLLMC_CACHE_DIR names, else the user's cache directory: those of the `vllmc` command. With
     `may_compile=False` a call whose program is not stored raises `CheckFailed` (`would-miss`).
     What happens is logged to the logger `vllmc`, unless an `observer` is given.
@@ -96,11 +97,13 @@ def _make(
 ) -> Session:
     # For a program that uses the library, this is the edge at which the environment is read.
     environment = dict(os.environ)
-    named = cache_dir or environment.get(CACHE_DIR_VARIABLE, "").strip()
-    path = Path(named).expanduser() if named else platformdirs.user_cache_path("vllmc")
+    listed = environment.get(CACHE_DIR_VARIABLE, "").split(os.pathsep)
+    named = [str(cache_dir or ""), *([] if cache_dir else listed)]
+    paths = [Path(text.strip()).expanduser().absolute() for text in named if text.strip()]
+    first, *below = paths or [platformdirs.user_cache_path("vllmc")]
     return Session(
         spec=spec or CompileSpec(device="auto", dtype="auto"),
-        cache_dir=path.absolute(),
+        store=Store(first, tuple(below)),
         environment=environment,
         observer=observer or LogObserver(),
         may_compile=may_compile,

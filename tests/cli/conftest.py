@@ -53,6 +53,7 @@ def vllmc(
 ) -> Callable[..., Done]:
     """Runs a command line in this process, with a cache directory of its own."""
     monkeypatch.setenv("VLLMC_CACHE_DIR", str(workplace.parent / "cache"))
+    monkeypatch.setenv("VLLMC_TRUST_DIR", str(workplace.parent / "trust"))
 
     def run(*words: str) -> Done:
         code = main(words)

@@ -66,7 +66,7 @@ def test_the_cache_directory_follows_the_same_order(tmp_path: Path) -> None:
         "env:VLLMC_CACHE_DIR",
     )
     flagged = load_settings(
-        cache_dir=Path("given"), environment={"VLLMC_CACHE_DIR": "/x"}, directory=tmp_path
+        cache_dir=[Path("given")], environment={"VLLMC_CACHE_DIR": "/x"}, directory=tmp_path
     )
     assert (flagged.cache_dir, flagged.cache_dir_origin) == (tmp_path / "given", "flag")
 
@@ -239,8 +239,8 @@ def test_a_directory_is_no_config_file(tmp_path: Path) -> None:
 def test_each_option_has_a_variable_of_its_name(tmp_path: Path) -> None:
     for option in OPTIONS:
         variable = "VLLMC_" + option.name.upper().replace("-", "_")
-        setting = load(tmp_path, **{variable: "7"}).find(option.name, default=[])
-        assert (setting.values, setting.origin) == (("7",), f"env:{variable}")
+        setting = load(tmp_path, **{variable: "1"}).find(option.name, default=[])
+        assert (setting.values, setting.origin) == (("1",), f"env:{variable}")
 
 
 def test_the_step_summary_is_the_one_of_github(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def used_at(store, program, when):
 
 
 def prune(store, criteria):
-    return execute(plan_prune(store.root, criteria))
+    return execute(plan_prune(store, criteria))
 
 
 def models(store):
@@ -62,7 +62,7 @@ def three(store, warm):
 
 
 def test_an_absent_cache_has_nothing_to_prune_and_is_not_made(tmp_path):
-    plan = plan_prune(tmp_path / "none", ALL)
+    plan = plan_prune(Store(tmp_path / "none"), ALL)
     assert (plan.removals, plan.kept, plan.bytes_before, plan.bytes_after) == ((), (), 0, 0)
     assert execute(plan).removed == ()
     assert list(tmp_path.iterdir()) == []
@@ -70,7 +70,7 @@ def test_an_absent_cache_has_nothing_to_prune_and_is_not_made(tmp_path):
 
 def test_a_plan_changes_nothing(store, three, files):
     before = files(store.root)
-    assert plan_prune(store.root, ALL).removals
+    assert plan_prune(store, ALL).removals
     assert files(store.root) == before
 
 
@@ -95,7 +95,7 @@ def test_what_a_program_that_stays_needs_is_kept(store, three):
 
 
 def test_programs_go_by_the_age_of_their_last_use(store, three):
-    plan = plan_prune(store.root, Criteria(older_than=2.5 * 86400))
+    plan = plan_prune(store, Criteria(older_than=2.5 * 86400))
     assert {item.reason for item in plan.removals if item.kind == "program"} == {
         "last used 3 days ago"
     }
@@ -114,7 +114,7 @@ def test_a_program_of_which_no_use_is_noted_was_used_when_it_was_stored(store, w
 
 def test_programs_go_until_all_files_fit(store, three, files):
     total = sum(map(len, files(store.root).values()))
-    plan = plan_prune(store.root, Criteria(max_bytes=total - 1))
+    plan = plan_prune(store, Criteria(max_bytes=total - 1))
     assert plan.bytes_before == total
     assert {item.model for item in plan.removals} == {"old"}
     execute(plan)
@@ -130,7 +130,7 @@ def test_programs_of_another_torch_go_only_when_asked(store, warm):
         warm(version.encode(), model=f"on {version}", factors=factors)
     warm(b"neither", model="says nothing")
     assert prune(store, GARBAGE).removed == ()
-    plan = plan_prune(store.root, Criteria(other_torch="2.13.0"))
+    plan = plan_prune(store, Criteria(other_torch="2.13.0"))
     assert {i.reason for i in plan.removals if i.kind == "program"} == {"it takes torch 2.12.0"}
     execute(plan)
     assert models(store) == ["on 2.13.0", "says nothing"]
@@ -195,7 +195,7 @@ def test_youth_is_told_by_the_file_system_s_clock(store, monkeypatch):
     for wrong in (0.0, 4e9):
         with monkeypatch.context() as patch:
             patch.setattr(time, "time", lambda wrong=wrong: wrong)
-            plan = plan_prune(store.root, GARBAGE)
+            plan = plan_prune(store, GARBAGE)
         assert [item.key for item in plan.removals] == [sha256_hex(b"old")]
 
 
@@ -274,7 +274,7 @@ def test_a_program_that_a_process_runs_is_kept_until_it_ends(store, three, start
     process = start(HOLD, store.root, program.key)
     assert process.stdout.readline() == "held\n"
     settle(store)
-    plan = plan_prune(store.root, ALL)
+    plan = plan_prune(store, ALL)
     assert {(item.model, item.reason) for item in plan.kept} == {("old", "a process holds it")}
     execute(plan)
     assert models(store) == ["old"]
@@ -297,7 +297,7 @@ sys.stdin.read()
 
 
 def test_a_program_that_is_taken_up_after_the_plan_is_kept_whole(store, three, start):
-    plan = plan_prune(store.root, ALL)
+    plan = plan_prune(store, ALL)
     process = start(HOLD, store.root, three["mid"].program.key)
     assert process.stdout.readline() == "held\n"
     done = execute(plan)
@@ -310,7 +310,7 @@ def test_a_program_that_is_taken_up_after_the_plan_is_kept_whole(store, three, s
 
 
 def test_a_program_that_was_used_after_the_plan_is_kept(store, three):
-    plan = plan_prune(store.root, ALL)
+    plan = plan_prune(store, ALL)
     store.note_use(three["mid"].program.key, Counts(hits=1)).release()
     done = execute(plan)
     assert models(store) == ["mid"]
@@ -320,7 +320,7 @@ def test_a_program_that_was_used_after_the_plan_is_kept(store, three):
 
 
 def test_a_program_that_is_stored_after_the_plan_keeps_what_it_needs(store, three, make_program):
-    plan = plan_prune(store.root, ALL)
+    plan = plan_prune(store, ALL)
     store.put_program(make_program(three["old"].units, model="newest"))
     execute(plan)
     assert models(store) == ["newest"]
@@ -328,7 +328,7 @@ def test_a_program_that_is_stored_after_the_plan_keeps_what_it_needs(store, thre
 
 
 def test_what_is_found_or_stored_again_after_the_plan_is_kept(store, three):
-    plan = plan_prune(store.root, ALL)
+    plan = plan_prune(store, ALL)
     unit = three["old"].units[0]
     store.retain(unit.artifact, b"old")
     done = execute(plan)
@@ -343,7 +343,7 @@ from vllmc.core.cache.prune import execute, plan_prune
 from vllmc.core.cache.retention import Criteria
 from vllmc.core.cache.store import Store
 store, digest = Store(Path(sys.argv[1])), sys.argv[2]
-plan = plan_prune(store.root, Criteria(max_count=0))
+plan = plan_prune(store, Criteria(max_count=0))
 def hook(event, arguments):
     if event == "os.rename" and os.fspath(arguments[0]) == str(store.layout.blob(digest)):
         store.retain(digest, b"")
@@ -360,7 +360,7 @@ def test_what_is_found_at_the_very_moment_of_its_removal_is_put_back(store, thre
 
 
 def test_what_is_gone_by_now_is_neither_removed_nor_kept(store, three):
-    first, second = (plan_prune(store.root, ALL) for _ in range(2))
+    first, second = (plan_prune(store, ALL) for _ in range(2))
     assert execute(first).removed == first.removals
     done = execute(second)
     assert (done.removed, done.kept) == ((), ())
@@ -383,13 +383,14 @@ import os, sys
 from pathlib import Path
 from vllmc.core.cache.prune import plan_prune
 from vllmc.core.cache.retention import Criteria
+from vllmc.core.cache.store import Store
 from vllmc.core.errors import VllmcError
 if os.getuid() == 0:
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
 try:
-    plan_prune(Path(sys.argv[1]), Criteria(max_count=0))
+    plan_prune(Store(Path(sys.argv[1])), Criteria(max_count=0))
 except VllmcError as error:
     print(error.code)
 """
@@ -447,7 +448,7 @@ def check_a_prune(programs, criteria, orphans, make_unit, make_program):
             else:
                 os.utime(store.layout.blob(digest), (LONG_AGO, LONG_AGO))
 
-        plan = plan_prune(store.root, criteria)
+        plan = plan_prune(store, criteria)
         done = execute(plan)
 
         assert done.removed == plan.removals
@@ -475,7 +476,7 @@ def check_a_prune(programs, criteria, orphans, make_unit, make_program):
             assert stay == programs.keys()
         for digest in {sha256_hex(b"orphan %d" % number) for number in orphans}:
             assert store.layout.blob(digest).exists() == (digest in young)
-        again = plan_prune(store.root, criteria)
+        again = plan_prune(store, criteria)
         assert again.removals == ()
         assert again.bytes_after == plan.bytes_after
 
@@ -524,7 +525,7 @@ root, model = Path(sys.argv[1]), Path(sys.argv[2])
 for moment in range(1000):
     store = Store(root / str(moment))
     shutil.copytree(model, store.root)
-    plan = plan_prune(store.root, Criteria(max_count=1))
+    plan = plan_prune(store, Criteria(max_count=1))
     child = os.fork()
     if child == 0:
         die_at(moment)
@@ -533,7 +534,7 @@ for moment in range(1000):
     died = os.waitpid(child, 0)[1] != 0
     assert store.verify() == (), (moment, store.verify())
     assert "new" in {entry.model for entry in store.entries()}
-    execute(plan_prune(store.root, Criteria(max_count=1)))
+    execute(plan_prune(store, Criteria(max_count=1)))
     assert [entry.model for entry in store.entries()] == ["new"]
     assert store.stats().unreferenced_bytes == 0 and store.stats().artifacts == 2
     shutil.rmtree(store.root)
@@ -557,7 +558,8 @@ import json, sys
 from pathlib import Path
 from vllmc.core.cache.prune import execute, plan_prune
 from vllmc.core.cache.retention import Criteria
-plan = plan_prune(Path(sys.argv[1]), Criteria(max_count=2))
+from vllmc.core.cache.store import Store
+plan = plan_prune(Store(Path(sys.argv[1])), Criteria(max_count=2))
 print("planned", flush=True)
 sys.stdin.readline()
 print(json.dumps([item.path for item in execute(plan).removed]), flush=True)
@@ -568,7 +570,7 @@ def test_of_two_prunes_at_once_each_removes_what_the_other_did_not(store, warm, 
     for number in range(12):
         warm(b"own %d" % number, b"shared", model=f"model {number}")
     settle(store)
-    plan = plan_prune(store.root, Criteria(max_count=2))
+    plan = plan_prune(store, Criteria(max_count=2))
     both = [start(PRUNE, store.root) for _ in range(2)]
     for process in both:
         assert process.stdout.readline() == "planned\n"
