@@ -54,7 +54,7 @@ def _root(
 
 
 def _cache(context: typer.Context) -> None:
-    """Look into the cache, and check it."""
+    """Look into the cache, check it, and make it smaller."""
     _help_without_command(context)
 
 
@@ -81,6 +81,7 @@ def build_app(*, rich_help: bool = False) -> TyperGroup:
         "export": "vllmc.cli.bundles:export",
         "import": "vllmc.cli.bundles:import_",
         "check-bundle": "vllmc.cli.bundles:check_bundle",
+        "prune": "vllmc.cli.prune:prune",
         "path": "vllmc.cli.cache:path",
     }
     trust = {

@@ -54,7 +54,11 @@ def show(
 def stats(common: CommonFlags) -> None:
     """Sum up what the cache holds.
 
-    With --json, stats has programs, units, artifacts, bytes, unreferenced_bytes and by_model.
+    Hits are compile units that were found, in all uses of the programs that are stored; misses
+    are those that were compiled, and dups the misses whose code was stored under another key.
+
+    With --json, stats has programs, units, artifacts, bytes, unreferenced_bytes, inodes, hits,
+    misses, dups, seconds_saved and by_model.
     """
     store = common.settings().store()
     row = dataclasses.asdict(store.stats())

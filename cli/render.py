@@ -123,12 +123,24 @@ def stats(row: Row) -> RenderableType:
         ("units", str(row["units"])),
         ("artifacts", f"{row['artifacts']}, {size(row['bytes'])}"),
         ("unreferenced", size(row["unreferenced_bytes"])),
+        ("inodes", str(row["inodes"])),
+        ("hits", f"{row['hits']}, which saved {duration(row['seconds_saved'])}"),
+        ("misses", f"{row['misses']}, {row['dups']} of them dups"),
     )
     if not row["by_model"]:
         return sums
     by_model = Listing(
-        headings=("MODEL", ">PROGRAMS", ">SIZE"),
-        rows=tuple((m["model"], str(m["programs"]), size(m["bytes"])) for m in row["by_model"]),
+        headings=("MODEL", ">PROGRAMS", ">SIZE", ">HITS", ">MISSES", ">DUPS", ">SAVED"),
+        rows=tuple(
+            (
+                m["model"],
+                str(m["programs"]),
+                size(m["bytes"]),
+                *(str(m[name]) for name in ("hits", "misses", "dups")),
+                duration(m["seconds_saved"]),
+            )
+            for m in row["by_model"]
+        ),
     )
     return Group(sums, "", by_model)
 
@@ -147,6 +159,40 @@ def problems(rows: Sequence[Row], removed: Sequence[Row]) -> RenderableType | st
         headings=("REMOVED", "WHY"), rows=tuple((row["path"], row["reason"]) for row in removed)
     )
     return Group(found, "", gone)
+
+
+def pruned(row: Row) -> RenderableType | str:
+    """What `cache prune` removed, or with `--dry-run` would, and what it kept."""
+    going = row["plan"] if row["dry_run"] else row["removed"]
+    parts: list[RenderableType] = []
+    if going:
+        parts += [_gone(going, "WOULD GO" if row["dry_run"] else "REMOVED"), ""]
+    if row["kept"]:
+        parts += [_gone(row["kept"], "KEPT"), ""]
+    freed = size(row["bytes_before"] - row["bytes_after"])
+    left = size(row["bytes_after"])
+    would = "would free" if row["dry_run"] else "freed"
+    return Group(*parts, f"{would} {freed}; {left} {'would be' if row['dry_run'] else 'are'} left")
+
+
+def _gone(rows: Sequence[Row], title: str) -> Listing:
+    """A line for each program with what goes with it, and one for each reason of the rest."""
+    sums: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        sums.setdefault((row["program"], "" if row["program"] else row["reason"]), []).append(row)
+    return Listing(
+        headings=(title, "MODEL", ">FILES", ">SIZE", "WHY"),
+        rows=tuple(
+            (
+                short_key(program) if program else "-",
+                files[0]["model"] or "-",
+                str(len(files)),
+                size(sum(row["bytes"] for row in files)),
+                files[0]["reason"],
+            )
+            for (program, _), files in sums.items()
+        ),
+    )
 
 
 def trusted(rows: Sequence[Row]) -> RenderableType | str:

@@ -178,7 +178,11 @@ def keep(
 ) -> UnitResult:
     """Stores what took `seconds` to compile."""
     known = None if policy.force else reader.same_code(compiled.code)
-    artifact, data = known or (reader.store.put_artifact(compiled.artifact), compiled.artifact)
+    if known is None:
+        artifact, data = reader.store.put_artifact(compiled.artifact), compiled.artifact
+    else:
+        artifact, data = known
+        reader.store.retain(artifact, data)
     reader.store.put_unit(
         UnitRecord(
             key=wanted.key,

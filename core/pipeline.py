@@ -8,6 +8,7 @@ a layout, and artifacts as bytes.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from vllmc.core.cache.factors import check_in_force
 from vllmc.core.cache.record import ProgramRecord, ProgramUnit
 from vllmc.core.cache.sources import collect
 from vllmc.core.cache.store import Store
+from vllmc.core.cache.usage import Counts, Hold
 from vllmc.core.compilation import Compilation, Numbered
 from vllmc.core.events import Observer, UnitOutcome
 from vllmc.core.graph.layout import Layout
@@ -57,7 +59,9 @@ class Ready:
 
     `program` says whether its record was there before; `miss` why not. `layer_names` is what the
     strings in custom ops cost: None where they cost nothing, and where nothing was captured.
-    `passes` is what each did to what was captured and compiled now.
+    `passes` is what each did to what was captured and compiled now. While `hold` lives no
+    `cache prune` removes the program: None where it was not stored, and in a cache that cannot
+    be written.
     """
 
     program: Literal["hit", "miss"]
@@ -67,6 +71,7 @@ class Ready:
     layer_names: LayerNameCost | None
     passes: tuple[PassReport, ...]
     seconds: Seconds
+    hold: Hold | None
 
     @property
     def outcome(self) -> Literal["hit", "compiled", "partial"]:
@@ -146,7 +151,9 @@ def open_program(
         for name in layout.ranges
     ]
     graphs = None if recorder is None else CudaGraphs(layout, recorder, graph_sizes)
-    return link(layout, entry, variants, guards, graphs)
+    program = link(layout, entry, variants, guards, graphs)
+    program.hold = ready.hold
+    return program
 
 
 def capture_model(job: Job, weights: Weights = "fake") -> Capture:
@@ -249,9 +256,7 @@ def _build(
         pieces=plan.counts,
         program=plan.layout.to_json(),
     )
-    if policy.may_compile:
-        reader.store.put_program(record)
-        reader.store.touch(job.key)
+    hold = _publish(record, results, reader.store) if policy.may_compile else None
     finished = time.perf_counter()
     return Ready(
         program="miss",
@@ -268,7 +273,25 @@ def _build(
             compile=obtained.compiling,
             store=finished - captured_at - obtained.compiling,
         ),
+        hold=hold,
     )
+
+
+def _publish(record: ProgramRecord, results: Sequence[UnitResult], store: Store) -> Hold | None:
+    outcomes = Counter(unit.outcome for unit in results)
+    counts = Counts(
+        hits=outcomes["hit"],
+        misses=outcomes["compiled"] + outcomes["dup"],
+        dups=outcomes["dup"],
+        seconds_saved=store.compile_seconds(u.key for u in results if u.outcome == "hit"),
+    )
+    # Held before it is there, so that no prune comes in between.
+    hold = store.note_use(record.key, counts)
+    for unit in results:
+        # A prune may have removed what nothing referred to yet.
+        store.retain(unit.artifact, unit.data)
+    store.put_program(record)
+    return hold
 
 
 def _compiles_on_its_own(spec: CompileSpec) -> bool:
@@ -287,7 +310,8 @@ def _warn_of_promises(layout: Layout, observer: Observer) -> None:
 
 
 def _hit(job: Job, store: Store, found: Found, started: float) -> Ready:
-    store.touch(job.key)
+    keys = {unit.key for unit in found.record.units}
+    counts = Counts(hits=len(keys), seconds_saved=store.compile_seconds(keys))
     return Ready(
         program="hit",
         record=found.record,
@@ -307,4 +331,5 @@ def _hit(job: Job, store: Store, found: Found, started: float) -> Ready:
         layer_names=None,
         passes=(),
         seconds=Seconds(total=time.perf_counter() - started),
+        hold=store.note_use(job.key, counts),
     )

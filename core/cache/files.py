@@ -19,6 +19,8 @@ from vllmc.core.errors import UnsafeCacheError, VllmcError
 
 SWEEP_AFTER_SECONDS = 24 * 3600
 
+_ATTEMPTS = 5
+
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _DENIED = frozenset({errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -169,6 +171,18 @@ def plain_size(path: Path) -> int | None:
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
+def refresh(path: Path) -> bool:
+    """Makes the file as young as one written now, if it is there; else returns False."""
+    try:
+        os.utime(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        # A cache that cannot be written is not pruned either.
+        pass
+    return True
+
+
 def make_directory(path: Path) -> None:
     """Makes `path` and its parents, each entry on disk before anything is written below it.
 
@@ -202,10 +216,20 @@ def write_plain(path: Path, data: bytes, *, temporary: Path) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            draft.replace(path)
+            _publish(draft, path)
         finally:
             draft.unlink(missing_ok=True)
         _sync_directory(path.parent)
+
+
+def _publish(draft: Path, path: Path) -> None:
+    # A prune removes the directory of a program with the last of its records.
+    for _ in range(_ATTEMPTS):
+        with suppress(FileNotFoundError):
+            draft.replace(path)
+            return
+        make_directory(path.parent)
+    draft.replace(path)
 
 
 def _sync_directory(path: Path) -> None:

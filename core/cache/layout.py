@@ -4,7 +4,7 @@ v1/blobs/ab/<sha256>               an artifact
 v1/units/ab/<key>.json             the record of a compile unit
 v1/programs/ab/<key>/<id>.json     the records of a program, one per version of its sources
 v1/codes/ab/<code digest>          which artifact holds this generated code
-v1/used/<key>                      its modification time is the last use of the program
+v1/used/<key>                      the uses of a program, and who holds it (`usage`)
 v1/locks/<name>.lock               held while a program is compiled; never removed
 v1/imports/<bundle>.json           where programs came from that were not compiled here
 v1/tmp/                            files on their way to one of the above
@@ -106,7 +106,7 @@ class Layout:
         return self._fanned("codes", code)
 
     def used(self, key: str) -> Path:
-        """The path whose modification time is the last use of a program."""
+        """The path of the file in which the uses of a program are noted."""
         assert _DIGEST.fullmatch(key), key
         return self.top / "used" / key
 

@@ -243,8 +243,8 @@ def outline(data: bytes, id: str) -> Outline:
         raise CorruptRecord("it lacks fields that every record has") from None
 
 
-def _open(data: bytes) -> tuple[str, JsonValue]:
-    """The format and the body of an intact record, signed or not."""
+def open_body(data: bytes) -> tuple[str, bytes]:
+    """The format and the body of an intact record, not parsed; raises what `decode` raises."""
     data, _ = split(data)
     header = _HEADER.match(data)
     if header is None or not data.endswith(_TRAILER):
@@ -257,6 +257,11 @@ def _open(data: bytes) -> tuple[str, JsonValue]:
         raise FormatTooNew(version)
     if name not in (UNIT_FORMAT, PROGRAM_FORMAT) or version < 1:
         raise CorruptRecord(f"its format is {name} {version}, which vllmc never wrote")
+    return name, body
+
+
+def _open(data: bytes) -> tuple[str, JsonValue]:
+    name, body = open_body(data)
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

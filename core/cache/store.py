@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllmc.core.cache import inventory, verify
+from vllmc.core.cache import inventory, summary, usage, verify
 from vllmc.core.cache.files import (
     CorruptArtifact,
     CorruptRecordError,
@@ -32,6 +32,7 @@ from vllmc.core.cache.files import (
     read_plain,
     read_with_status,
     reading,
+    refresh,
     write_plain,
     writing,
 )
@@ -51,6 +52,7 @@ from vllmc.core.cache.record import (
 from vllmc.core.cache.signing import SigningKey, split
 from vllmc.core.cache.trust import Trust, Untrusted
 from vllmc.core.cache.trust_store import trusts
+from vllmc.core.cache.usage import Counts, Hold
 from vllmc.core.cache.verify import Problem, RepairPlan
 from vllmc.core.errors import UsageError, VllmcError
 
@@ -134,8 +136,17 @@ class Store:
     def _signed(self, data: bytes) -> bytes:
         return data if self.signing is None else self.signing.signed(data)
 
+    def retain(self, digest: str, data: bytes) -> None:
+        """Sees to it that an artifact that was found is still there, and counts as new to prune.
+
+        Raises what `put_artifact` does.
+        """
+        path = self.layout.blob(digest)
+        if not refresh(path) and self.artifact_size(digest) is None:
+            write_plain(path, data, temporary=self.layout.temporary)
+
     def _put(self, path: Path, data: bytes) -> None:
-        if not _holds(path, data):
+        if not (_holds(path, data) and refresh(path)):
             write_plain(path, data, temporary=self.layout.temporary)
 
     def read_artifact(self, digest: str) -> bytes:
@@ -382,14 +393,18 @@ class Store:
         finally:
             guard.release()
 
-    def touch(self, key: str) -> None:
-        """Notes that the program `key` was used now; a read-only cache is left as it is."""
+    def note_use(self, key: str, counts: Counts) -> Hold | None:
+        """Notes that the program `key` was used now, and holds it; see `usage.note`."""
         path = self.layout.used(key)
-        with suppress(OSError):
-            if self.below:
+        if self.below:
+            # The programs of a layer below are used before anything is stored in this one.
+            with suppress(OSError):
                 make_directory(path.parent)
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            path.touch(mode=0o644)
+        return usage.note(path, counts)
+
+    def compile_seconds(self, units: Iterable[str]) -> float:
+        """What compiling these units took once, as far as their records can be read."""
+        return sum(summary.compile_seconds(self.layouts, key) for key in units)
 
     def resolve_prefix(self, prefix: str) -> str:
         """The one program or unit key that starts with `prefix` (8 hex digits or more).

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import torch
 
 from vllmc.core.cache.key import JsonValue
+from vllmc.core.cache.usage import Hold
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.inputs import find_attribute
 from vllmc.core.graph.layout import ExpertsSite, GraphInput, Layout, OpStep, UnitStep
@@ -53,7 +54,8 @@ class Program:
     variant: a size beats a range. Where nothing varies there is one variant. `guards` is called
     with the sizes that vary before each call that runs. `experts` are those that its ops look for,
     by layer name: the forward context of a call must hold them. With `graphs` some calls replay
-    CUDA graphs; a program then runs one call at a time.
+    CUDA graphs; a program then runs one call at a time. `hold` keeps what it was made of in the
+    cache.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Program:
         self.layout = layout
         self.experts = experts
         self.graphs = graphs
+        self.hold: Hold | None = None
         self._check = ArgumentCheck(layout, device)
         self._guards = guards
         self._static = steps[0][1] if not layout.sizes else None

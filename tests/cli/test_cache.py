@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import platformdirs
 import pytest
 
 from vllmc.cli.render import moment
+from vllmc.core.cache.usage import Counts
 
 Run = Callable[..., Any]
 
@@ -27,6 +29,9 @@ def test_an_empty_cache_is_listed_as_empty_and_is_not_created(vllmc: Run, workpl
 
 
 def test_ls_lists_each_program_alike_for_people_and_machines(vllmc: Run, stored: Any) -> None:
+    stored.store.note_use(stored.program.key, Counts())
+    used = stored.program.created + 86400
+    os.utime(stored.store.layout.used(stored.program.key), (used, used))
     machine = vllmc("cache", "ls", "--json").json
     assert machine["command"] == "cache ls"
     assert machine["entries"] == [
@@ -34,15 +39,17 @@ def test_ls_lists_each_program_alike_for_people_and_machines(vllmc: Run, stored:
             "key": stored.program.key,
             "model": "tiny-llama",
             "created": stored.program.created,
-            "last_used": stored.program.created,
+            "last_used": used,
             "bytes": len(stored.data),
             "units": 1,
         }
     ]
     heading, row = vllmc("cache", "ls").out.splitlines()
     assert heading.split() == ["KEY", "MODEL", "UNITS", "SIZE", "CREATED", "LAST", "USED"]
-    when = moment(stored.program.created).split()
-    assert row.split() == [stored.program.key[:12], "tiny-llama", "1", "2.4", "kB", *when, *when]
+    when = [moment(stored.program.created), moment(used)]
+    assert row.split() == [stored.program.key[:12], "tiny-llama", "1", "2.4", "kB"] + [
+        word for text in when for word in text.split()
+    ]
 
 
 def test_show_prints_a_program_alike_for_people_and_machines(vllmc: Run, stored: Any) -> None:
@@ -114,6 +121,9 @@ def test_show_refuses_a_key_that_is_not_there(
 def test_stats_sums_up_alike_for_people_and_machines(vllmc: Run, stored: Any) -> None:
     orphan = stored.store.put_artifact(b"x" * 5000)
     assert orphan
+    stored.store.note_use(stored.program.key, Counts(misses=7, dups=2))
+    stored.store.note_use(stored.program.key, Counts(hits=7, seconds_saved=61.5))
+    uses = {"hits": 7, "misses": 7, "dups": 2, "seconds_saved": 61.5}
     machine = vllmc("cache", "stats", "--json").json
     assert machine["command"] == "cache stats"
     assert machine["stats"] == {
@@ -122,7 +132,9 @@ def test_stats_sums_up_alike_for_people_and_machines(vllmc: Run, stored: Any) ->
         "artifacts": 2,
         "bytes": 7400,
         "unreferenced_bytes": 5000,
-        "by_model": [{"model": "tiny-llama", "programs": 1, "bytes": 2400}],
+        "inodes": 1 + len(list(stored.store.root.rglob("*"))),
+        **uses,
+        "by_model": [{"model": "tiny-llama", "programs": 1, "bytes": 2400, **uses}],
     }
     plain = [line.split() for line in vllmc("cache", "stats").out.splitlines()]
     assert plain == [
@@ -130,9 +142,12 @@ def test_stats_sums_up_alike_for_people_and_machines(vllmc: Run, stored: Any) ->
         ["units", "1"],
         ["artifacts", "2,", "7.4", "kB"],
         ["unreferenced", "5.0", "kB"],
+        ["inodes", str(machine["stats"]["inodes"])],
+        ["hits", "7,", "which", "saved", "1", "min", "2", "s"],
+        ["misses", "7,", "2", "of", "them", "dups"],
         [],
-        ["MODEL", "PROGRAMS", "SIZE"],
-        ["tiny-llama", "1", "2.4", "kB"],
+        ["MODEL", "PROGRAMS", "SIZE", "HITS", "MISSES", "DUPS", "SAVED"],
+        ["tiny-llama", "1", "2.4", "kB", "7", "7", "2", "1", "min", "2", "s"],
     ]
 
 

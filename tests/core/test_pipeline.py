@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from tiny_models import save_llama
 from vllmc.core.cache.key import canonical_json
 from vllmc.core.cache.record import ProgramRecord
 from vllmc.core.cache.store import Store
+from vllmc.core.cache.usage import claimed
 from vllmc.core.errors import CheckFailed, UnsafeCacheError, VllmcError
 from vllmc.core.events import SilentObserver
 from vllmc.core.job import Job, make_job
@@ -558,3 +560,66 @@ heavy = (
 )
 print(json.dumps({"outputs": found, "imported": [m for m in heavy if m in sys.modules]}))
 """
+
+
+class Pruner(Notes):
+    """An observer that empties the cache of artifacts and units whenever a unit is done."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self._root = root
+
+    def unit_finished(self, name: str, outcome: str, seconds: float) -> None:
+        super().unit_finished(name, outcome, seconds)
+        for section in ("blobs", "units", "codes"):
+            shutil.rmtree(Store(self._root).layout.top / section, ignore_errors=True)
+
+
+def test_a_prune_while_it_is_compiled_leaves_the_program_whole(job: Any, tmp_path: Path) -> None:
+    warm(job(layers=1), tmp_path)
+    shutil.rmtree(Store(tmp_path).layout.top / "programs")
+    ready = warm(job(), tmp_path, Pruner(tmp_path))
+    assert (ready.program, ready.outcome) == ("miss", "partial")
+    assert Store(tmp_path).verify() == ()
+    assert warm(job(), tmp_path).program == "hit"
+
+
+def test_uses_are_counted_with_the_seconds_that_they_saved(job: Any, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def uses() -> tuple[int, int, int, float]:
+        stats = store.stats()
+        return stats.hits, stats.misses, stats.dups, stats.seconds_saved
+
+    warm(job(), tmp_path)
+    assert uses() == (0, 3, 0, 0.0)
+    for unit in store.all_units():
+        store.put_unit(dataclasses.replace(unit, seconds=2.5))
+    warm(job(), tmp_path)
+    assert uses() == (3, 3, 0, 7.5)
+    warm(job(layers=3), tmp_path)
+    assert uses() == (6, 3, 0, 15.0), "another program, with the same units"
+    warm(job(ranges=(CompileRange(1, 32),)), tmp_path)
+    assert uses() == (6, 6, 3, 15.0), "the eager backend's code does not depend on the range"
+    warm(job(), tmp_path, may_compile=False)
+    assert uses() == (9, 6, 3, 22.5)
+
+
+def test_a_program_is_held_while_it_can_be_called(job: Any, tmp_path: Path) -> None:
+    wanted = job()
+    first = warm(wanted, tmp_path)
+    used = Store(tmp_path).layout.used(wanted.key)
+
+    def is_free() -> bool:
+        with claimed(used) as free:
+            return free
+
+    assert not is_free()
+    del first
+    gc.collect()
+    assert is_free()
+    program = open_program(warm(wanted, tmp_path), wanted.model.build("real", wanted.spec))
+    assert not is_free()
+    del program
+    gc.collect()
+    assert is_free()

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from vllmc.core.cache.store import Store
+
 Run = Callable[..., Any]
 Flip = Callable[[Path, str], None]
 HEX64 = re.compile(r"[0-9a-f]{64}")
@@ -431,3 +433,13 @@ def test_one_of_several_models_that_fails_does_not_stop_the_others(
     # Alone it is an error as any other.
     alone = eager("warm", "broken:Model", "--json")
     assert (alone.code, alone.json["error"]["code"]) == (1, done.error)
+
+
+def test_a_model_takes_few_files(warmed: Any) -> None:
+    units = len(warmed.said["units"])
+    layout = Store(warmed.root).layout
+    files = [path for path in layout.top.rglob("*") if path.is_file()]
+    # Record, artifact and note of code of each unit; the program's record, its uses and its lock.
+    assert len(files) <= 3 * units + 3
+    # What is known of this machine, and of the model.
+    assert len([path for path in warmed.root.rglob("*") if path.is_file()]) <= 3 * units + 6

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from vllmc.core.cache.prune import execute, plan_prune
+from vllmc.core.cache.retention import Criteria
 from vllmc.core.cache.store import CorruptArtifact, CorruptRecordError, Store
+from vllmc.core.cache.usage import Counts
 
 
 @pytest.fixture
@@ -27,7 +30,7 @@ def test_what_lies_below_is_found_and_nothing_is_written_there(layered, store, w
     assert [(e.key, e.bytes) for e in layered.entries()] == [(warmed.program.key, 6)]
     assert layered.resolve_prefix(warmed.program.key[:8]) == warmed.program.key
     assert layered.stats() == store.stats()
-    layered.touch(warmed.program.key)
+    layered.note_use(warmed.program.key, Counts(hits=1))
     assert layered.entries()[0].last_used > 1e9
     assert files(store.root) == before
 
@@ -123,3 +126,29 @@ def test_a_layer_of_another_user_is_refused_though_the_first_is_ones_own(layered
     os.chown(store.root, 4321, -1)
     with pytest.raises(Exception, match="it belongs to user 4321"):
         layered.programs(warmed.program.key)
+
+
+def test_prune_leaves_the_layers_below_and_what_their_programs_use(layered, store, warm, files):
+    below = warm(b"one")
+    layered.note_use(below.program.key, Counts(hits=1)).release()
+    blob = layered.layout.blob(below.units[0].artifact)
+    blob.parent.mkdir(parents=True)
+    # As one that stands in for what is corrupt below.
+    blob.write_bytes(b"one")
+    own = dataclasses.replace(below.program, model="own", key="d" * 64)
+    layered.put_program(own)
+    for path in layered.layout.top.rglob("*"):
+        os.utime(path, (1000.0, 1000.0))
+    before = files(store.root)
+    done = execute(plan_prune(layered, Criteria(max_count=0)))
+    assert [(item.kind, item.model) for item in done.removed] == [("program", "own")]
+    assert files(store.root) == before
+    assert layered.layout.used(below.program.key).exists()
+    assert layered.stats().hits == 1
+
+
+def test_a_found_artifact_of_a_layer_below_is_not_copied(layered, warm):
+    [unit] = warm(b"one").units
+    layered.retain(unit.artifact, b"one")
+    assert not layered.layout.blob(unit.artifact).exists()
+    assert layered.compile_seconds([unit.key]) == unit.seconds

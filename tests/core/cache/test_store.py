@@ -17,6 +17,7 @@ import pytest
 from vllmc.core.cache.key import sha256_hex
 from vllmc.core.cache.record import FormatTooNew, decode, encode
 from vllmc.core.cache.store import CorruptArtifact, CorruptRecordError, MissingArtifact, Store
+from vllmc.core.cache.usage import Counts
 from vllmc.core.errors import UnsafeCacheError, UsageError, VllmcError
 
 ABSENT = "0" * 64
@@ -228,7 +229,7 @@ def test_reading_an_absent_cache_finds_nothing_and_creates_nothing(tmp_path):
     assert caught_by(lambda: store.read_artifact(ABSENT)).code == "missing-artifact"
     assert caught_by(lambda: store.record(ABSENT)).code == "unknown-key"
     assert caught_by(lambda: store.resolve_prefix(ABSENT)).code == "unknown-key"
-    store.touch(ABSENT)
+    assert store.note_use(ABSENT, Counts()) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -246,7 +247,7 @@ def test_a_cache_directory_that_is_a_file_gets_a_clear_error(tmp_path, root):
         assert caught_by(read).code == "bad-cache-dir"
     assert caught_by(lambda: store.put_artifact(b"data")).code == "not-writable"
     assert caught_by(store.lock("x", pytest.fail).__enter__).code == "not-writable"
-    store.touch(ABSENT)
+    assert store.note_use(ABSENT, Counts()) is None
 
 
 UNPRIVILEGED = """
@@ -255,6 +256,7 @@ import filelock  # while Python's own files can still be read
 from pathlib import Path
 from typing import Any
 from vllmc.core.cache.store import Store
+from vllmc.core.cache.usage import Counts
 from vllmc.core.errors import VllmcError
 store, key = Store(Path(sys.argv[1])), sys.argv[2]
 if os.getuid() == 0:
@@ -271,7 +273,7 @@ def lock():
         pass
 print(attempt(lambda: store.unit(key)), attempt(lambda: store.put_artifact(b"new")), attempt(lock))
 print(attempt(lambda: [problem.kind for problem in store.verify()]))
-store.touch(key)
+print(store.note_use(key, Counts()))
 """
 
 
@@ -286,7 +288,11 @@ def test_a_cache_without_permissions_gives_clear_errors(make_unit, start):
             path.chmod(0o555 if path.is_dir() else 0o444)
         store.layout.unit(unit.key).chmod(0)
         out, _ = start(UNPRIVILEGED, root, unit.key).communicate()
-    assert out.splitlines() == ["not-readable not-writable not-writable", "['not-readable']"]
+    assert out.splitlines() == [
+        "not-readable not-writable not-writable",
+        "['not-readable']",
+        "None",
+    ]
 
 
 FULL_DISK = """
@@ -423,10 +429,12 @@ def test_an_error_under_the_lock_is_passed_on_and_releases_it(store):
 
 
 def test_a_use_is_noted(store, warm):
-    key = warm(b"one").program.key
+    program = warm(b"one").program
+    key, record = program.key, store.layout.program(program.key, program.id)
+    os.utime(record, (2000.0, 2000.0))
     [before] = store.entries()
-    assert before.last_used == before.created
-    store.touch(key)
+    assert before.last_used == 2000.0
+    store.note_use(key, Counts())
     noted = store.layout.used(key).stat().st_mtime
     assert [entry.last_used for entry in store.entries()] == [noted]
     assert noted > before.last_used

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from vllmc.core.cache.usage import Counts
+
 
 def problems(store):
     return {(problem.kind, problem.path) for problem in store.verify()}
@@ -43,7 +45,7 @@ def where(store):
 
 
 def test_a_sound_cache_has_no_problem_and_nothing_to_repair(store, caches, files):
-    store.touch(caches[0].program.key)
+    store.note_use(caches[0].program.key, Counts())
     with store.lock("x", pytest.fail):
         (store.layout.temporary / "1.draft").write_bytes(b"half a fi")
         assert store.verify() == ()
