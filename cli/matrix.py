@@ -105,6 +105,7 @@ def _below(lines: Mapping[KeyPath, int], table: KeyPath, first: int) -> dict[Key
 def _entry(path: Path, table: Mapping[str, Any], lines: Mapping[KeyPath, int]) -> Entry:
     others = (_MODEL, _NAME, *SCOPES)
     reader = Reader(file=path.name, lines=lines, known=_SHAPING, others=others)
+    config = ConfigFile(path=path, settings=reader.settings(table), options=reader.options(table))
     own = {key: value for key, value in table.items() if key in (_MODEL, _NAME)}
     for key, value in own.items():
         if not isinstance(value, str) or not value.strip() or re.search(r"[\x00-\x1f]", value):
@@ -121,9 +122,7 @@ def _entry(path: Path, table: Mapping[str, Any], lines: Mapping[KeyPath, int]) -
         name=own.get(_NAME, own[_MODEL]),
         model=_located(own[_MODEL], path.parent),
         line=lines[()],
-        config=ConfigFile(
-            path=path, settings=reader.settings(table), options=reader.options(table)
-        ),
+        config=config,
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from vllmc.cli.boundary import unforeseen
 from vllmc.cli.job import make
 from vllmc.cli.matrix import Entry
 from vllmc.cli.options import CompileFlags, CompileRequest, compile_request
@@ -100,8 +101,8 @@ def matrix_tasks(
 class Batch:
     """The tasks of one call and their jobs, as far as these could be made.
 
-    Raises what keeps a job from being made: of an entry `UsageError` alone, for the rest may be
-    gone at the next attempt.
+    Raises what keeps a job from being made; of a matrix file's entry `UsageError` alone, for the
+    rest may be gone at the next attempt.
     """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
@@ -149,13 +150,12 @@ class Batch:
             if isinstance(job, VllmcError):
                 raise job
             return Result(task=task, row=attempt(job, head), error=before)
-        except VllmcError as error:
-            model, key = (
-                (task.request.model, None)
-                if isinstance(job, VllmcError)
-                else (job.model.name, job.key)
-            )
-            return Result(task=task, row=failed_row(head, model, key, error), error=error)
+        except Exception as error:  # noqa: BLE001 - the edge of one task, which is not to stop others
+            known = _known(error)
+            row = failed_row(head, task.request.model, None, known)
+            if not isinstance(job, VllmcError):
+                row = failed_row(head, job.model.name, job.key, known)
+            return Result(task=task, row=row, error=known)
 
 
 def _make(task: Task) -> Job | VllmcError:
@@ -163,10 +163,21 @@ def _make(task: Task) -> Job | VllmcError:
         return make(task.settings, task.request)
     except UsageError:
         raise
-    except VllmcError as error:
+    except Exception as error:
         if task.place is None:
             raise
+        return _known(error)
+
+
+def _known(error: Exception) -> VllmcError:
+    """What is told of an error. Raises that nobody reads any more what is told."""
+    if isinstance(error, BrokenPipeError):
+        raise error
+    if isinstance(error, VllmcError):
         return error
+    known = unforeseen(error)
+    known.__cause__ = error
+    return known
 
 
 def _may_pass(result: Result) -> bool:
