@@ -67,7 +67,7 @@ def warm(
         typer.Option(
             "--from",
             metavar="FILE",
-            help="Warm each [[warm]] table of this file: model, and options as in vllmc.toml.",
+            help="Warm each entry of this matrix file: a model, and options as in vllmc.toml.",
         ),
     ] = None,
     retries: Annotated[
@@ -95,14 +95,28 @@ def warm(
     and range: hit (found), compiled, or dup (compiled, and the code turned out to be stored
     already under another key). pieces names every piece that shares the unit.
 
-    With --json: model, key, outcome, program, pieces (total, splitting, compilable, unique; null
-    where only capture shows them), counts (hit, dup, compiled), units (pieces, range, outcome,
-    artifact, bytes, seconds), seconds (total, capture, compile, store), peak_rss_mb, miss (null, or
-    nearest_key, nearest_model where it is another, and changes, as diff-config lists them),
-    layer_names; with --check also reason. Several models give results, a list of these. They share
-    workers and what is stored, and one that cannot be compiled does not stop the others: its
-    outcome is failed, with reason and error (code, message, context, hint), and the exit code is
-    the highest of the errors'. What is wrong with a name or an option stops all of them at once.
+    With --json: name (the model, or what --from calls it), model, key, outcome, program, pieces
+    (total, splitting, compilable, unique; null where only capture shows them), counts (hit, dup,
+    compiled), units (pieces, range, outcome, artifact, bytes, seconds), seconds (total, capture,
+    compile, store), saved_seconds (what the units that were found took when they were compiled),
+    attempts, peak_rss_mb, miss (null, or nearest_key, nearest_model where it is another, and
+    changes, as diff-config lists them), layer_names; with --check also reason.
+    docs/schema/warm.schema.json describes it.
+
+    Several models give results, a list of these. They share workers and what is stored, and one
+    that cannot be compiled does not stop the others: its outcome is failed, with reason and error
+    (code, message, context, hint), and the exit code is the highest of all. What is wrong with a
+    name or an option stops all of them at once.
+
+    --from FILE reads a matrix file: TOML, in which a list of tables called warm has for each model
+    its model, optionally a name, and options that shape the compilation as vllmc.toml has them,
+    with tables inductor and functorch for -O. An entry beats the environment and vllmc.toml, flags
+    beat all. A directory is looked for beside the file. It gives results, also of one entry. An
+    entry whose model cannot be found fails alone, with null as its key. --retries tries again
+    whatever did not fail for wrong usage. See docs/ci.md.
+
+    On GitHub (GITHUB_ACTIONS=true) what failed or would miss is printed on stderr as an error
+    annotation, what was stored once and missed, or failed at first, as a warning.
 
     Units are compiled by --jobs processes at once, on the CPU, by Inductor. A unit's seconds are
     its own; compile is the time in which at least one was at work. A worker that dies is

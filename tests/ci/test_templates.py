@@ -1,0 +1,99 @@
+"""The GitLab template and the examples: their commands are run, their YAML is read."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vllmc.cli.matrix import read_matrix
+
+ROOT = Path(__file__).parents[2]
+Bash = Callable[..., Any]
+
+
+@pytest.fixture
+def job() -> dict[str, Any]:
+    found = yaml.safe_load((ROOT / "ci" / "gitlab-prewarm.yml").read_text())
+    [(name, job)] = found.items()
+    assert name == ".vllmc-prewarm"
+    return job
+
+
+def test_gitlab_s_job_warms_checks_and_leaves_its_reports(
+    job: dict[str, Any], bash: Bash, workplace: Path
+) -> None:
+    (workplace / "warm.toml").write_text('[[warm]]\nmodel = "tiny-llama"\nlayers = 1\n')
+    env = {"CI_PROJECT_DIR": str(workplace), "GITLAB_CI": "true"}
+    variables = {
+        name: value.replace("$CI_PROJECT_DIR", str(workplace))
+        for name, value in job["variables"].items()
+    }
+    env |= variables | {"VLLMC_INSTALL": ""}
+    script = "\n".join([*job["before_script"], *job["script"]])
+    first = bash(script, env)
+    assert first.code == 0, first.err
+    # As a runner unpacks it.
+    for path in [workplace / ".vllmc-cache", *(workplace / ".vllmc-cache").rglob("*")]:
+        path.chmod(0o777)
+    second = bash(script, env)
+    assert second.code == 0, second.err
+    assert "2 from the cache" in second.out
+    assert not (workplace / ".vllmc-cache").stat().st_mode & stat.S_IWOTH
+    for report in job["artifacts"]["reports"].values():
+        assert (workplace / report).is_file()
+    assert json.loads((workplace / job["artifacts"]["reports"]["codequality"]).read_text()) == []
+
+
+def test_gitlab_caches_only_what_lies_in_the_project(job: dict[str, Any]) -> None:
+    [path] = job["cache"]["paths"]
+    assert job["variables"]["VLLMC_CACHE_DIR"] == f"$CI_PROJECT_DIR/{path.rstrip('/')}"
+    assert job["cache"]["when"] == "always"
+
+
+def test_the_image_is_warm_for_another_user_and_only_its_owner_writes(
+    bash: Bash, workplace: Path
+) -> None:
+    example = ROOT / "examples" / "docker"
+    text = (example / "Dockerfile").read_text()
+    runs = re.findall(r"^RUN (vllmc .*)$", text, re.MULTILINE)
+    assert text.rstrip().endswith(f"RUN {runs[-1]}")
+    assert re.search(r"^USER server\nRUN .*--check$", text, re.MULTILINE)
+    (workplace / "warm.toml").write_text((example / "warm.toml").read_text())
+    for line in runs:
+        done = bash(line)
+        assert done.code == 0, done.err
+    cache = workplace / ".vllmc-cache"
+    for path in (cache, *cache.rglob("*")):
+        mode = path.stat().st_mode
+        wanted = stat.S_IROTH | (stat.S_IXOTH if path.is_dir() else 0)
+        assert mode & wanted == wanted, path
+        assert not mode & (stat.S_IWGRP | stat.S_IWOTH), path
+
+
+def test_kubernetes_warms_what_it_serves(bash: Bash, workplace: Path) -> None:
+    path = ROOT / "examples" / "kubernetes" / "warm-before-serving.yaml"
+    config, pod = yaml.safe_load_all(path.read_text())
+    (workplace / "warm.toml").write_text(config["data"]["warm.toml"])
+    [entry] = read_matrix(workplace / "warm.toml")
+    [warm], [serve] = pod["spec"]["initContainers"], pod["spec"]["containers"]
+    assert warm["env"] == serve["env"]
+    assert "fsGroup" not in pod["spec"]["securityContext"]
+    mounts = {mount["name"]: mount for mount in serve["volumeMounts"]}
+    assert mounts["cache"]["readOnly"]
+    [directory] = [v["value"] for v in serve["env"] if v["name"] == "VLLMC_CACHE_DIR"]
+    assert Path(directory).parent == Path(mounts["cache"]["mountPath"])
+    assert {volume["name"] for volume in pod["spec"]["volumes"]} == {"cache", "warm"}
+    etc = {"/etc/vllmc": str(workplace)}
+    words = [word.replace("/etc/vllmc", etc["/etc/vllmc"]) for word in warm["command"]]
+    done = bash(" ".join(words))
+    assert done.code == 0, done.err
+    assert entry.model in serve["command"]
+    served = bash(" ".join(serve["command"]))
+    assert served.code == 0, served.err
