@@ -68,12 +68,12 @@ def test_warm_then_check_and_nothing_to_save_the_second_time(
     assert check.code == 0, check.err
     again, outputs = step("Warm", **inputs)
     assert (again.code, outputs) == (0, {"compiled": "0"})
-    assert step("Name the programs", **inputs)[1] == first
     assert (workplace / "summary.md").read_text().count("### vllmc warm") == 2
     [case] = ElementTree.parse(workplace / ".vllmc-reports" / "check.xml").iter("testcase")
     assert list(case) == []
 
 
+@pytest.mark.thorough
 def test_a_model_that_fails_fails_the_step_and_what_was_compiled_is_saved(
     step: Callable[..., Any], workplace: Path
 ) -> None:
@@ -86,6 +86,7 @@ def test_a_model_that_fails_fails_the_step_and_what_was_compiled_is_saved(
     assert "!cancelled()" in STEPS["Save"]["if"]
 
 
+@pytest.mark.thorough
 def test_models_are_given_by_name_too(step: Callable[..., Any]) -> None:
     words = {"model": "tiny-llama\n  nonesuch"}
     done, outputs = step("Warm", **words)
@@ -100,6 +101,7 @@ def test_a_mistake_is_found_before_anything_is_restored(step: Callable[..., Any]
     assert (done.code, outputs) == (2, {})
 
 
+@pytest.mark.thorough
 def test_the_digest_tells_programs_apart_and_not_their_order(step: Callable[..., Any]) -> None:
     def digest(model: str, options: str = "") -> str:
         _, outputs = step("Name the programs", model=model, options=options)

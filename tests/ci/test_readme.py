@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import pytest
+
 from vllmc.cli.matrix import read_matrix
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +40,7 @@ def test_the_matrix_file_of_the_docs_is_one(workplace: Path) -> None:
     assert len(second.config.options) == 2
 
 
+@pytest.mark.thorough
 def test_the_ways_to_name_an_entry_of_a_provider_s_cache_work(bash: Bash, workplace: Path) -> None:
     [naming] = [block for block in blocks("docs/ci.md", "bash") if "sha256sum" in block]
     (workplace / "warm.toml").write_text('[[warm]]\nmodel = "tiny-llama"\n')
