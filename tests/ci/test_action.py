@@ -99,6 +99,9 @@ def test_models_are_given_by_name_too(step: Callable[..., Any]) -> None:
 def test_a_mistake_is_found_before_anything_is_restored(step: Callable[..., Any]) -> None:
     done, outputs = step("Name the programs", options="--dtype float7")
     assert (done.code, outputs) == (2, {})
+    done, outputs = step("Name the programs", options="--dtype 'float32")
+    assert (done.code, outputs) == (1, {})
+    assert "No closing quotation" in done.err
 
 
 @pytest.mark.thorough

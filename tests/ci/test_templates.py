@@ -33,7 +33,7 @@ def test_gitlab_s_job_warms_checks_and_leaves_its_reports(
         name: value.replace("$CI_PROJECT_DIR", str(workplace))
         for name, value in job["variables"].items()
     }
-    env |= variables | {"VLLMC_INSTALL": ""}
+    env |= variables | {"PREWARM_INSTALL": ""}
     # As a runner unpacks it.
     cache = workplace / ".vllmc-cache"
     cache.mkdir()
