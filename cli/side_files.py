@@ -12,9 +12,10 @@ def write_text(path: Path, text: str, flag: str, *, append: bool = False) -> Non
 
     Raises `VllmcError` (`not-writable`).
     """
+    mode = "a" if append else "w"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a" if append else "w", encoding="utf-8") as file:
+        with path.open(mode, encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
     except OSError as error:
         raise VllmcError(
