@@ -11,14 +11,13 @@ import gc
 import os
 import select
 import sys
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
 
+from vllmc.cli.boundary import unforeseen
 from vllmc.cli.commands import Markup, make_group
 from vllmc.core.errors import UsageError, VllmcError
 
@@ -181,21 +180,7 @@ def _as_vllmc_error(error: BaseException, command: str) -> VllmcError:
     if isinstance(error, typer.TyperException):
         name = command if command == "vllmc" else f"vllmc {command}"
         return UsageError("usage", error.format_message(), hint=f"see {name} --help")
-    if isinstance(error, OSError):
-        return VllmcError("os-error", str(error), hint="check the path, its permissions and space")
-    return VllmcError(
-        "internal",
-        f"{type(error).__name__}: {error}",
-        context={"at": _place(error)},
-        hint="unless the model's own code is at fault, this is a fault in vllmc: report it with "
-        "the traceback that -vv shows",
-    )
-
-
-def _place(error: BaseException) -> str:
-    """Where an exception was raised, as `file.py:12 in function`."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}"
+    return unforeseen(error)
 
 
 def _nobody_reads() -> bool:

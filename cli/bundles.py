@@ -95,11 +95,12 @@ def check_bundle(
 
         from vllmc.cli import report
         from vllmc.cli.job import make
-        from vllmc.cli.warm import PREDICTED_CODES, predict_row
+        from vllmc.cli.warm_rows import PREDICTED_CODES, Head, predicted_row
 
         job = make(settings, compile_request(settings, compilation, model))
         # What was imported was vouched for; who else may write there is no question.
-        row = predict_row(job, replace(store, trust=replace(settings.trust, unsigned=True)))
+        trusting = replace(store, trust=replace(settings.trust, unsigned=True))
+        row = predicted_row(Head(name=job.model.name, attempts=1), job, trusting)
     told = {"bundle": done.manifest.id, "vouched": str(done.vouched), **row}
     common.output("cache check-bundle").data(told, lambda: report.warm([row]))
     return PREDICTED_CODES.get(row["outcome"], 0)

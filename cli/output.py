@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 
 from rich.console import Console, RenderableType
@@ -100,6 +100,12 @@ class Output:
         if self.verbosity >= 2:
             lines = traceback.format_exception(error)
             self._stderr.print(Text(scrub("".join(lines)).rstrip()))
+
+    def commands(self, lines: Iterable[str]) -> None:
+        """Prints on stderr, also with `-q`, lines that a program reads there, as they are."""
+        for line in lines:
+            self._stderr.file.write(f"{line}\n")
+        self._stderr.file.flush()
 
     def progress(self) -> AbstractContextManager[Observer]:
         """An observer that shows progress on stderr.

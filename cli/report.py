@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,6 +55,10 @@ def warm(rows: Sequence[Row], *, verbose: bool = False) -> RenderableType:
         parts += ["", _warm_one(row)] if parts else [_warm_one(row)]
         if verbose and row["passes"]:
             parts += ["", *_passes(row["passes"])]
+    if len(rows) > 1:
+        outcomes = collections.Counter(row["outcome"] for row in rows)
+        told = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
+        parts += ["", Text(f"{len(rows)} in all: {told}", style="bold")]
     return Group(*parts)
 
 
@@ -61,7 +66,10 @@ def _warm_one(row: Row) -> RenderableType:
     style, meaning = _OUTCOMES[row["outcome"]]
     if row["program"] == "miss" and row["miss"] is None:
         meaning = _FORCED
-    lines = [("model", row["model"]), ("key", short_key(row["key"]))]
+    lines = [("entry", row["name"])] if row["name"] != row["model"] else []
+    lines.append(("model", row["model"]))
+    if row["key"] is not None:
+        lines.append(("key", short_key(row["key"])))
     if row["pieces"] is not None:
         pieces = row["pieces"]
         lines.append(
@@ -73,6 +81,8 @@ def _warm_one(row: Row) -> RenderableType:
         )
     if row["units"]:
         lines.append(("units", _counts(row["counts"])))
+    if row["saved_seconds"]:
+        lines.append(("saved", f"{duration(row['saved_seconds'])} that what was found took once"))
     if row["seconds"]["total"]:
         lines += [("time", _times(row["seconds"])), ("memory", f"{row['peak_rss_mb']} MB at most")]
     parts: list[RenderableType] = [

@@ -12,12 +12,13 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
+from vllmc.cli.toml_lines import KeyPath, leaves, line_numbers
 from vllmc.core.cache.signing import load_signing_key
 from vllmc.core.cache.trust import Trust
 from vllmc.core.errors import UsageError, VllmcError
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Scope: TypeAlias = Literal["inductor", "functorch"]
-KeyPath: TypeAlias = tuple[str, ...]
 
 SCOPES: tuple[Scope, ...] = ("inductor", "functorch")
 CONFIG_NAME = "vllmc.toml"
@@ -39,7 +39,8 @@ CONFIG_VARIABLE = "VLLMC_CONFIG"
 class Option:
     """An option that the environment and the config file may set, as well as a flag.
 
-    Some are not for the file: what a directory holds must not say that it is trusted.
+    Some are not for the file: what a directory holds must not say that it is trusted. `shapes`: it
+    is one of those that shape the compilation, which a matrix file may set too.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Option:
     repeatable: bool = False
     separator: str = ","
     in_file: bool = True
+    shapes: bool = False
 
     @property
     def variable(self) -> str:
@@ -63,20 +65,20 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="trust-unsigned", kind="truth", in_file=False),
     Option(name="trust-dir", in_file=False),
     Option(name="sign-key", in_file=False),
-    Option(name="device"),
-    Option(name="dtype"),
-    Option(name="compile-range", repeatable=True),
-    Option(name="compile-size", kind="integer", repeatable=True),
-    Option(name="dynamic-shapes"),
-    Option(name="layer-names"),
-    Option(name="experts"),
-    Option(name="splitting-op", repeatable=True),
-    Option(name="pass", repeatable=True),
-    Option(name="no-pass", repeatable=True),
-    Option(name="split-kv-update", kind="truth"),
-    Option(name="quantize"),
-    Option(name="layers", kind="integer"),
-    Option(name="backend"),
+    Option(name="device", shapes=True),
+    Option(name="dtype", shapes=True),
+    Option(name="compile-range", repeatable=True, shapes=True),
+    Option(name="compile-size", kind="integer", repeatable=True, shapes=True),
+    Option(name="dynamic-shapes", shapes=True),
+    Option(name="layer-names", shapes=True),
+    Option(name="experts", shapes=True),
+    Option(name="splitting-op", repeatable=True, shapes=True),
+    Option(name="pass", repeatable=True, shapes=True),
+    Option(name="no-pass", repeatable=True, shapes=True),
+    Option(name="split-kv-update", kind="truth", shapes=True),
+    Option(name="quantize", shapes=True),
+    Option(name="layers", kind="integer", shapes=True),
+    Option(name="backend", shapes=True),
     Option(name="jobs", kind="integer"),
     Option(name="weights"),
     Option(name="guards"),
@@ -129,7 +131,10 @@ class ConfigFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The environment as it was at the start, the config file, and what every command needs."""
+    """The environment as it was at the start, the config file, and what every command needs.
+
+    `entry` is what one entry of a matrix file says, which beats environment and config file.
+    """
 
     environment: Mapping[str, str]
     config: ConfigFile | None
@@ -137,6 +142,7 @@ class Settings:
     cache_dir_origin: str
     trust: Trust
     sign_key: Path | None
+    entry: ConfigFile | None = None
 
     @property
     def cache_dir(self) -> Path:
@@ -159,12 +165,27 @@ class Settings:
         return Path(path) if path else None
 
     @property
+    def on_github(self) -> bool:
+        """Whether GitHub Actions reads what this process prints."""
+        return self.environment.get("GITHUB_ACTIONS") == "true"
+
+    @property
+    def checkout(self) -> Path:
+        """The root of the repository that CI checked out; elsewhere the working directory."""
+        variables = ("GITHUB_WORKSPACE", "CI_PROJECT_DIR")
+        named = [path for name in variables if (path := self.environment.get(name))]
+        return Path(named[0]) if named else Path.cwd()
+
+    @property
     def raw_options(self) -> tuple[RawOption, ...]:
-        """The `[inductor]` and `[functorch]` tables of the config file."""
-        return self.config.options if self.config else ()
+        """The `[inductor]` and `[functorch]` tables; of an option given twice the last holds."""
+        files = (self.config, self.entry)
+        return tuple(option for file in files if file for option in file.options)
 
     def find(self, name: str, flags: Sequence[str] = (), *, default: Sequence[str]) -> Setting:
-        """The option's value: `flags` when there are any, else environment, file, `default`."""
+        """The option's value: of flags, entry, environment, file and default the first there is."""
+        if not flags and self.entry and (setting := self.entry.settings.get(name)):
+            return setting
         return _find(name, flags, self.environment, self.config) or Setting(
             values=tuple(default), origin="default"
         )
@@ -266,12 +287,12 @@ def _read_config(
     named = flag or (Path(text) if (text := environment.get(CONFIG_VARIABLE)) else None)
     if named:
         path = directory / named.expanduser()
-        text = _read_text(path, "--config" if flag else CONFIG_VARIABLE)
+        text = read_text(path, "--config" if flag else CONFIG_VARIABLE)
         return _parse_config(path, text, ("tool", "vllmc") if _is_project(path) else ())
     if (path := directory / CONFIG_NAME).is_file():
-        return _parse_config(path, _read_text(path, "working directory"), ())
+        return _parse_config(path, read_text(path, "working directory"), ())
     if (path := directory / "pyproject.toml").is_file():
-        text = _read_text(path, "working directory")
+        text = read_text(path, "working directory")
         # Most projects' files do not concern us; a broken one is then not ours to report.
         return _parse_config(path, text, ("tool", "vllmc")) if "vllmc" in text else None
     return None
@@ -281,46 +302,41 @@ def _is_project(path: Path) -> bool:
     return path.name == "pyproject.toml"
 
 
-def _read_text(path: Path, named_by: str) -> str:
+def read_text(path: Path, named_by: str, kind: str = "config file") -> str:
+    """The text of a file that `named_by` (`--config`) names, with `\\n` as its line ends.
+
+    Raises `VllmcError` (`no-config-file`, `bad-config-file`).
+    """
     context = {"file": str(path), "named by": named_by}
     try:
         return path.read_text(encoding="utf-8").replace("\r\n", "\n")
     except FileNotFoundError:
         raise VllmcError(
             "no-config-file",
-            f"there is no config file {path}",
+            f"there is no {kind} {path}",
             context=context,
-            hint="correct --config or VLLMC_CONFIG, or leave it out",
+            hint=f"correct {named_by}, or leave it out",
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise VllmcError(
             "bad-config-file",
-            f"the config file {path} cannot be read: {error}",
+            f"the {kind} {path} cannot be read: {error}",
             context=context,
             hint="it should be a TOML file in UTF-8 that this user may read",
         ) from error
 
 
 def _parse_config(path: Path, text: str, table: KeyPath) -> ConfigFile | None:
-    try:
-        contents: Any = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        line = re.search(r"at line (\d+)", str(error))
-        raise VllmcError(
-            "bad-config-file",
-            f"the config file {path} is not TOML: {error}",
-            context={"file": str(path), "line": int(line[1]) if line else len(text.split("\n"))},
-            hint='texts take quotes, lists brackets: compile-range = ["1:512"]',
-        ) from error
-    lines = _line_numbers(text)
+    contents: Any = parse_toml(path, text, "config file")
+    lines = line_numbers(text)
     for depth, name in enumerate(table):
         contents = contents.get(name)
         if contents is None:
             return None
         if not isinstance(contents, dict):
             where = f"{path.name}:{lines.get(table[: depth + 1], 1)}"
-            raise _bad_setting(".".join(table[: depth + 1]), where, "a table", contents)
-    reader = _Reader(
+            raise bad_setting(".".join(table[: depth + 1]), where, "a table", contents)
+    reader = Reader(
         file=path.name, lines={p[len(table) :]: n for p, n in lines.items() if _below(p, table)}
     )
     return ConfigFile(
@@ -328,66 +344,51 @@ def _parse_config(path: Path, text: str, table: KeyPath) -> ConfigFile | None:
     )
 
 
+def parse_toml(path: Path, text: str, kind: str) -> dict[str, Any]:
+    """The contents of `path`, which is a `kind` (`config file`).
+
+    Raises `VllmcError` (`bad-config-file`).
+    """
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        line = re.search(r"at line (\d+)", str(error))
+        raise VllmcError(
+            "bad-config-file",
+            f"the {kind} {path} is not TOML: {error}",
+            context={"file": str(path), "line": int(line[1]) if line else len(text.split("\n"))},
+            hint='texts take quotes, lists brackets: compile-range = ["1:512"]',
+        ) from error
+
+
 def _below(path: KeyPath, table: KeyPath) -> bool:
     return path[: len(table)] == table and len(path) > len(table)
 
 
-def _line_numbers(text: str) -> dict[KeyPath, int]:
-    """The line of each key and table of a valid TOML text, counted from 1.
-
-    `tomllib` does not say, but each statement is valid TOML by itself: one that is not yet goes
-    on in the next line.
-    """
-    lines: dict[KeyPath, int] = {}
-    table: KeyPath = ()
-    statement: list[str] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        statement.append(line)
-        try:
-            parsed = tomllib.loads("\n".join(statement))
-        except tomllib.TOMLDecodeError:
-            continue
-        first = number - len(statement) + 1
-        paths = [path for path, _ in _leaves(parsed)]
-        if statement[0].lstrip().startswith("["):
-            [table] = paths
-            lines.setdefault(table, first)
-        else:
-            for path in paths:
-                for depth in range(1, len(path) + 1):
-                    lines.setdefault(table + path[:depth], first)
-        statement = []
-    return lines
-
-
-def _leaves(value: Mapping[str, Any], prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    for name, item in value.items():
-        path = (*prefix, name)
-        if isinstance(item, dict) and item:
-            yield from _leaves(item, path)
-        else:
-            yield path, item
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Reader:
-    """Turns a parsed config table into settings; `lines` says where each key stands in `file`."""
+class Reader:
+    """Turns a parsed config table into settings; `lines` says where each key stands in `file`.
+
+    `known` are the options that the table may set, `others` the keys that are none.
+    """
 
     file: str
     lines: Mapping[KeyPath, int]
+    known: tuple[Option, ...] = OPTIONS
+    others: tuple[str, ...] = SCOPES
 
     def settings(self, table: Mapping[str, Any]) -> dict[str, Setting]:
-        """The options of the table, apart from `[inductor]` and `[functorch]`."""
+        """The options of the table, which are all its keys but `others`."""
         found = {}
         for name, value in table.items():
-            if name in SCOPES:
+            if name in self.others:
                 continue
-            if name not in [option.name for option in OPTIONS]:
+            if name not in [option.name for option in self.known]:
                 raise self._unknown(name)
             if not _option(name).in_file:
                 raise self._not_here(_option(name))
             values = self._values(_option(name), value)
-            found[name] = Setting(values=values, origin=f"file:{self._where((name,))}")
+            found[name] = Setting(values=values, origin=f"file:{self.where((name,))}")
         return found
 
     def options(self, table: Mapping[str, Any]) -> tuple[RawOption, ...]:
@@ -396,48 +397,50 @@ class _Reader:
         for scope in SCOPES:
             rows = table.get(scope, {})
             if not isinstance(rows, dict):
-                raise _bad_setting(scope, self._where((scope,)), "a table", rows)
-            for path, value in _leaves(rows):
+                raise bad_setting(scope, self.where((scope,)), "a table", rows)
+            for path, value in leaves(rows):
                 if value == {}:  # a table that sets nothing
                     continue
-                where = self._where((scope, *path))
+                where = self.where((scope, *path))
                 name = ".".join(path)
                 text = _option_text(f"{scope}.{name}", where, value)
                 found.append(RawOption(scope=scope, name=name, text=text, origin=f"file:{where}"))
         return tuple(found)
 
-    def _where(self, path: KeyPath) -> str:
-        return f"{self.file}:{self.lines[path]}"
+    def where(self, path: KeyPath) -> str:
+        """The place of a key, or of the innermost around it that has a line of its own."""
+        around = next(p for n in range(len(path) + 1) if (p := path[: len(path) - n]) in self.lines)
+        return f"{self.file}:{self.lines[around]}"
 
     def _unknown(self, name: str) -> VllmcError:
-        known = [option.name for option in OPTIONS] + list(SCOPES)
+        known = [option.name for option in self.known] + list(self.others)
         near = difflib.get_close_matches(name, known, n=1)
         return VllmcError(
             "unknown-setting",
-            f"{self._where((name,))} sets '{name}', which vllmc does not know",
-            context={"origin": f"file:{self._where((name,))}", "known": known},
+            f"{self.where((name,))} sets '{name}', which vllmc does not know",
+            context={"origin": f"file:{self.where((name,))}", "known": known},
             hint=f"did you mean '{near[0]}'?" if near else "see the options in docs/cli.md",
         )
 
     def _not_here(self, option: Option) -> VllmcError:
         return VllmcError(
             "unknown-setting",
-            f"{self._where((option.name,))} sets '{option.name}', which no file may set",
-            context={"origin": f"file:{self._where((option.name,))}"},
+            f"{self.where((option.name,))} sets '{option.name}', which no file may set",
+            context={"origin": f"file:{self.where((option.name,))}"},
             hint=f"give --{option.name}, or set {option.variable}",
         )
 
     def _values(self, option: Option, value: object) -> tuple[str, ...]:
         kind, noun = _KINDS[option.kind]
-        where = self._where((option.name,))
+        where = self.where((option.name,))
         if option.repeatable:
             if option.separator == os.pathsep and isinstance(value, str):
                 value = value.split(os.pathsep)
             if not isinstance(value, list) or any(type(item) is not kind for item in value):
-                raise _bad_setting(option.name, where, f"a list, each item {noun}", value)
+                raise bad_setting(option.name, where, f"a list, each item {noun}", value)
             return tuple(str(item) for item in value)
         if type(value) is not kind:
-            raise _bad_setting(option.name, where, noun, value)
+            raise bad_setting(option.name, where, noun, value)
         return (str(value).lower() if kind is bool else str(value),)
 
 
@@ -448,10 +451,11 @@ def _option_text(name: str, where: str, value: object) -> str:
         return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):
         expected = "a text, number, truth value or list of these"
-        raise _bad_setting(name, where, expected, value) from None
+        raise bad_setting(name, where, expected, value) from None
 
 
-def _bad_setting(name: str, where: str, expected: str, found: object) -> VllmcError:
+def bad_setting(name: str, where: str, expected: str, found: object) -> VllmcError:
+    """The error for the value `found` of the key `name`, which should be `expected`."""
     return VllmcError(
         "bad-setting",
         f"{where}: '{name}' should be {expected}, and is {found!r}",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmc.cli.render import duration, name_cost, named_argument, names, plain_value, size
-from vllmc.core.errors import VllmcError
+from vllmc.cli.side_files import write_text
 
 Row = Mapping[str, Any]
 
@@ -17,42 +17,20 @@ _SHOWN_CHANGES = 30
 
 def write_summary(path: Path, rows: Sequence[Row]) -> None:
     """Appends the summary to `path`. Raises `VllmcError` (`not-writable`)."""
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(summary(rows))
-    except OSError as error:
-        raise VllmcError(
-            "not-writable",
-            f"the summary cannot be written to {path}",
-            context={"cause": str(error)},
-            hint="give another --summary FILE",
-        ) from error
+    write_text(path, summary(rows), "--summary", append=True)
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """A table of the models, then what each compiled and why it missed."""
+    """A table of the models, then of each what was compiled, and why it missed or failed."""
     lines = [
         "### vllmc warm",
         "",
-        "| model | outcome | hit | dup | compiled | unique pieces | time |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| model | outcome | hit | dup | compiled | unique pieces | size | time | saved |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        *(_total(row["name"], f"**{row['outcome']}**", [row]) for row in rows),
     ]
-    for row in rows:
-        counts = row["counts"]
-        unique = row["pieces"]["unique"] if row["pieces"] else ""
-        # A prediction takes no time worth a figure.
-        seconds = row["seconds"]["total"]
-        lines.append(
-            _line(
-                row["model"],
-                f"**{row['outcome']}**",
-                counts["hit"],
-                counts["dup"],
-                counts["compiled"],
-                unique,
-                duration(seconds) if seconds else "",
-            )
-        )
+    if len(rows) > 1:
+        lines.append(_total("**all**", "", rows))
     for row in rows:
         for part in (_reason(row), _units(row), _layer_names(row), _changes(row)):
             if part:
@@ -60,19 +38,40 @@ def summary(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _total(name: str, outcome: str, rows: Sequence[Row]) -> str:
+    """A line of the first table. Saved is what units that were found took to compile, once."""
+    counts = [sum(row["counts"][kind] for row in rows) for kind in ("hit", "dup", "compiled")]
+    unique = sum(row["pieces"]["unique"] for row in rows if row["pieces"])
+    stored = {unit["artifact"]: unit["bytes"] for row in rows for unit in row["units"]}
+    # A prediction takes no time worth a figure, and a miss saves none.
+    total = sum(row["seconds"]["total"] for row in rows)
+    saved = sum(row["saved_seconds"] for row in rows)
+    return _line(
+        name,
+        outcome,
+        *counts,
+        unique or "",
+        size(sum(stored.values())) if stored else "",
+        *(duration(seconds) if seconds else "" for seconds in (total, saved)),
+    )
+
+
 def _line(*cells: object) -> str:
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def _reason(row: Row) -> list[str]:
-    return [f"{row['model']}: {row['reason']}"] if row.get("reason") else []
+    if not row.get("reason"):
+        return []
+    hint = row["error"]["hint"] if "error" in row else ""
+    return [f"{row['name']}: {row['reason']}{f' (hint: {hint})' if hint else ''}"]
 
 
 def _units(row: Row) -> list[str]:
     compiled = [unit for unit in row["units"] if unit["outcome"] != "hit"]
     if not compiled:
         return []
-    table = [f"#### {row['model']}: compiled", "", "| pieces | range | size | time |"]
+    table = [f"#### {row['name']}: compiled", "", "| pieces | range | size | time |"]
     table.append("|---|---|---:|---:|")
     table += [
         _line(names(u["pieces"]), u["range"], size(u["bytes"]), duration(u["seconds"]))
@@ -85,7 +84,7 @@ def _layer_names(row: Row) -> list[str]:
     found = row["layer_names"]
     if found is None:
         return []
-    lines = [f"{row['model']}: {name_cost(found)}"]
+    lines = [f"{row['name']}: {name_cost(found)}"]
     for fix, ops in itertools.groupby(found["ops"], key=lambda op: op["fix"]):
         lines += ["", *(f"- {named_argument(op)}" for op in ops)]
         lines += ["", "```", *fix.splitlines(), "```"]
@@ -96,7 +95,7 @@ def _changes(row: Row) -> list[str]:
     changes = row["miss"]["changes"] if row["miss"] else []
     if not changes:
         return []
-    table = [f"#### {row['model']}: what differs from the nearest program", ""]
+    table = [f"#### {row['name']}: what differs from the nearest program", ""]
     table += ["| factor | before | after | origin |", "|---|---|---|---|"]
     table += [
         _line(

@@ -2,53 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import typer
 
 from vllmc.cli import report
 from vllmc.cli.dump import write_dump
-from vllmc.cli.job import make
-from vllmc.cli.options import (
-    CommonFlags,
-    CompileFlags,
-    WorkerFlags,
-    command,
-    compile_request,
-)
-from vllmc.cli.output import Output, error_fields
+from vllmc.cli.matrix import read_matrix
+from vllmc.cli.options import CommonFlags, CompileFlags, WorkerFlags, command
+from vllmc.cli.output import Output
+from vllmc.cli.prewarm import Attempt, Batch, Result, Task, matrix_tasks, named_tasks
 from vllmc.cli.settings import Settings, choice
-from vllmc.cli.summary import write_summary
-from vllmc.core.cache.redaction import scrub
+from vllmc.cli.warm_reports import ReportFlags
+from vllmc.cli.warm_rows import Head, Row, predicted_row, ready_row
 from vllmc.core.cache.store import Store
-from vllmc.core.errors import CheckFailed, UnsafeCacheError, UsageError, VllmcError
+from vllmc.core.errors import UsageError
 from vllmc.core.models.presets import DEFAULT_PRESET
 
 if TYPE_CHECKING:
+    from vllmc.core.events import Observer
     from vllmc.core.job import Job
-    from vllmc.core.obtain import Policy
-    from vllmc.core.pipeline import Ready
-    from vllmc.core.prediction import Prediction
     from vllmc.core.workers.pool import WorkerPool
 
-Row = dict[str, Any]
 Weights: TypeAlias = Literal["fake", "real"]
 
 WEIGHTS: tuple[Weights, ...] = ("fake", "real")
-_PREDICTED = {"hit": "would-hit", "miss": "would-miss"}
-PREDICTED_CODES = {
-    "would-miss": CheckFailed.exit_code,
-    "unknown": CheckFailed.exit_code,
-    "unsafe": UnsafeCacheError.exit_code,
-}
 
 
 @command
 def warm(
     compilation: CompileFlags,
     workers: WorkerFlags,
+    reports: ReportFlags,
     common: CommonFlags,
     models: Annotated[
         list[str] | None,
@@ -72,20 +62,28 @@ def warm(
     force: Annotated[
         bool, typer.Option("--force", help="Compile again what is stored already.")
     ] = False,
+    matrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Warm each entry of this matrix file: a model, and options as in vllmc.toml.",
+        ),
+    ] = None,
+    retries: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            show_default="0",
+            help="Try again up to N times what failed, after all the others.",
+        ),
+    ] = None,
     dump: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
             help="Write each piece's graph before and after the passes, and its code, below DIR; "
             "compiles again what is stored, as --force does.",
-        ),
-    ] = None,
-    summary: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            show_default="$GITHUB_STEP_SUMMARY when set",
-            help="Append a Markdown summary to this file.",
         ),
     ] = None,
 ) -> int:
@@ -97,14 +95,28 @@ def warm(
     and range: hit (found), compiled, or dup (compiled, and the code turned out to be stored
     already under another key). pieces names every piece that shares the unit.
 
-    With --json: model, key, outcome, program, pieces (total, splitting, compilable, unique; null
-    where only capture shows them), counts (hit, dup, compiled), units (pieces, range, outcome,
-    artifact, bytes, seconds), seconds (total, capture, compile, store), peak_rss_mb, miss (null, or
-    nearest_key, nearest_model where it is another, and changes, as diff-config lists them),
-    layer_names; with --check also reason. Several models give results, a list of these. They share
-    workers and what is stored, and one that cannot be compiled does not stop the others: its
-    outcome is failed, with reason and error (code, message, context, hint), and the exit code is
-    the highest of the errors'. What is wrong with a name or an option stops all of them at once.
+    With --json: name (the model, or what --from calls it), model, key, outcome, program, pieces
+    (total, splitting, compilable, unique; null where only capture shows them), counts (hit, dup,
+    compiled), units (pieces, range, outcome, artifact, bytes, seconds), seconds (total, capture,
+    compile, store), saved_seconds (what the units that were found took when they were compiled),
+    attempts, peak_rss_mb, miss (null, or nearest_key, nearest_model where it is another, and
+    changes, as diff-config lists them), layer_names; with --check also reason.
+    docs/schema/warm.schema.json describes it.
+
+    Several models give results, a list of these. They share workers and what is stored, and one
+    that cannot be compiled does not stop the others: its outcome is failed, with reason and error
+    (code, message, context, hint), and the exit code is the highest of all. What is wrong with a
+    name or an option stops all of them at once.
+
+    --from FILE reads a matrix file: TOML, in which a list of tables called warm has for each model
+    its model, optionally a name, and options that shape the compilation as vllmc.toml has them,
+    with tables inductor and functorch for -O. An entry beats the environment and vllmc.toml, flags
+    beat all. A directory is looked for beside the file. It gives results, also of one entry. An
+    entry whose model cannot be found fails alone, with null as its key. --retries tries again
+    whatever did not fail for wrong usage. See docs/ci.md.
+
+    On GitHub (GITHUB_ACTIONS=true) what failed or would miss is printed on stderr as an error
+    annotation, what was stored once and missed, or failed at first, as a warning.
 
     Units are compiled by --jobs processes at once, on the CPU, by Inductor. A unit's seconds are
     its own; compile is the time in which at least one was at work. A worker that dies is
@@ -130,172 +142,105 @@ def warm(
     settings = common.settings()
     output = common.output("warm")
     kind = choice("weights", settings.find("weights", _given(weights), default=("fake",)), WEIGHTS)
-    if check and (force or dump is not None):
-        asked = "--force" if force else "--dump"
+    _refuse("--check", check, {"--force": force, "--dump": dump})
+    _refuse("--from", matrix, {"MODEL": models, "--dump": dump})
+    if reports.code_quality is not None and matrix is None:
         raise UsageError(
-            "bad-value", f"--check compiles nothing, so it cannot {asked}", hint="leave one out"
+            "bad-value",
+            "--code-quality shows what is found at the entries of a matrix file",
+            hint="name the models in one: --from FILE",
         )
+    again = _times(retries)
     store = settings.store()
+    started = time.time()
     # All of them first, so that a mistake in the last is found before anything is compiled.
-    todo = [
-        make(settings, compile_request(settings, compilation, model))
-        for model in models or [DEFAULT_PRESET]
-    ]
+    batch = Batch(_tasks(settings, compilation, models, matrix))
     if check:
-        rows = [predict_row(job, store) for job in todo]
-        code = max(PREDICTED_CODES.get(row["outcome"], 0) for row in rows)
+        with output.progress() as observer:
+            results = batch.run(_predicting(store), observer, output, retries=again)
     else:
-        with workers.pool(settings, [job.spec for job in todo]) as pool:
-            from vllmc.core.obtain import Policy
+        pooled = workers.pool(settings, [job.spec for job in batch.jobs])
+        with pooled as pool, output.progress() as observer:
+            how = _How(weights=kind, force=force, dump=dump, several=batch.several)
+            warming = _warming(store, observer, pool, how)
+            results = batch.run(warming, observer, output, retries=again)
+    reports.write(settings, output, results, started=started)
+    return _report(output, results, several=batch.several, verbose=common.verbose > 0)
 
-            policy = Policy(force=force or dump is not None, texts=dump is not None)
-            rows, code = _obtain(todo, store, output, pool, policy, weights=kind, dump=dump)
-    if (path := _summary_file(settings, summary)) is not None:
-        write_summary(path, rows)
-    output.data(
-        rows[0] if len(rows) == 1 else {"results": rows},
-        lambda: report.warm(rows, verbose=common.verbose > 0),
-    )
-    if any(row["outcome"] == "unsafe" for row in rows):
-        output.note(
-            "hint: vllmc cache verify lists all that is bad; vllmc warm replaces what is corrupt"
-        )
-    return code
+
+def _refuse(name: str, given: object, others: Mapping[str, object]) -> None:
+    """Raises `UsageError` where an option is given with one of those that exclude it."""
+    for other, value in others.items():
+        if given and value:
+            raise UsageError(
+                "bad-value", f"{name} and {other} exclude each other", hint="leave one out"
+            )
 
 
 def _given(flag: str | None) -> tuple[str, ...]:
     return () if flag is None else (flag,)
 
 
-def _summary_file(settings: Settings, flag: str | None) -> Path | None:
-    values = settings.find("summary", _given(flag), default=()).values
-    return Path(values[0]).expanduser() if values else settings.step_summary
+def _times(retries: str | None) -> int:
+    if retries is None:
+        return 0
+    if not re.fullmatch(r"\d{1,4}", retries):
+        raise UsageError(
+            "bad-value", f"'{retries}' is no number of retries", hint="for example --retries 2"
+        )
+    return int(retries)
 
 
-def predict_row(job: Job, store: Store) -> Row:
-    """The row of `warm --check`: what a warm would find in `store`."""
-    from vllmc.core.prediction import predict
+def _tasks(
+    settings: Settings, flags: CompileFlags, models: Sequence[str] | None, matrix: Path | None
+) -> tuple[Task, ...]:
+    if matrix is None:
+        return named_tasks(settings, flags, models or [DEFAULT_PRESET])
+    return matrix_tasks(settings, flags, read_matrix(matrix.expanduser()))
 
-    return _check_row(job, predict(job, store))
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _How:
+    """How to warm, whichever model."""
+
+    weights: Weights
+    force: bool
+    dump: Path | None
+    several: bool
 
 
-def _obtain(
-    todo: Sequence[Job],
-    store: Store,
-    output: Output,
-    pool: WorkerPool | None,
-    policy: Policy,
-    *,
-    weights: Weights,
-    dump: Path | None,
-) -> tuple[list[Row], int]:
-    """The rows, and the exit code: of several models one that fails does not stop the others."""
+def _predicting(store: Store) -> Attempt:
+    def attempt(job: Job, head: Head) -> Row:
+        return predicted_row(head, job, store)
+
+    return attempt
+
+
+def _warming(store: Store, observer: Observer, pool: WorkerPool | None, how: _How) -> Attempt:
+    from vllmc.core.obtain import Policy
     from vllmc.core.pipeline import obtain_program
 
-    rows, code = [], 0
-    with output.progress() as observer:
-        for job in todo:
-            if len(todo) > 1:
-                observer.stage(job.model.name)
-            try:
-                ready = obtain_program(
-                    job, store, observer, policy=policy, weights=weights, pool=pool
-                )
-                if dump is not None:
-                    write_dump(dump if len(todo) == 1 else dump / job.label, ready)
-            except VllmcError as error:
-                if len(todo) == 1:
-                    raise
-                output.complain(error)
-                rows.append(_failed_row(job, error))
-                code = max(code, error.exit_code)
-            else:
-                rows.append(_row(job, ready))
-    return rows, code
+    policy = Policy(force=how.force or how.dump is not None, texts=how.dump is not None)
+
+    def attempt(job: Job, head: Head) -> Row:
+        ready = obtain_program(job, store, observer, policy=policy, weights=how.weights, pool=pool)
+        if how.dump is not None:
+            write_dump(how.dump / job.label if how.several else how.dump, ready)
+        return ready_row(head, job, ready, store)
+
+    return attempt
 
 
-def _row(job: Job, ready: Ready) -> Row:
-    return {
-        "model": job.model.name,
-        "key": job.key,
-        "outcome": ready.outcome,
-        "program": ready.program,
-        "pieces": ready.record.pieces,
-        "counts": {name: ready.count(name) for name in ("hit", "dup", "compiled")},
-        "units": [
-            {
-                "pieces": list(unit.pieces),
-                "range": unit.range,
-                "outcome": unit.outcome,
-                "artifact": unit.artifact,
-                "bytes": len(unit.data),
-                "seconds": round(unit.seconds, 4),
-            }
-            for unit in ready.units
-        ],
-        "seconds": {
-            "total": round(ready.seconds.total, 4),
-            "capture": round(ready.seconds.capture, 4),
-            "compile": round(ready.seconds.compile, 4),
-            "store": round(ready.seconds.store, 4),
-        },
-        "peak_rss_mb": _peak_rss_mb(),
-        "miss": ready.miss and ready.miss.to_json(),
-        "layer_names": ready.layer_names and ready.layer_names.to_json(),
-        "passes": [report.to_json() for report in ready.passes],
-    }
-
-
-def _check_row(job: Job, prediction: Prediction) -> Row:
-    units = prediction.units
-    stored = sum(unit.artifact is not None for unit in units)
-    return {
-        "model": job.model.name,
-        "key": job.key,
-        "outcome": _PREDICTED.get(prediction.outcome, prediction.outcome),
-        "program": prediction.program,
-        "pieces": prediction.pieces,
-        "counts": {"hit": stored, "dup": 0, "compiled": len(units) - stored},
-        "units": [
-            {
-                "pieces": list(unit.pieces),
-                "range": unit.range,
-                "outcome": "compiled" if unit.artifact is None else "hit",
-                "artifact": unit.artifact,
-                "bytes": unit.bytes,
-                "seconds": 0.0,
-            }
-            for unit in units
-        ],
-        "seconds": {"total": 0.0, "capture": 0.0, "compile": 0.0, "store": 0.0},
-        "peak_rss_mb": _peak_rss_mb(),
-        "reason": prediction.reason,
-        "miss": prediction.miss and prediction.miss.to_json(),
-        "layer_names": None,
-        "passes": [],
-    }
-
-
-def _failed_row(job: Job, error: VllmcError) -> Row:
-    return {
-        "model": job.model.name,
-        "key": job.key,
-        "outcome": "failed",
-        "program": "miss",
-        "pieces": None,
-        "counts": {"hit": 0, "dup": 0, "compiled": 0},
-        "units": [],
-        "seconds": dict.fromkeys(("total", "capture", "compile", "store"), 0.0),
-        "peak_rss_mb": _peak_rss_mb(),
-        "reason": scrub(error.message),
-        "miss": None,
-        "layer_names": None,
-        "passes": [],
-        "error": error_fields(error),
-    }
-
-
-def _peak_rss_mb() -> int:
-    # `getrusage` would count what the process held that started this one.
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split(maxsplit=1)[0]) // 1024
+def _report(output: Output, results: Sequence[Result], *, several: bool, verbose: bool) -> int:
+    """Prints the rows, and returns the exit code. Raises what kept a single model from it."""
+    rows = [result.row for result in results]
+    if not several and (error := results[0].failure) is not None:
+        raise error
+    output.data(
+        {"results": rows} if several else rows[0], lambda: report.warm(rows, verbose=verbose)
+    )
+    if any(row["outcome"] == "unsafe" for row in rows):
+        output.note(
+            "hint: vllmc cache verify lists all that is bad; vllmc warm replaces what is corrupt"
+        )
+    return max(result.exit_code for result in results)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from vllmc.cli.app import build_app
 from vllmc.core.cache.factor_table import CUDA_ENVIRONMENT, ENVIRONMENT
 from vllmc.core.cache.factors import excluded
 
@@ -33,6 +35,13 @@ def test_the_page_names_every_command_and_its_options(script: dict[str, Any]) ->
     assert "- `--repair`: " in text
     assert "- `--cache-dir DIR`: " in text
     assert "`VLLMC_COMPILE_RANGE`" in text
+
+
+def test_no_help_is_taken_for_markup(script: dict[str, Any]) -> None:
+    # Rich reads `[word]` as a style where it draws a help page, and shows nothing of it.
+    for path, command, _ in script["_commands"](build_app(), "vllmc"):
+        texts = [command.help, *(getattr(param, "help", None) or "" for param in command.params)]
+        assert not [text for text in texts if re.search(r"\[[a-z]", text)], path
 
 
 @pytest.fixture

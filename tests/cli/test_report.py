@@ -47,6 +47,7 @@ def change(name: str = "max_autotune", **fields: Any) -> dict[str, Any]:
 def warmed(outcome: str, *units: dict[str, Any], **fields: Any) -> dict[str, Any]:
     kinds = [u["outcome"] for u in units]
     return {
+        "name": "tiny-llama",
         "model": "tiny-llama",
         "key": KEY,
         "outcome": outcome,
@@ -55,6 +56,7 @@ def warmed(outcome: str, *units: dict[str, Any], **fields: Any) -> dict[str, Any
         "counts": {name: kinds.count(name) for name in ("hit", "dup", "compiled")},
         "units": list(units),
         "seconds": {"total": 4.0, "capture": 1.0, "compile": 2.5, "store": 0.1},
+        "saved_seconds": 0.0,
         "peak_rss_mb": 512,
         "miss": None
         if outcome == "hit"
@@ -217,9 +219,24 @@ def test_what_the_passes_did_is_told_to_who_asks() -> None:
 
 
 def test_several_models_are_set_apart_by_an_empty_line() -> None:
-    text = lines(report.warm([warmed("hit"), warmed("hit", model="other")]))
+    text = lines(report.warm([warmed("hit"), warmed("hit", name="other", model="other")]))
     second = text.index("model   other")
     assert text[second - 2 : second] == ["", "hit  nothing had to be compiled"]
+    assert text[-2:] == ["", "2 in all: 2 hit"]
+
+
+def test_an_entry_says_what_it_is_called_and_what_was_saved() -> None:
+    named = warmed("hit", name="tuned", saved_seconds=61.0)
+    text = lines(report.warm([named]))
+    assert text[1:3] == ["entry   tuned", "model   tiny-llama"]
+    assert "saved   1 min 1 s that what was found took once" in text
+
+
+def test_a_model_that_was_not_found_has_no_key() -> None:
+    failed = warmed("failed", key=None, reason="there is no such model", pieces=None)
+    text = lines(report.warm([failed]))
+    assert text[0] == "failed  there is no such model"
+    assert not [line for line in text if line.startswith("key")]
 
 
 def factor(name: str, **fields: Any) -> dict[str, Any]:

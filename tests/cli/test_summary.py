@@ -9,23 +9,30 @@ from vllmc.cli.summary import summary, write_summary
 from vllmc.core.errors import VllmcError
 
 
+def unit(outcome: str, *pieces: str, bytes: int, seconds: float = 0.0) -> dict[str, Any]:
+    return {
+        "pieces": list(pieces),
+        "range": "1:8",
+        "outcome": outcome,
+        "artifact": f"{bytes:064x}",
+        "bytes": bytes,
+        "seconds": seconds,
+    }
+
+
 def row(outcome: str = "compiled", **fields: Any) -> dict[str, Any]:
     return {
+        "name": "tiny-llama",
         "model": "tiny-llama",
         "outcome": outcome,
         "pieces": {"total": 5, "splitting": 2, "compilable": 3, "unique": 3},
         "counts": {"hit": 2, "dup": 0, "compiled": 1},
         "units": [
-            {"pieces": ["piece_0"], "range": "1:8", "outcome": "hit", "bytes": 1, "seconds": 0.0},
-            {
-                "pieces": [f"piece_{n}" for n in range(2, 14, 2)],
-                "range": "1:8",
-                "outcome": "compiled",
-                "bytes": 95_500,
-                "seconds": 1.25,
-            },
+            unit("hit", "piece_0", bytes=1_500),
+            unit("compiled", *(f"piece_{n}" for n in range(2, 14, 2)), bytes=95_500, seconds=1.25),
         ],
         "seconds": {"total": 4.0, "capture": 1.0, "compile": 2.5, "store": 0.1},
+        "saved_seconds": 0.75,
         "miss": None,
         "layer_names": None,
     } | fields
@@ -43,13 +50,15 @@ def change(name: str, before: object, after: object, **fields: Any) -> dict[str,
 
 
 def test_each_model_is_a_row_and_what_was_compiled_a_table() -> None:
-    assert summary([row(), row("hit", model="other", units=[])]).splitlines() == [
+    other = row("hit", name="other", units=[unit("hit", "piece_0", bytes=1_500)])
+    assert summary([row(), other]).splitlines() == [
         "### vllmc warm",
         "",
-        "| model | outcome | hit | dup | compiled | unique pieces | time |",
-        "|---|---|---:|---:|---:|---:|---:|",
-        "| tiny-llama | **compiled** | 2 | 0 | 1 | 3 | 4.0 s |",
-        "| other | **hit** | 2 | 0 | 1 | 3 | 4.0 s |",
+        "| model | outcome | hit | dup | compiled | unique pieces | size | time | saved |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| tiny-llama | **compiled** | 2 | 0 | 1 | 3 | 97.0 kB | 4.0 s | 750 ms |",
+        "| other | **hit** | 2 | 0 | 1 | 3 | 1.5 kB | 4.0 s | 750 ms |",
+        "| **all** |  | 4 | 0 | 2 | 6 | 97.0 kB | 8.0 s | 1.5 s |",
         "",
         "#### tiny-llama: compiled",
         "",
@@ -114,11 +123,17 @@ def test_a_prediction_has_a_reason_and_no_time() -> None:
         units=[],
         counts={"hit": 0, "dup": 0, "compiled": 0},
         seconds={"total": 0.0, "capture": 0.0, "compile": 0.0, "store": 0.0},
+        saved_seconds=0.0,
         reason="the cache holds no program yet",
     )
     text = summary([predicted]).splitlines()
-    assert text[4] == "| tiny-llama | **would-miss** | 0 | 0 | 0 |  |  |"
+    assert text[4] == "| tiny-llama | **would-miss** | 0 | 0 | 0 |  |  |  |  |"
     assert text[-1] == "tiny-llama: the cache holds no program yet"
+
+
+def test_a_failure_has_its_reason_and_what_to_do() -> None:
+    failed = row("failed", units=[], reason="it broke", error={"hint": "mend it"})
+    assert summary([failed]).endswith("\n\ntiny-llama: it broke (hint: mend it)\n")
 
 
 def test_the_page_is_appended_to(tmp_path: Path) -> None:
