@@ -10,6 +10,7 @@ import typer
 
 from vllmc.cli import render
 from vllmc.cli.options import CommonFlags, command
+from vllmc.core.cache.exchange import Imprint, imports_of
 from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.cache.record import ProgramRecord, UnitRecord
 from vllmc.core.errors import UnsafeCacheError
@@ -35,8 +36,10 @@ def show(
     """Show a stored record: its units, sources, pieces and factors.
 
     With --json, kind is program or unit. A program has records, one per version of its sources
-    (key, id, model, created, pieces, units, sources, factor_groups), the newest first; a unit has
-    one record (key, artifact, format, code, bytes, seconds, created, factor_groups).
+    (key, id, model, created, pieces, units, sources, factor_groups), the newest first, and imports,
+    the bundles that it came in (bundle, source, at, signed_by, key; the last two are empty where
+    --trust-unsigned let it in); a unit has one record (key, artifact, format, code, bytes, seconds,
+    created, factor_groups).
     """
     store = common.settings().store()
     full = store.resolve_prefix(key)
@@ -47,7 +50,11 @@ def show(
         output.data({"key": full, "kind": "unit", "record": row}, lambda: render.unit(row))
         return
     rows = [_program_row(item) for item in record]
-    output.data({"key": full, "kind": "program", "records": rows}, lambda: render.programs(rows))
+    notes = [_import_row(note) for note in imports_of(store, full)]
+    output.data(
+        {"key": full, "kind": "program", "records": rows, "imports": notes},
+        lambda: render.programs(rows, notes),
+    )
 
 
 @command
@@ -135,6 +142,16 @@ def _program_row(record: ProgramRecord) -> JsonRow:
             for source in record.sources
         ],
         "factor_groups": _factor_groups(record.factors),
+    }
+
+
+def _import_row(note: Imprint) -> JsonRow:
+    return {
+        "bundle": note.bundle,
+        "source": note.source,
+        "at": note.at,
+        "signed_by": note.signed_by,
+        "key": note.key,
     }
 
 

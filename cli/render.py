@@ -243,10 +243,17 @@ def _bundled(rows: Sequence[Row]) -> RenderableType:
     )
 
 
-def programs(rows: Sequence[Row]) -> RenderableType:
-    """A program's records, as `cache show` prints them."""
-    first, *others = map(_program, rows)
-    return Group(first, *(part for other in others for part in ("", other)))
+def programs(rows: Sequence[Row], imports: Sequence[Row]) -> RenderableType:
+    """A program's records, as `cache show` prints them, and where they came from."""
+    parts = [
+        facts(("imported", f"{moment(row['at'])} from {row['source']}, {_vouched(row)}"))
+        for row in imports
+    ]
+    return Group(*(part for item in [*map(_program, rows), *parts] for part in (item, "")))
+
+
+def _vouched(row: Row) -> str:
+    return f"signed by {row['signed_by']}" if row["signed_by"] else "not signed: --trust-unsigned"
 
 
 def _program(row: Row) -> RenderableType:

@@ -12,7 +12,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from vllmc.core.cache.files import (
     write_plain,
     writing,
 )
-from vllmc.core.cache.key import JsonValue, canonical_json
+from vllmc.core.cache.key import canonical_json
 from vllmc.core.cache.record import ProgramRecord, UnitRecord, encode
 from vllmc.core.cache.signing import split
 from vllmc.core.cache.store import Store
@@ -204,17 +204,38 @@ def vouch(raw: bytes, trust: Trust, source: str) -> Vouched:
     )
 
 
-def imports_of(store: Store, key: str) -> tuple[JsonValue, ...]:
-    """The notes of the bundles that a program came in, the oldest first."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Imprint:
+    """The cache's note of an import: which bundle, called what, when, and why it was used.
+
+    `at` is in unix seconds. `signed_by` and `key` are empty where `--trust-unsigned` let it in.
+    """
+
+    bundle: str
+    source: str
+    at: float
+    signed_by: str
+    key: str
+    programs: tuple[str, ...]
+
+
+def imports_of(store: Store, key: str) -> tuple[Imprint, ...]:
+    """The bundles that a program came in, the oldest first; notes that are damaged are left out."""
     notes = []
     for found in store.walk("imports"):
-        try:
-            note = json.loads(read_plain(found.path))
-            if key in note["programs"]:
+        with suppress(FileNotFoundError, IrregularFile, ValueError, KeyError, TypeError):
+            row = json.loads(read_plain(found.path))
+            note = Imprint(
+                bundle=found.key,
+                source=str(row["source"]),
+                at=float(row["at"]),
+                signed_by=str(row["signed_by"]),
+                key=str(row["key"]),
+                programs=tuple(row["programs"]),
+            )
+            if key in note.programs:
                 notes.append(note)
-        except (FileNotFoundError, IrregularFile, ValueError, KeyError, TypeError):
-            continue
-    return tuple(sorted(notes, key=lambda note: str(note.get("at"))))
+    return tuple(sorted(notes, key=lambda note: note.at))
 
 
 def _check_whole(

@@ -136,15 +136,15 @@ def test_a_bundle_that_a_trusted_key_signed_is_taken_and_noted(store, warm, tmp_
     done = import_bundle(target, path, source="release.vllmc")
     assert str(done.vouched) == "signed by ci"
     [note] = imports_of(target, warmed.program.key)
-    assert (note["source"], note["signed_by"]) == ("release.vllmc", "ci")
-    assert note["key"] == KEY.public.hex()
+    assert (note.source, note.signed_by) == ("release.vllmc", "ci")
+    assert note.key == KEY.public.hex()
     assert imports_of(target, "0" * 64) == ()
 
 
 def test_that_a_bundle_was_taken_unsigned_is_noted(packed, target):
     done = import_bundle(target, packed)
     [note] = imports_of(target, done.programs[0].key)
-    assert (note["signed_by"], note["key"]) == ("", "")
+    assert (note.signed_by, note.key) == ("", "")
     assert "--trust-unsigned" in str(done.vouched)
 
 
