@@ -5,7 +5,7 @@ v1/units/ab/<key>.json             the record of a compile unit
 v1/programs/ab/<key>/<id>.json     the records of a program, one per version of its sources
 v1/codes/ab/<code digest>          which artifact holds this generated code
 v1/used/<key>                      its modification time is the last use of the program
-v1/locks/<name>.lock               held while a program is compiled; never removed
+v1/locks/<name>.lock               the lease of who compiles this program or unit
 v1/tmp/                            files on their way to one of the above
 """
 

@@ -380,7 +380,7 @@ def test_one_of_two_that_want_the_same_program_waits_and_finds_it(job: Any, tmp_
     results: list[Ready] = []
     waits = threading.Event()
     notes.waiting = lambda what: waits.set()  # type: ignore[method-assign]
-    with store.lock(wanted.key, lambda: None):
+    with store.lock(wanted.key, pytest.fail):
         thread = threading.Thread(
             target=lambda: results.append(obtain_program(wanted, store, notes))
         )
