@@ -44,6 +44,7 @@ from vllmc.core.cache.record import (
     UnitRecord,
     decode,
     encode,
+    noted_artifact,
     outline,
 )
 from vllmc.core.cache.signing import SigningKey, split
@@ -318,11 +319,9 @@ class Store:
                 path = layout.code(code)
                 note, status = read_with_status(path)
                 self.trust.check(path, note, status, layout.root)
-                match = re.fullmatch(rb"([0-9a-f]{64}) ([0-9a-f]{64})\n", note)
-                if match is not None and match[1].decode("ascii") == code:
-                    artifact = match[2].decode("ascii")
-                    if self.artifact_size(artifact) is not None:
-                        return artifact
+                artifact = noted_artifact(note, code)
+                if artifact is not None and self.artifact_size(artifact) is not None:
+                    return artifact
         return None
 
     def discard(self, error: CorruptArtifact | CorruptRecordError) -> None:

@@ -42,11 +42,9 @@ def publish(store: Store, units: Iterable[UnitRecord], program: ProgramRecord) -
     """What `warm` does; a lease that is left over is a failure."""
     with store.lock(program.key, waits):
         for unit in units:
-            lease = store.request(unit.key).attempt()
-            assert lease is not None
-            store.put_artifact(artifact(unit))
-            store.put_unit(unit)
-            lease.release()
+            with store.lock(unit.key, waits):
+                store.put_artifact(artifact(unit))
+                store.put_unit(unit)
         store.put_program(program)
         store.touch(program.key)
 

@@ -11,7 +11,6 @@ from vllmc.core.cache.store import Store
 CODES = {
     "kill": {"killed"},
     "ENOSPC": {"disk-full", "done"},
-    "EDQUOT": {"disk-full", "done"},
     "EIO": {"cache-io-error", "done"},
     "EACCES": {"not-writable", "done"},
 }
