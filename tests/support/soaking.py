@@ -20,7 +20,7 @@ from pathlib import Path
 from vllmc.core.cache.key import Factor, key_of, sha256_hex
 from vllmc.core.cache.record import ProgramRecord, ProgramUnit, UnitRecord
 from vllmc.core.cache.store import Store
-from vllmc.core.errors import UnsafeCacheError, VllmcError
+from vllmc.core.errors import VllmcError
 
 PROGRAMS = 40
 UNITS = 60
