@@ -26,6 +26,7 @@ from vllmc.core.cache.files import (
     CorruptRecordError,
     IrregularFile,
     MissingArtifact,
+    make_directory,
     plain_size,
     read_plain,
     read_with_status,
