@@ -1,13 +1,15 @@
 """Compiling the units that the store lacks: one after the other here, or in workers.
 
-Whichever it is, units are stored in their order, so that the outcomes are the same.
+Whichever it is, units are stored in their order, so that the outcomes are the same. A unit is
+compiled under its lease. What another process holds is put off until all else is stored and let go
+of, so that no two processes wait for each other.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -15,11 +17,12 @@ from typing import TypeAlias
 import torch
 
 from vllmc.core import errors
+from vllmc.core.cache.lease import POLL_SECONDS, Lease
 from vllmc.core.errors import VllmcError
 from vllmc.core.events import Observer
 from vllmc.core.job import Job
 from vllmc.core.models.model import Model
-from vllmc.core.obtain import Policy, Reader, UnitResult, Wanted, keep
+from vllmc.core.obtain import Policy, Reader, UnitResult, Wanted, keep, stored
 from vllmc.core.torch_compat.config import cxx_candidates, vllmc_overrides
 from vllmc.core.workers.frames import Declined, Done, Failed, Order
 from vllmc.core.workers.pool import Begun, Died, WorkerPool
@@ -41,7 +44,8 @@ class Numbered:
 class Compilation:
     """The units of one program that are compiled, under the configuration in force.
 
-    `waited` are the seconds of wall time in which nothing was done but compile.
+    `waited` are the seconds of wall time in which nothing was done but compile, or wait for another
+    process that does.
     """
 
     def __init__(
@@ -58,16 +62,35 @@ class Compilation:
         self._reader = reader
         self._observer = observer
         self._policy = policy
+        self._requests = [reader.store.request(numbered.wanted.key) for numbered in units]
+        self._leases: dict[int, Lease] = {}
+        self._ours: list[int] = []
         self._done: dict[int, Done] = {}
-        self._kept: list[UnitResult] = []
+        self._results: dict[int, UnitResult] = {}
 
     def run(self, pool: WorkerPool | None) -> tuple[UnitResult, ...]:
         """Compiles and stores all units, in their order; in this process without a pool.
 
-        Raises the error of the first unit that cannot be compiled, and `VllmcError`
-        (`worker-died`) for one whose worker died twice. What was compiled is stored by then.
+        A unit that another process stores meanwhile is found. Raises the error of the first unit
+        that cannot be compiled, `VllmcError` (`worker-died`) for one whose worker died twice, and
+        what taking a lease raises. What was compiled is stored by then.
         """
-        steps = self._here() if pool is None else self._in_workers(pool)
+        places = list(range(len(self._units)))
+        try:
+            while places:
+                self._round(places, pool)
+                places = [place for place in places if place not in self._results]
+                if places:
+                    self._wait(places)
+        finally:
+            for lease in self._leases.values():
+                lease.release()
+        return tuple(self._results[place] for place in range(len(self._units)))
+
+    def _round(self, places: list[int], pool: WorkerPool | None) -> None:
+        """Compiles those of the units that no other process holds."""
+        self._ours = list(places)
+        steps = self._here(places) if pool is None else self._in_workers(places, pool)
         try:
             with closing(steps):
                 waiting = time.perf_counter()
@@ -78,18 +101,48 @@ class Compilation:
         finally:
             for place in sorted(self._done):
                 self._keep(place)
-        return tuple(self._kept)
 
-    def _here(self) -> Steps:
-        for place in range(len(self._units)):
+    def _wait(self, places: list[int]) -> None:
+        """Waits until one of these units can be claimed."""
+        started = time.perf_counter()
+        first = places[0]
+        who, label = self._requests[first].holder, self._units[first].wanted.label
+        self._observer.waiting(f"{who} compiles {label}")
+        while not any(self._take(place) for place in places):
+            time.sleep(POLL_SECONDS)
+        self.waited += time.perf_counter() - started
+
+    def _take(self, place: int) -> bool:
+        if place not in self._leases and (lease := self._requests[place].attempt()) is not None:
+            self._leases[place] = lease
+        return place in self._leases
+
+    def _claim(self, place: int) -> bool:
+        """Whether the unit is to be compiled now: no other process does, or has stored it."""
+        if self._take(place):
+            wanted = self._units[place].wanted
+            if (found := stored(wanted, self._reader, self._policy)) is None:
+                return True
             self._begin(place)
-            self._compile_here(place)
-            yield
+            self._finish(place, found)
+        self._ours.remove(place)
+        return False
 
-    def _in_workers(self, pool: WorkerPool) -> Steps:
-        orders, left = self._orders(pool.jobs)
+    def _here(self, places: Iterable[int]) -> Steps:
+        for place in places:
+            if self._claim(place):
+                self._begin(place)
+                self._compile_here(place)
+                yield
+
+    def _in_workers(self, places: list[int], pool: WorkerPool) -> Steps:
+        orders, left = self._orders(places, pool.jobs)
         failures: dict[int, VllmcError] = {}
-        with closing(pool.run([order for _, order in orders])) as events:
+
+        def claim(index: int) -> bool:
+            return self._claim(orders[index][0])
+
+        with closing(pool.run([order for _, order in orders], claim)) as events:
             for index, event in events:
                 place = orders[index][0]
                 label = self._units[place].wanted.label
@@ -117,20 +170,20 @@ class Compilation:
             self._observer.remark(
                 f"{self._units[place].wanted.label} is compiled in this process: {reason}"
             )
-            self._begin(place)
-            self._compile_here(place)
-            yield
+        yield from self._here(sorted(left))
 
-    def _orders(self, jobs: int) -> tuple[list[tuple[int, Order]], dict[int, str]]:
+    def _orders(
+        self, places: list[int], jobs: int
+    ) -> tuple[list[tuple[int, Order]], dict[int, str]]:
         """What workers are to do, by the unit's place, and why they cannot do the rest."""
         from vllmc.core.graph.travel import pack_piece
 
         spec = self._job.spec
         cxx = cxx_candidates(vllmc_overrides(spec))
-        at_once = min(jobs, len(self._units))
+        at_once = min(jobs, len(places))
         found, left = [], dict[int, str]()
-        for place, numbered in enumerate(self._units):
-            unit = numbered.wanted.unit
+        for place in places:
+            unit = self._units[place].wanted.unit
             try:
                 piece = pack_piece(unit.piece)
             except VllmcError as error:
@@ -166,15 +219,20 @@ class Compilation:
         self._done[place] = Done(compiled=compiled, seconds=time.perf_counter() - started)
 
     def _keep_in_order(self) -> None:
-        while len(self._kept) in self._done:
-            self._keep(len(self._kept))
+        while self._ours and self._ours[0] in self._done:
+            self._keep(self._ours[0])
 
     def _keep(self, place: int) -> None:
         done = self._done.pop(place)
+        self._ours.remove(place)
         wanted = self._units[place].wanted
-        result = keep(wanted, done.compiled, done.seconds, self._reader, self._policy)
-        self._observer.unit_finished(wanted.label, result.outcome, result.seconds)
-        self._kept.append(result)
+        self._finish(place, keep(wanted, done.compiled, done.seconds, self._reader, self._policy))
+
+    def _finish(self, place: int, result: UnitResult) -> None:
+        self._leases.pop(place).release()
+        label = self._units[place].wanted.label
+        self._observer.unit_finished(label, result.outcome, result.seconds)
+        self._results[place] = result
 
 
 def _modules(model: Model) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ class Observer(Protocol):
         """What is worth knowing to who asks for more than warnings."""
 
     def waiting(self, what: str) -> None:
-        """Nothing happens until someone else is done: `another process compiles this model`."""
+        """Nothing happens until someone else is done: `process 7 on a-host compiles this model`."""
 
 
 class SilentObserver:

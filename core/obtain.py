@@ -125,7 +125,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """A unit that the store lacks, with the names of the pieces that share it."""
+    """A unit that the store is asked for, with the names of the pieces that share it."""
 
     unit: Unit
     pieces: tuple[str, ...]
@@ -146,23 +146,14 @@ def label_of(unit: Unit, pieces: tuple[str, ...]) -> str:
 def find(
     unit: Unit, pieces: tuple[str, ...], job: Job, reader: Reader, policy: Policy
 ) -> UnitResult | Wanted:
-    """Finds the unit by its key: here it is decided what is compiled.
+    """Finds the unit by its key, or says what is wanted: here it is decided what is compiled.
 
     Raises `CheckFailed` (`would-miss`) for what must be compiled and may not be.
     """
     key, factors = unit_key(unit, job)
-    found = None if policy.force else reader.unit(key)
-    if found is not None:
-        record, data = found
-        return UnitResult(
-            pieces=pieces,
-            range=range_name(unit),
-            outcome="hit",
-            key=key,
-            artifact=record.artifact,
-            data=data,
-            seconds=0.0,
-        )
+    wanted = Wanted(unit=unit, pieces=pieces, key=key, factors=factors)
+    if (found := stored(wanted, reader, policy)) is not None:
+        return found
     if not policy.may_compile:
         raise CheckFailed(
             "would-miss",
@@ -170,7 +161,24 @@ def find(
             context={"unit_key": key},
             hint="vllmc warm compiles it; vllmc inspect-key says what the cache lacks",
         )
-    return Wanted(unit=unit, pieces=pieces, key=key, factors=factors)
+    return wanted
+
+
+def stored(wanted: Wanted, reader: Reader, policy: Policy) -> UnitResult | None:
+    """The unit, if the store has it by now and `policy` does not have it compiled again."""
+    found = None if policy.force else reader.unit(wanted.key)
+    if found is None:
+        return None
+    record, data = found
+    return UnitResult(
+        pieces=wanted.pieces,
+        range=range_name(wanted.unit),
+        outcome="hit",
+        key=wanted.key,
+        artifact=record.artifact,
+        data=data,
+        seconds=0.0,
+    )
 
 
 def keep(

@@ -100,10 +100,11 @@ def obtain_program(
 
     What is missing is compiled in this process, or by the workers of `pool`. `meanwhile` is called
     with the record of a program that is there, while its artifacts are read. One process compiles
-    a program; others that want the same one wait and then find it. Raises what capture, compilers
-    and `meanwhile` raise, and `VllmcError` (`config-changed`) where this thread would compile under
-    other options than the job's key was made of. Where `policy` forbids compiling, raises
-    `CheckFailed` for what is missing and `UnsafeCacheError` for what is corrupt.
+    a program, or a unit that programs share; others that want the same wait and then find it.
+    Raises what capture, compilers and `meanwhile` raise, and `VllmcError` (`config-changed`) where
+    this thread would compile under other options than the job's key was made of. Where `policy`
+    forbids compiling, raises `CheckFailed` for what is missing and `UnsafeCacheError` for what is
+    corrupt.
     """
     policy = policy or Policy()
     started = time.perf_counter()
@@ -114,7 +115,7 @@ def obtain_program(
     if policy.may_compile:
         store.check_writable()
     lock = (
-        store.lock(job.key, lambda: observer.waiting("another process compiles this model"))
+        store.lock(job.key, lambda who: observer.waiting(f"{who} compiles this model"))
         if policy.may_compile
         else nullcontext()
     )

@@ -9,7 +9,6 @@ import errno
 import os
 import secrets
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
@@ -208,7 +207,6 @@ def write_plain(path: Path, data: bytes, *, temporary: Path) -> None:
     with writing(path):
         make_directory(path.parent)
         make_directory(temporary)
-        _sweep(temporary)
         draft = temporary / f"{os.getpid()}.{secrets.token_hex(8)}"
         try:
             # Whatever the umask: who may enter the directory reads, and none but its owner writes.
@@ -216,6 +214,7 @@ def write_plain(path: Path, data: bytes, *, temporary: Path) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+                _sweep(temporary, os.fstat(file.fileno()).st_mtime)
             _publish(draft, path)
         finally:
             draft.unlink(missing_ok=True)
@@ -244,8 +243,9 @@ def _sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def _sweep(temporary: Path) -> None:
-    oldest = time.time() - SWEEP_AFTER_SECONDS
+def _sweep(temporary: Path, now: float) -> None:
+    # `now` is by the file system's clock: by this host's, what others write now may look old.
+    oldest = now - SWEEP_AFTER_SECONDS
     for left in temporary.iterdir():
         with suppress(OSError):
             if left.lstat().st_mtime < oldest:

@@ -5,7 +5,7 @@ v1/units/ab/<key>.json             the record of a compile unit
 v1/programs/ab/<key>/<id>.json     the records of a program, one per version of its sources
 v1/codes/ab/<code digest>          which artifact holds this generated code
 v1/used/<key>                      the uses of a program, and who holds it (`usage`)
-v1/locks/<name>.lock               held while a program is compiled; never removed
+v1/locks/<name>.lock               the lease of who compiles this program or unit
 v1/imports/<bundle>.json           where programs came from that were not compiled here
 v1/tmp/                            files on their way to one of the above
 """

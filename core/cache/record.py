@@ -64,6 +64,7 @@ GRAPH_GROUPS = frozenset({"graph", "range"})
 _HEADER = re.compile(
     rb'\{"format":"([a-z.]+)","version":(\d{1,9}),"checksum":"([0-9a-f]{64})","body":'
 )
+_NOTE = re.compile(rb"([0-9a-f]{64}) ([0-9a-f]{64})\n")
 _TRAILER = b"}\n"
 
 _Row: TypeAlias = "dict[str, JsonValue]"
@@ -189,6 +190,12 @@ class Outline:
     created: float
     values: dict[tuple[str, str], JsonValue]
     units: tuple[ProgramUnit, ...]
+
+
+def noted_artifact(note: bytes, code: str) -> str | None:
+    """The artifact that a note of this generated code names; None for what is no such note."""
+    match = _NOTE.fullmatch(note)
+    return match[2].decode("ascii") if match and match[1].decode("ascii") == code else None
 
 
 def encode(record: UnitRecord | ProgramRecord) -> bytes:

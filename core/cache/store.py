@@ -16,10 +16,9 @@ from __future__ import annotations
 import heapq
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vllmc.core.cache import inventory, summary, usage, verify
 from vllmc.core.cache.files import (
@@ -34,11 +33,11 @@ from vllmc.core.cache.files import (
     reading,
     refresh,
     write_plain,
-    writing,
 )
 from vllmc.core.cache.inventory import Entry, Stats
 from vllmc.core.cache.key import sha256_hex
 from vllmc.core.cache.layout import Found, Layout, Section
+from vllmc.core.cache.lease import Request, held
 from vllmc.core.cache.record import (
     CorruptRecord,
     FormatTooNew,
@@ -47,6 +46,7 @@ from vllmc.core.cache.record import (
     UnitRecord,
     decode,
     encode,
+    noted_artifact,
     outline,
 )
 from vllmc.core.cache.signing import SigningKey, split
@@ -55,9 +55,6 @@ from vllmc.core.cache.trust_store import trusts
 from vllmc.core.cache.usage import Counts, Hold
 from vllmc.core.cache.verify import Problem, RepairPlan
 from vllmc.core.errors import UsageError, VllmcError
-
-if TYPE_CHECKING:
-    from filelock import FileLock
 
 __all__ = [
     "CorruptArtifact",
@@ -343,11 +340,9 @@ class Store:
                 path = layout.code(code)
                 note, status = read_with_status(path)
                 self.trust.check(path, note, status, layout.root)
-                match = re.fullmatch(rb"([0-9a-f]{64}) ([0-9a-f]{64})\n", note)
-                if match is not None and match[1].decode("ascii") == code:
-                    artifact = match[2].decode("ascii")
-                    if self.artifact_size(artifact) is not None:
-                        return artifact
+                artifact = noted_artifact(note, code)
+                if artifact is not None and self.artifact_size(artifact) is not None:
+                    return artifact
         return None
 
     def discard(self, error: CorruptArtifact | CorruptRecordError) -> None:
@@ -360,38 +355,15 @@ class Store:
         else:
             self._passed_over.add(error.path)
 
-    @contextmanager
+    def request(self, name: str) -> Request:
+        """What it takes to ask for the lease of this name; asks for nothing yet."""
+        return Request(self.layout.lock(name), temporary=self.layout.temporary)
+
     def lock(
-        self, name: str, on_wait: Callable[[], None], timeout: float | None = None
-    ) -> Iterator[None]:
-        """Holds the lock of this name; another holder is waited for after one call of `on_wait`.
-
-        The kernel drops the lock of a process that dies. Raises `not-writable` where no lock can
-        be made, and `lock-timeout` after `timeout` seconds (None: waits for ever).
-        """
-        # Only who writes needs its import, which takes as long as reading a record.
-        from filelock import FileLock
-
-        path = self.layout.lock(name)
-        guard = FileLock(path)
-        with writing(path):
-            make_directory(path.parent)
-            taken = _acquire(guard, 0)
-        if not taken:
-            on_wait()
-            with writing(path):
-                taken = _acquire(guard, -1 if timeout is None else timeout)
-        if not taken:
-            raise VllmcError(
-                "lock-timeout",
-                f"another process still holds {path} after {timeout:g} seconds",
-                context={"path": str(path), "seconds": timeout},
-                hint="wait for the other vllmc to finish, or stop it",
-            )
-        try:
-            yield
-        finally:
-            guard.release()
+        self, name: str, on_wait: Callable[[str], None], timeout: float | None = None
+    ) -> AbstractContextManager[None]:
+        """Holds the lease of this name; see `lease.held` for the wait and what is raised."""
+        return held(self.request(name), on_wait, timeout)
 
     def note_use(self, key: str, counts: Counts) -> Hold | None:
         """Notes that the program `key` was used now, and holds it; see `usage.note`."""
@@ -474,16 +446,6 @@ def _holds(path: Path, data: bytes) -> bool:
     with suppress(FileNotFoundError, IrregularFile, VllmcError):
         return read_plain(path) == data
     return False
-
-
-def _acquire(guard: FileLock, timeout: float) -> bool:
-    from filelock import Timeout
-
-    try:
-        guard.acquire(timeout=timeout)
-    except Timeout:
-        return False
-    return True
 
 
 def _distinct(keys: list[str]) -> str:

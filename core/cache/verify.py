@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -10,10 +11,10 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllmc.core.cache.files import IrregularFile, open_plain, writing
+from vllmc.core.cache.files import IrregularFile, open_plain, read_plain, writing
 from vllmc.core.cache.key import JsonValue
 from vllmc.core.cache.layout import Found, Layout
-from vllmc.core.cache.record import ProgramRecord, UnitRecord
+from vllmc.core.cache.record import ProgramRecord, UnitRecord, noted_artifact
 from vllmc.core.errors import VllmcError
 
 if TYPE_CHECKING:
@@ -127,12 +128,19 @@ def _check(store: Store, layout: Layout, found: Found, present: set[str]) -> Pro
     try:
         if found.section == "blobs":
             return _check_blob(found, path)
+        if found.section == "codes":
+            return _check_note(found, path)
         record = store.check(found, layout)
     except VllmcError as error:
         return Problem(path=path, kind=error.code, detail=error.message)
     if record is None:
         return None
-    missing = sorted(set(_artifacts(record)) - present)
+    # An artifact that came since the walk, as its record did, is there.
+    missing = sorted(
+        digest
+        for digest in set(_artifacts(record)) - present
+        if not any(os.path.lexists(place.blob(digest)) for place in store.layouts)
+    )
     if not missing:
         return None
     detail = f"it refers to artifacts that are not there: {', '.join(missing)}"
@@ -150,6 +158,18 @@ def _check_blob(found: Found, path: str) -> Problem | None:
     if digest == found.key:
         return None
     return Problem(path=path, kind="corrupt-artifact", detail=f"its SHA-256 is {digest}")
+
+
+def _check_note(found: Found, path: str) -> Problem | None:
+    try:
+        if noted_artifact(read_plain(found.path), found.key) is not None:
+            return None
+        detail = "it is no note of this generated code"
+    except FileNotFoundError:
+        return None
+    except IrregularFile as error:
+        detail = f"it is {error}"
+    return Problem(path=path, kind="corrupt-record", detail=detail)
 
 
 def _artifacts(record: UnitRecord | ProgramRecord) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, TypeAlias
@@ -103,13 +103,16 @@ class WorkerPool:
         if self._server is None:
             self._server = _Server(spec)
 
-    def run(self, orders: Sequence[Order]) -> Generator[tuple[int, Event], None, None]:
+    def run(
+        self, orders: Sequence[Order], claim: Callable[[int], bool]
+    ) -> Generator[tuple[int, Event], None, None]:
         """Has all orders carried out; yields what happens, with the index of the order.
 
-        After a unit that failed no other is begun; those at work come to their end. A unit whose
-        worker died is tried once more, when no other is at work.
+        `claim` is asked before an order is begun: what it refuses is left out. After a unit that
+        failed no other is begun; those at work come to their end. A unit whose worker died is tried
+        once more, when no other is at work.
         """
-        return _Run(self, orders).events()
+        return _Run(self, orders, claim).events()
 
 
 class _Server:
@@ -167,9 +170,12 @@ class _Server:
 class _Run:
     """The units of one call of `run`: waiting, at work, and to be tried again."""
 
-    def __init__(self, pool: WorkerPool, orders: Sequence[Order]) -> None:
+    def __init__(
+        self, pool: WorkerPool, orders: Sequence[Order], claim: Callable[[int], bool]
+    ) -> None:
         self._pool = pool
         self._orders = orders
+        self._claim = claim
         self._waiting = deque(range(len(orders)))
         self._again: deque[int] = deque()
         self._dead: set[int] = set()
@@ -180,8 +186,9 @@ class _Run:
         try:
             while self._waiting or self._again or self._running:
                 self._start()
-                yield from self._listen()
-                self._watch_memory()
+                if self._running:
+                    yield from self._listen()
+                    self._watch_memory()
         finally:
             for running in self._running.values():
                 running.channel.close()
@@ -190,7 +197,8 @@ class _Run:
 
     def _start(self) -> None:
         while self._waiting and len(self._running) < self._pool.jobs:
-            self._ask(self._waiting.popleft())
+            if self._claim(index := self._waiting.popleft()):
+                self._ask(index)
         if not self._running and self._again:
             self._ask(self._again.popleft())
 

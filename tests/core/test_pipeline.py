@@ -24,7 +24,7 @@ from vllmc.core.errors import CheckFailed, UnsafeCacheError, VllmcError
 from vllmc.core.events import SilentObserver
 from vllmc.core.job import Job, make_job
 from vllmc.core.models.resolve import resolve
-from vllmc.core.obtain import Policy
+from vllmc.core.obtain import Policy, UnitResult
 from vllmc.core.pipeline import Ready, obtain_program, open_program
 from vllmc.core.runtime.sampler import SamplingParams
 from vllmc.core.runtime.workload import Limits, WorkloadResult, run_workload
@@ -382,7 +382,7 @@ def test_one_of_two_that_want_the_same_program_waits_and_finds_it(job: Any, tmp_
     results: list[Ready] = []
     waits = threading.Event()
     notes.waiting = lambda what: waits.set()  # type: ignore[method-assign]
-    with store.lock(wanted.key, lambda: None):
+    with store.lock(wanted.key, pytest.fail):
         thread = threading.Thread(
             target=lambda: results.append(obtain_program(wanted, store, notes))
         )
@@ -396,6 +396,146 @@ def test_one_of_two_that_want_the_same_program_waits_and_finds_it(job: Any, tmp_
     thread.join(60)
     (ready,) = results
     assert ready.program == "hit"
+
+
+def publish(unit: UnitResult, elsewhere: Path, root: Path) -> None:
+    """Stores a unit as the process does that compiled it."""
+    record = Store(elsewhere).unit(unit.key)
+    assert record is not None
+    Store(root).put_artifact(unit.data)
+    Store(root).put_unit(record)
+
+
+@pytest.mark.parametrize("end", ["stored", "given up"])
+def test_a_unit_that_another_process_compiles_is_waited_for_at_the_end(
+    job: Any, tmp_path: Path, end: str
+) -> None:
+    wanted = job()
+    elsewhere = warm(wanted, tmp_path / "elsewhere")
+    root = tmp_path / "cache"
+    theirs = elsewhere.units[0]
+    lease = Store(root).request(theirs.key).attempt()
+    assert lease is not None
+    notes = Notes()
+    before: list[list[tuple[str, str]]] = []
+
+    def waiting(what: str) -> None:
+        notes.waits.append(what)
+        before.append(list(notes.units))
+        if end == "stored":
+            publish(theirs, tmp_path / "elsewhere", root)
+        lease.release()
+
+    notes.waiting = waiting  # type: ignore[method-assign]
+    ready = obtain_program(wanted, Store(root), notes)
+    label = "piece_0 for 1:64 tokens"
+    assert notes.waits == [f"process {os.getpid()} on {os.uname().nodename} compiles {label}"]
+    assert [outcome for _, outcome in before[0]] == ["compiled", "compiled"]
+    outcome = "hit" if end == "stored" else "compiled"
+    assert notes.units[-1] == (label, outcome)
+    assert [unit.outcome for unit in ready.units] == [outcome, "compiled", "compiled"]
+    assert [u.artifact for u in ready.units] == [u.artifact for u in elsewhere.units]
+    assert not list((root / "v1" / "locks").iterdir())
+
+
+def test_a_unit_that_was_stored_since_it_was_looked_for_is_found(job: Any, tmp_path: Path) -> None:
+    wanted = job()
+    elsewhere = warm(wanted, tmp_path / "elsewhere")
+    notes = Notes()
+
+    def started(name: str, index: int, total: int) -> None:
+        if index == 0:
+            publish(elsewhere.units[1], tmp_path / "elsewhere", tmp_path / "cache")
+
+    notes.unit_started = started  # type: ignore[method-assign]
+    ready = obtain_program(wanted, Store(tmp_path / "cache"), notes)
+    assert [unit.outcome for unit in ready.units] == ["compiled", "hit", "compiled"]
+    assert notes.waits == []
+
+
+def test_what_is_forced_is_compiled_after_another_process_too(job: Any, tmp_path: Path) -> None:
+    wanted = job()
+    first = warm(wanted, tmp_path)
+    lease = Store(tmp_path).request(first.units[1].key).attempt()
+    assert lease is not None
+    notes = Notes()
+    notes.waiting = lambda what: lease.release()  # type: ignore[method-assign]
+    ready = warm(wanted, tmp_path, notes, force=True)
+    assert counts(ready) == {"hit": 0, "dup": 0, "compiled": 3}
+
+
+def test_an_error_in_compiling_gives_up_the_unit(job: Any, tmp_path: Path) -> None:
+    notes = Notes()
+
+    def started(name: str, index: int, total: int) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+
+    notes.unit_started = started  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        warm(job(), tmp_path, notes)
+    assert not list((tmp_path / "v1" / "locks").iterdir())
+
+
+BESIDE = """
+import json, os, signal, sys
+from pathlib import Path
+from vllmc.core.cache.store import Store
+from vllmc.core.events import SilentObserver
+from vllmc.core.job import make_job
+from vllmc.core.models.resolve import resolve
+from vllmc.core.pipeline import obtain_program
+from vllmc.core.spec import CompileRange, CompileSpec
+place = Path(sys.argv[1])
+spec = CompileSpec(ranges=(CompileRange(1, 64),), backend="eager")
+def job(model):
+    model = resolve(str(place / model), layers=None)
+    return make_job(model, spec, environment={}, cache_dir=place / "facts", origins={})
+def warm(model, cache, observer):
+    ready = obtain_program(job(model), Store(place / cache), observer)
+    return {unit.key: unit.outcome for unit in ready.units}
+def both(end):
+    begun, told = os.pipe()
+    goes_on, go = os.pipe()
+    first = os.fork()
+    if first == 0:
+        class Slow(SilentObserver):
+            def unit_started(self, name, index, total):
+                if index == 0:
+                    os.write(told, b"x")
+                    os.read(goes_on, 1)
+        (place / "first.json").write_text(json.dumps(warm("two", end, Slow())))
+        os._exit(0)
+    os.read(begun, 1)
+    class Waits(SilentObserver):
+        def waiting(self, what):
+            assert f"process {first} on" in what, what
+            if end == "killed":
+                os.kill(first, signal.SIGKILL)
+            else:
+                os.write(go, b"x")
+    second = warm("three", end, Waits())
+    os.waitpid(first, 0)
+    return second
+job("two")  # what a process does once
+print(json.dumps([both("killed"), both("stored")]))
+"""
+
+
+def test_two_models_that_share_pieces_compile_each_once(tmp_path: Path) -> None:
+    save_llama(tmp_path / "two", layers=2)
+    save_llama(tmp_path / "three", layers=3)
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    after_a_kill, second = json.loads(done.stdout)
+    assert set(after_a_kill.values()) == {"compiled"}
+    first = json.loads((tmp_path / "first.json").read_text())
+    assert len(first) == 3
+    assert first.keys() == second.keys(), "other layers, the same pieces"
+    assert all({first[key], second[key]} == {"hit", "compiled"} for key in first)
+    assert set(first.values()) == {"hit", "compiled"}, "each compiled some of them"
 
 
 def test_pieces_differ_by_layer_only_where_a_baked_name_is_inside(job: Any, tmp_path: Path) -> None:

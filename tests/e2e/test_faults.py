@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -254,7 +255,8 @@ def test_the_second_of_two_processes_waits_and_then_hits(start: Start, eager: Ru
     first.send_signal(signal.SIGSTOP)  # it holds the lock for as long as the test needs
     second = start(*words)
     said = read_until(second, "waiting: ")
-    assert said.endswith("waiting: another process compiles this model\n")
+    who = f"process {first.pid} on {socket.gethostname()}"
+    assert said.endswith(f"waiting: {who} compiles this model\n")
     assert "capture" not in said
     first.send_signal(signal.SIGCONT)
     rows = []

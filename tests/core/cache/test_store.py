@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -252,7 +251,6 @@ def test_a_cache_directory_that_is_a_file_gets_a_clear_error(tmp_path, root):
 
 UNPRIVILEGED = """
 import os, sys
-import filelock  # while Python's own files can still be read
 from pathlib import Path
 from typing import Any
 from vllmc.core.cache.store import Store
@@ -316,116 +314,6 @@ def test_a_full_disk_is_named_and_leaves_no_part_of_a_file(store, start, files):
     assert out == "disk-full True\n"
     assert list(files(store.root).values()) == [b"it fits"]
     assert store.verify() == ()
-
-
-# Kills itself at the n-th file operation, for n = 0, 1, ... until it lives: a fresh cache each.
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from typing import Any
-from vllmc.core.cache.record import decode
-from vllmc.core.cache.store import Store
-root, unit, program = Path(sys.argv[1]), *(decode(Path(p).read_bytes()) for p in sys.argv[2:])
-def warm(store):
-    with store.lock("x", lambda: None):
-        store.put_artifact(b"one")
-        store.put_unit(unit)
-        store.put_program(program)
-def die_at(moment):
-    seen = 0
-    def hook(event, arguments):
-        nonlocal seen
-        if event in ("open", "os.mkdir", "os.rename", "os.remove"):
-            seen += 1
-            if seen > moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
-warm(Store(root / "before"))
-for moment in range(1000):
-    child = os.fork()
-    if child == 0:
-        die_at(moment)
-        warm(Store(root / str(moment)))
-        os._exit(0)
-    if os.waitpid(child, 0)[1] == 0:
-        break
-print(moment)
-"""
-
-
-def test_a_writer_killed_at_any_moment_leaves_nothing_broken(
-    tmp_path, make_unit, make_program, start, files
-):
-    unit = make_unit(b"one")
-    program = make_program((unit,))
-    paths = [tmp_path / "unit.json", tmp_path / "program.json"]
-    for path, record in zip(paths, (unit, program), strict=True):
-        path.write_bytes(encode(record))
-    out, _ = start(KILLED, tmp_path / "caches", *paths).communicate()
-    moments = int(out)
-    assert moments > 20, "the audit hook no longer sees the file operations of the store"
-    whole = files(tmp_path / "caches" / "before")
-    for moment in range(moments):
-        store = Store(tmp_path / "caches" / str(moment))
-        assert store.verify() == ()
-        with store.lock("x", lambda: pytest.fail("a stale lock"), timeout=0):
-            store.put_artifact(b"one")
-            store.put_unit(unit)
-            store.put_program(program)
-        found = files(store.root)
-        assert {k: v for k, v in found.items() if not k.startswith("v1/tmp/")} == whole
-
-
-HOLDER = """
-import sys
-from pathlib import Path
-from typing import Any
-from vllmc.core.cache.store import Store
-with Store(Path(sys.argv[1])).lock("x", print):
-    print("held", flush=True)
-    sys.stdin.readline()
-"""
-
-
-def hold(start, store):
-    holder = start(HOLDER, store.root)
-    assert holder.stdout.readline() == "held\n"
-    return holder
-
-
-@pytest.mark.parametrize("end", ["released", "killed"])
-def test_a_lock_is_waited_for_until_its_holder_lets_go_or_dies(store, start, end):
-    holder = hold(start, store)
-    waits = []
-
-    def on_wait():
-        waits.append(1)
-        if end == "killed":
-            holder.send_signal(signal.SIGKILL)
-        else:
-            holder.stdin.write("\n")
-            holder.stdin.flush()
-
-    with store.lock("x", on_wait):
-        assert waits == [1]
-        assert holder.wait() == (-signal.SIGKILL if end == "killed" else 0)
-
-
-def test_a_lock_can_be_waited_for_too_long(store, start):
-    hold(start, store)
-    waits = []
-    lock = store.lock("x", lambda: waits.append(1), timeout=0.01)
-    assert caught_by(lock.__enter__).code == "lock-timeout"
-    assert waits == [1]
-    with store.lock("y", pytest.fail):
-        pass
-
-
-def test_an_error_under_the_lock_is_passed_on_and_releases_it(store):
-    with pytest.raises(OSError, match="mine"), store.lock("x", pytest.fail):
-        raise OSError("mine")
-    with store.lock("x", pytest.fail):
-        pass
 
 
 def test_a_use_is_noted(store, warm):

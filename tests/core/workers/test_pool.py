@@ -113,10 +113,15 @@ def artifacts(ready: Ready) -> list[tuple[str, str, str, str]]:
 
 
 @pytest.fixture(scope="module")
-def here(job: Any, tmp_path_factory: pytest.TempPathFactory) -> Ready:
+def here_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The store of `here`."""
+    return Store(tmp_path_factory.mktemp("here"))
+
+
+@pytest.fixture(scope="module")
+def here(job: Any, here_store: Store) -> Ready:
     """What compiling in this process gives."""
-    root = tmp_path_factory.mktemp("here")
-    return obtain_program(job(), Store(root), SilentObserver())
+    return obtain_program(job(), here_store, SilentObserver())
 
 
 def test_workers_compile_what_this_process_compiles(
@@ -132,6 +137,35 @@ def test_workers_compile_what_this_process_compiles(
     assert (notes.warnings, notes.remarks) == ([], [])
     again = obtain_program(job(), Store(tmp_path), Notes(), pool=pool)
     assert again.outcome == "hit"
+
+
+@pytest.mark.parametrize("held", [1, 3])
+def test_workers_leave_out_what_another_process_compiles(
+    job: Any, here: Ready, here_store: Store, pool: WorkerPool, tmp_path: Path, held: int
+) -> None:
+    store = Store(tmp_path)
+    leases = [store.request(unit.key).attempt() for unit in here.units[:held]]
+    notes = Notes()
+    compiled: list[list[tuple[str, str]]] = []
+
+    def waiting(what: str) -> None:
+        compiled.append(list(notes.outcomes))
+        for unit, lease in zip(here.units, leases, strict=False):
+            assert lease is not None
+            record = here_store.unit(unit.key)
+            assert record is not None
+            store.put_artifact(unit.data)
+            store.put_unit(record)
+            lease.release()
+
+    notes.waiting = waiting  # type: ignore[method-assign]
+    ready = obtain_program(job(), store, notes, pool=pool)
+    assert [len(before) for before in compiled] == [3 - held]
+    assert [unit.outcome for unit in ready.units] == ["hit"] * held + ["compiled"] * (3 - held)
+    assert [unit.artifact for unit in ready.units] == [unit.artifact for unit in here.units]
+    assert notes.begun[3 - held :] == [
+        label for label, outcome in notes.outcomes if outcome == "hit"
+    ]
 
 
 def test_workers_compile_under_the_options_of_the_key(
