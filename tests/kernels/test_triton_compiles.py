@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from vllmc.kernels.experts import Experts
 from vllmc.kernels.forward_context import AttentionMetadata, DeviceTables, SequenceSpan
 from vllmc.kernels.kv_cache import BlockTable, LayerCache
 from vllmc.kernels.triton import (
@@ -25,6 +26,7 @@ from vllmc.kernels.triton import (
     kv_cache,
     logprobs,
     matmul,
+    moe,
     norm,
     quant,
     rotary,
@@ -143,6 +145,46 @@ def test_products(gpu: Driver, rows: int) -> None:
             out = torch.empty(rows, 300, dtype=torch.bfloat16)
             matmul.launch(a, weight, scales, bias, out=out)
     assert gpu.compiled == ["_product_kernel"] * (4 if gpu.arch >= 89 else 2)
+
+
+@pytest.mark.parametrize("tokens", [1, 600])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mixtures_of_experts(gpu: Driver, dtype: torch.dtype, tokens: int) -> None:
+    hidden, weights = torch.ones(tokens, 64, dtype=dtype), torch.ones(tokens, 2)
+    ids = torch.zeros(tokens, 2, dtype=torch.int64)
+    for gated in (True, False):
+        experts = Experts(
+            up=torch.ones(4, 96, 64, dtype=dtype),
+            down=torch.ones(4, 64, 48 if gated else 96, dtype=dtype),
+            gate=torch.relu,
+            gated_silu=gated,
+            up_bias=torch.ones(4, 96, dtype=dtype),
+        )
+        moe.mixture(experts, hidden, ids, weights)
+    # The second product of both is one.
+    assert gpu.compiled == ["_grouped_product"] * 3
+
+
+def test_what_lies_side_by_side_is_read_in_words_of_16_bytes(gpu: Driver, tmp_path: Path) -> None:
+    x, scale, weight = torch.ones(64, 1024, dtype=torch.bfloat16), torch.ones(1), torch.ones(1024)
+    norm.rms_norm(x, weight, 1e-6)
+    activation.silu_and_mul(x, x)
+    quant.static_scaled_quant(x, scale, torch.int8)
+    logprobs.batched_count_greater_than(x, x[:, :1])
+    rotary.rotary_embedding(*[x.view(1, 64, 8, 128)] * 2, *torch.ones(2, 1, 64, 128))
+    numbers = torch.ones(64, 512).to(torch.int8)
+    matmul.launch(numbers, numbers, (scale, scale), None, out=torch.empty(64, 64))
+    heads = x.view(64, 8, 128)
+    kv_cache.store(LayerCache(heads, heads), torch.arange(64), heads[None], heads[None])
+    attention.launch(heads, heads, heads, tables_of((8, 8)), out=heads.clone(), scale=1.0)
+    matrices = x.view(2, 32, 1024)
+    experts = Experts(up=matrices, down=matrices.mT, gate=torch.relu, gated_silu=False)
+    moe.mixture(experts, x, torch.zeros(64, 1, dtype=torch.int64), torch.ones(64, 1))
+    code = {path.parent: path.read_text() for path in tmp_path.rglob("*.ptx")}
+    assert len(code) == len(gpu.compiled)
+    for text in code.values():
+        entry = text.partition(".entry ")[2].partition("(")[0]
+        assert "ld.global.v4" in text or "cp.async.cg" in text, entry
 
 
 def test_another_number_of_rows_compiles_nothing(gpu: Driver) -> None:
