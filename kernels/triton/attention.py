@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vllmc.kernels.forward_context import DeviceTables, current_layer, current_whole_batch
-from vllmc.kernels.quant import LARGEST, SMALLEST_AMAX
+from vllmc.kernels.quant import LARGEST, SMALLEST_AMAX, empty_dense
 from vllmc.kernels.triton.attention_kernels import (
     LOG2E,
     attention_kernel,
@@ -67,7 +67,7 @@ def attend_step(
     else:
         metadata = current_whole_batch(layer_name)
         keys, values = key[0], value[0]
-    plain = output if output_block_scale is None else torch.empty_like(output, dtype=query.dtype)
+    plain = output if output_block_scale is None else empty_dense(output, query.dtype)
     launch(
         query[0],
         keys,

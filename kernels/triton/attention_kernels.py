@@ -127,7 +127,8 @@ def attention_kernel(
         )
         scores = tl.dot(q, key, input_precision="ieee") * factor
         if CAPPED:
-            scores = cap * (1.0 - 2.0 / (1.0 + tl.exp(tl.minimum(scores, _FARTHEST))))
+            scores = tl.minimum(scores, _FARTHEST, propagate_nan=tl.PropagateNan.ALL)
+            scores = cap * (1.0 - 2.0 / (1.0 + tl.exp(scores)))
         ahead = at[None, :] - position[:, None]
         allowed = seen[None, :]
         if CAUSAL:
@@ -261,12 +262,13 @@ def block_quant_kernel(
     """
     token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     plain += (token * tl.num_programs(1) + block) * WIDTH
-    most = tl.zeros((COLUMNS,), dtype=tl.float32)
+    # As integers the bits of positive floats have the floats' order, and a NaN is the largest.
+    most = tl.full((COLUMNS,), smallest, dtype=tl.float32).to(tl.int32, bitcast=True)
     for begin in range(0, WIDTH, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)
         values = tl.load(plain + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-        most = tl.maximum(most, tl.abs(values))
-    scale = tl.div_rn(tl.maximum(tl.max(most, 0), smallest), LARGEST)
+        most = tl.maximum(most, tl.abs(values).to(tl.int32, bitcast=True))
+    scale = tl.div_rn(tl.max(most, 0).to(tl.float32, bitcast=True), LARGEST)
     tl.store(scales + token * scale_token + block * scale_block, scale)
     for begin in range(0, WIDTH, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)
