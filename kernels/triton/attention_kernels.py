@@ -17,7 +17,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 _FARTHEST = tl.constexpr(80.0)
 
 
-@triton.jit(do_not_specialize=["sequences", "bits", "window", "table_stride"])
+@triton.jit(
+    do_not_specialize=["sequences", "bits", "window", "table_stride"],
+    # They lie behind each other in memory: see `forward_context.DeviceTables`.
+    do_not_specialize_on_alignment=["totals", "blocks"],
+)
 def attention_kernel(
     query: tl.tensor,
     keys: tl.tensor,

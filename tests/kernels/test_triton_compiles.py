@@ -41,8 +41,8 @@ pytestmark = pytest.mark.slow
 class Driver:
     """A GPU of compute capability `arch` / 10, which kernels are compiled for and not run on."""
 
-    # That of an A100 and of an H100: the least that is served.
-    max_shared_mem = 163 * 1024
+    # Of what is served GPUs for desktops have the least (compute capability 8.6 and 8.9).
+    max_shared_mem = 99 * 1024
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -171,10 +171,10 @@ def test_what_lies_side_by_side_is_read_in_words_of_16_bytes(gpu: Driver, tmp_pa
     activation.silu_and_mul(x, x)
     quant.static_scaled_quant(x, scale, torch.int8)
     logprobs.batched_count_greater_than(x, x[:, :1])
-    rotary.rotary_embedding(*[x.view(1, 64, 8, 128)] * 2, *torch.ones(2, 1, 64, 128))
+    heads = x.view(64, 8, 128)
+    rotary.rotary_embedding(heads[None], heads[None], *torch.ones(2, 1, 64, 128))
     numbers = torch.ones(64, 512).to(torch.int8)
     matmul.launch(numbers, numbers, (scale, scale), None, out=torch.empty(64, 64))
-    heads = x.view(64, 8, 128)
     kv_cache.store(LayerCache(heads, heads), torch.arange(64), heads[None], heads[None])
     attention.launch(heads, heads, heads, tables_of((8, 8)), out=heads.clone(), scale=1.0)
     matrices = x.view(2, 32, 1024)
@@ -189,7 +189,7 @@ def test_what_lies_side_by_side_is_read_in_words_of_16_bytes(gpu: Driver, tmp_pa
 
 def test_another_number_of_rows_compiles_nothing(gpu: Driver) -> None:
     scale, weight = torch.ones(1), torch.ones(64)
-    for rows in (5, 1, 2, 16, 48):
+    for rows in (5, 1, 2, 3, 16, 48):
         x = torch.ones(rows, 64)
         norm.rms_norm(x, weight, 1e-6)
         activation.silu_and_mul(x, x)
@@ -200,7 +200,11 @@ def test_another_number_of_rows_compiles_nothing(gpu: Driver) -> None:
         out = torch.empty(min(rows, 16), 64)
         a, b = torch.ones(len(out), 64).to(torch.int8), torch.ones(64, 64).to(torch.int8)
         matmul.launch(a, b, (scale, scale), None, out=out)
-    assert len(gpu.compiled) == len(set(gpu.compiled)) == 6
+        keys = torch.ones(2 * rows, 4, 16)
+        kv_cache.store(LayerCache(keys, keys), torch.arange(2 * rows), keys[None], keys[None])
+        pairs = tables_of((2,) * rows)
+        attention.launch(keys, keys, keys, pairs, out=keys.clone(), scale=1.0)
+    assert len(gpu.compiled) == len(set(gpu.compiled)) == 8
 
 
 # What a model may have: (query heads, key heads, size of keys, size of values).
