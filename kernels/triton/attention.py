@@ -160,7 +160,7 @@ def launch(
         WINDOWED=window is not None,
         CAPPED=softcap is not None,
         ONE_EACH=one_each,
-        SPLITS=blocks.splits,
+        DIVIDED=blocks.splits > 1,
         ROWS=blocks.rows,
         M=blocks.m,
         N=blocks.n,
@@ -170,6 +170,7 @@ def launch(
         num_stages=blocks.stages,
     )
     if blocks.splits > 1:
+        width = power_of_two(value_size)
         combining_kernel[(tokens, heads)](
             parts,
             tops,
@@ -177,10 +178,12 @@ def launch(
             query,
             written,
             output_scale,
+            blocks.splits,
             *written.stride(),
             VALUE_SIZE=value_size,
-            SPLITS=blocks.splits,
-            D=power_of_two(value_size),
+            MOST=_SPLITS,
+            D=width,
+            num_warps=min(16, max(4, width // 32)),
         )
 
 

@@ -207,6 +207,15 @@ def test_another_number_of_rows_compiles_nothing(gpu: Driver) -> None:
     assert len(gpu.compiled) == len(set(gpu.compiled)) == 8
 
 
+def test_another_division_of_the_keys_compiles_nothing(gpu: Driver) -> None:
+    query, keys = torch.ones(2, 32, 128), torch.ones(64, 8, 128)
+    for splits in (2, 16, 64):
+        blocks = attention.AttentionBlocks(m=16, n=32, rows=4, splits=splits, warps=4, stages=1)
+        out, tables = torch.ones_like(query), tables_of((1, 1))
+        attention.launch(query, keys, keys, tables, out=out, scale=1.0, blocks=blocks)
+    assert sorted(gpu.compiled) == ["attention_kernel", "combining_kernel"]
+
+
 # What a model may have: (query heads, key heads, size of keys, size of values).
 HEADS = {
     "llama": (32, 8, 128, 128),
