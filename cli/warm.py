@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import typer
 
 from vllmc.cli import report
-from vllmc.cli.dump import write_dump
+from vllmc.cli.dump import dump_places, write_dump
 from vllmc.cli.job import make
 from vllmc.cli.options import (
     CommonFlags,
@@ -126,7 +126,7 @@ def warm(
 
     --dump DIR holds for each unit a directory PIECE/RANGE with before.py and after.py, the graph
     as Inductor would lower it before and after the passes, and code.py, what it generated. Of the
-    eager backend, code.py only.
+    eager backend, code.py only. Of several models, each has a directory of its own below DIR.
     """
     settings = common.settings()
     output = common.output("warm")
@@ -149,8 +149,9 @@ def warm(
         with workers.pool(settings, [job.spec for job in todo]) as pool:
             from vllmc.core.obtain import Policy
 
+            places = [] if dump is None else dump_places(dump, todo)
             policy = Policy(force=force or dump is not None, texts=dump is not None)
-            rows, code = _obtain(todo, store, output, pool, policy, weights=kind, dump=dump)
+            rows, code = _obtain(todo, store, output, pool, policy, weights=kind, dumps=places)
     if (path := _summary_file(settings, summary)) is not None:
         write_summary(path, rows)
     output.data(
@@ -185,22 +186,25 @@ def _obtain(
     policy: Policy,
     *,
     weights: Weights,
-    dump: Path | None,
+    dumps: Sequence[Path],
 ) -> tuple[list[Row], int]:
-    """The rows, and the exit code: of several models one that fails does not stop the others."""
+    """The rows, and the exit code: of several models one that fails does not stop the others.
+
+    `dumps` are where the dump of each is written, none where none is.
+    """
     from vllmc.core.pipeline import obtain_program
 
     rows, code = [], 0
     with output.progress() as observer:
-        for job in todo:
+        for index, job in enumerate(todo):
             if len(todo) > 1:
                 observer.stage(job.model.name)
             try:
                 ready = obtain_program(
                     job, store, observer, policy=policy, weights=weights, pool=pool
                 )
-                if dump is not None:
-                    write_dump(dump if len(todo) == 1 else dump / job.label, ready)
+                if dumps:
+                    write_dump(dumps[index], ready)
             except VllmcError as error:
                 if len(todo) == 1:
                     raise

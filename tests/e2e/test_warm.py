@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -431,3 +432,37 @@ def test_one_of_several_models_that_fails_does_not_stop_the_others(
     # Alone it is an error as any other.
     alone = eager("warm", "broken:Model", "--json")
     assert (alone.code, alone.json["error"]["code"]) == (1, done.error)
+
+
+def test_a_dump_of_several_models_stays_below_its_directory(
+    eager: Run, workplace: Path, llama_dir: Path
+) -> None:
+    for name in ("tiny", "other/tiny"):
+        (workplace / name).mkdir(parents=True)
+        shutil.copy(llama_dir / "config.json", workplace / name)
+    models = (f"../{workplace.name}/tiny", workplace / "tiny", workplace / "other" / "tiny")
+    done = eager("warm", *models, "--dump", "dump")
+    assert done.code == 0, done.err
+    found = {path.name for path in (workplace / "dump").iterdir()}
+    assert found == {f"{workplace.name}-tiny", "tiny", "tiny-2"}
+    assert [path.name for path in (workplace / "tiny").iterdir()] == ["config.json"]
+
+
+def test_a_dump_leaves_no_text_of_the_one_before(eager: Run, workplace: Path) -> None:
+    place = workplace / "dump" / "piece_0" / "1-8192"
+    place.mkdir(parents=True)
+    for name in ("before.py", "code.py", "mine.py"):
+        (place / name).write_text("old")
+    assert eager("warm", "--dump", "dump").code == 0
+    assert {path.name for path in place.iterdir()} == {"code.py", "mine.py"}
+    assert (place / "code.py").read_text() != "old"
+
+
+def test_a_dump_that_cannot_be_written_is_found_out_before_compiling(
+    eager: Run, workplace: Path, cache: Path
+) -> None:
+    (workplace / "taken").touch()
+    for place in ("taken", "taken/below"):
+        done = eager("warm", "--dump", place)
+        assert (done.code, done.error) == (1, "not-writable")
+    assert not (cache / "v1" / "units").exists()
