@@ -228,3 +228,77 @@ def test_warming_reads_no_weights(llama: PreTrainedModel, tmp_path: Path) -> Non
     model: Model = resolve(str(tmp_path))
     spec = resolve_spec(CompileSpec(quantize="fp8-static"), model)
     assert isinstance(build_model(model, spec).model.get_submodule(PATH), QuantizedLinear)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["weight_scale", "input_scale"])
+def test_a_scale_that_is_no_number_above_0_is_refused(
+    name: str,
+    scale: float,
+    llama: PreTrainedModel,
+    scales: dict[str, torch.Tensor],
+    tmp_path: Path,
+) -> None:
+    tensors = save_quantized(llama, tmp_path, "fp8 static", scales=scales)
+    tensors[f"{PATH}.{name}"] = torch.tensor(scale)
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VllmcError, match=f"{PATH}.{name}") as caught:
+        built(tmp_path, "fp8-static")
+    assert caught.value.code == "bad-weights"
+    assert str(scale) in str(caught.value.context["cause"])
+
+
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [
+        (PATH, None),
+        ("model.embed_tokens", None),
+        (PATH, torch.zeros(32, 16).to(torch.float8_e4m3fn)),
+        (PATH, torch.zeros(48, 32).to(torch.float8_e5m2)),
+    ],
+    ids=["no weight", "no embedding", "another size", "another type"],
+)
+def test_weights_that_would_be_made_up_are_refused(
+    name: str, weight: torch.Tensor | None, llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    tensors = save_quantized(llama, tmp_path, "fp8 static")
+    del tensors[f"{name}.weight"]
+    if weight is not None:
+        tensors[f"{name}.weight"] = weight
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VllmcError) as caught:
+        built(tmp_path, "fp8-dynamic")
+    assert caught.value.code == "bad-weights"
+
+
+@pytest.mark.parametrize("kept", ["lm_head", 5, [3], ["re:["]])
+def test_a_list_of_modules_that_is_none_is_refused(
+    kept: object, llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    save_quantized(llama, tmp_path, "compressed static")
+    change_config(tmp_path, _with("compressed static", "ignore", value=kept))
+    with pytest.raises(VllmcError, match="ignore") as caught:
+        _ = resolve(str(tmp_path)).info
+    assert caught.value.code == "unsupported-model"
+
+
+def test_weights_with_scales_that_the_configuration_does_not_speak_of_are_refused(
+    llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    save_quantized(llama, tmp_path, "fp8 static")
+    change_config(tmp_path, None)
+    with pytest.raises(VllmcError, match="does not say how") as caught:
+        resolve(str(tmp_path)).build("real", CompileSpec())
+    assert caught.value.code == "bad-weights"
+
+
+def test_what_transformers_cannot_read_here_is_refused(
+    llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    # It takes a package that is not here, or a GPU.
+    save_quantized(llama, tmp_path, "fp8 static")
+    change_config(tmp_path, {"quant_method": "gptq", "bits": 4})
+    with pytest.raises(VllmcError) as caught:
+        resolve(str(tmp_path)).build("real", CompileSpec())
+    assert caught.value.code == "bad-weights"
+    assert "GPTQ" in str(caught.value.context["cause"])
