@@ -95,6 +95,8 @@ def test_the_lines_of_a_file_are_prompts_to_calibrate_on(
     assert done.error == "no-tokenizer"
     assert "--calibrate-ids" in done.err
     assert eager(*words, "--calibrate-file", "none.txt").error == "not-readable"
+    (workplace / "blank.txt").write_text("\n \n")
+    assert eager(*words, "--calibrate-file", "blank.txt").error == "empty-prompt"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,9 @@ def test_a_prompt_to_calibrate_on_is_looked_at_before_anything_is_compiled(
     eager: Run, plain: Path, cache: Path
 ) -> None:
     words = ("run", plain, "--quantize", "fp8-static")
-    assert eager(*words, "--calibrate-ids", "100000").error == "bad-token-id"
+    done = eager(*words, "--calibrate-ids", "100000")
+    assert done.error == "bad-token-id"
+    assert "prompt 0 to calibrate on" in done.err
     assert eager(*words, "--calibrate-ids", "one").error == "bad-value"
     assert not (cache / "blobs").exists()
 
