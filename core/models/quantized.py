@@ -69,9 +69,9 @@ class QuantizedLinear(torch.nn.Module):
         self.register_buffer("input_scale", input_scale)
         self.register_buffer("bias", bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., K]` to `[..., N]`, in the dtype of `x`."""
-        ops, dtype = torch.ops.vllmc, self.weight.dtype
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`[..., K]` to `[..., N]`, in the dtype of `input`."""
+        ops, dtype, x = torch.ops.vllmc, self.weight.dtype, input
         if self.input_scale is None:
             q, scale = ops.dynamic_scaled_quant.default(x, dtype)
         else:
