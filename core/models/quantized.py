@@ -90,8 +90,8 @@ def quantize(
 ) -> None:
     """Exchanges the linears of `entry`, which `build_entry` made; its weights may be fake.
 
-    `own` are the scales of a checkpoint whose weights were quantised, by the linears' paths in the
-    model, `kept` the modules that it did not quantise (see `_is_kept`). Scales of activations are
+    `own` are the scales of a checkpoint whose weights were quantised, by the linears' paths in it,
+    `kept` the modules that it did not quantise (see `_is_kept`). Scales of activations are
     those that `calibrate` comes to, else the checkpoint's own, else 1. Raises `VllmcError`
     (`nothing-to-quantize`, `bad-weights`), and what `calibrate` raises.
     """
@@ -103,6 +103,7 @@ def quantize(
             f"{type(model).__name__} has no linear that --quantize could quantise",
             hint="docs/quantization.md says which linears are quantised",
         )
+    own = {**own, **{p: own[name] for p in paths for name in _names(model, p) if name in own}}
     _require_scales(paths, own)
     input_scales = {}
     if mode == "fp8-static":
@@ -144,10 +145,16 @@ def linears_to_quantize(model: torch.nn.Module, kept: Collection[str] = ()) -> l
             n % _MULTIPLE == 0
             and k % _MULTIPLE == 0
             and n not in outputs
-            and not _is_kept(path, kept)
+            and not any(_is_kept(name, kept) for name in _names(model, path))
         ):
             found.append(path)
     return found
+
+
+def _names(model: torch.nn.Module, path: str) -> tuple[str, ...]:
+    """What a checkpoint may call the module at `path`, which is one with or without a head."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return path, prefix + path, path.removeprefix(prefix)
 
 
 def _is_kept(path: str, kept: Collection[str]) -> bool:

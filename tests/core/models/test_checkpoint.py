@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from quantized_reference import QUANTIZATION_CONFIGS, linears, save_quantized
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from vllmc.core.errors import VllmcError
 from vllmc.core.job import resolve_spec
@@ -302,3 +302,30 @@ def test_what_transformers_cannot_read_here_is_refused(
         resolve(str(tmp_path)).build("real", CompileSpec())
     assert caught.value.code == "bad-weights"
     assert "GPTQ" in str(caught.value.context["cause"])
+
+
+@pytest.mark.parametrize("saved", ["with a head", "without"])
+def test_a_checkpoint_of_a_model_with_or_without_its_head_is_read(
+    saved: str, tmp_path: Path
+) -> None:
+    # What is built has none of the first, and one of the second.
+    sizes = {"vocab_size": 32, "max_position_embeddings": 16, "hidden_size": 32}
+    more = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    if saved == "with a head":
+        config = AutoConfig.for_model("bert", **sizes, **more)
+        whole, path = AutoModelForMaskedLM.from_config(config), "encoder.layer.0.output.dense"
+        name, kept = f"bert.{path}", ["cls", "bert.encoder.layer.0.intermediate"]
+    else:
+        config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=2, n_positions=16)
+        whole, name = AutoModelForCausalLM.from_config(config).transformer, "h.0.mlp.c_fc"
+        path, kept = f"transformer.{name}", ["h.0.attn"]
+    left = [n for n in linears(whole) if any(n.startswith(k) for k in kept)]
+    tensors = save_quantized(whole, tmp_path, "compressed static", kept=left)
+    change_config(tmp_path, _with("compressed static", "ignore", value=kept))
+    made = built(tmp_path, "fp8-static")
+    assert torch.equal(
+        made.get_submodule(path).weight_scale, tensors[f"{name}.weight_scale"].view(1)
+    )
+    assert len([m for m in made.modules() if isinstance(m, QuantizedLinear)]) == len(
+        linears(whole)
+    ) - len(left)
