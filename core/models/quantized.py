@@ -72,12 +72,24 @@ class QuantizedLinear(torch.nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`[..., K]` to `[..., N]`, in the dtype of `input`."""
         ops, dtype, x = torch.ops.vllmc, self.weight.dtype, input
+        if x.dtype is dtype:
+            _refuse_cast(dtype)
         if self.input_scale is None:
             q, scale = ops.dynamic_scaled_quant.default(x, dtype)
         else:
             scale = self.input_scale
             q = ops.static_scaled_quant.default(x, scale, dtype)
         return ops.scaled_mm.default(q, self.weight, scale, self.weight_scale, self.bias, x.dtype)
+
+
+# Dynamo runs such a function while it traces, so that the error arrives as it is.
+@torch.compiler.assume_constant_result
+def _refuse_cast(dtype: torch.dtype) -> None:
+    raise VllmcError(
+        "cannot-quantize",
+        f"the model brings what a linear is given to the linear's own dtype, which is now {dtype}",
+        hint="run it without --quantize",
+    )
 
 
 def quantize(

@@ -189,6 +189,15 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, vocab_size=96,
         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2))
 
+def casting():
+    model = llama()
+    mlp = model.model.layers[0].mlp
+    class Mlp(type(mlp)):
+        def forward(self, x):
+            return super().forward(x.to(self.up_proj.weight.dtype))
+    mlp.__class__ = Mlp
+    return model
+
 made = llama()
 
 @support_torch_compile(dynamic_arg_dims={"x": 0})
@@ -211,7 +220,7 @@ def test_a_model_that_code_makes_is_quantised(eager: Run, workplace: Path) -> No
     assert again.json["recompiles"] == []
 
 
-@pytest.mark.parametrize("name", ["made", "Declared"])
+@pytest.mark.parametrize("name", ["made", "Declared", "casting"])
 def test_a_model_that_cannot_be_exchanged_is_refused(
     name: str, eager: Run, workplace: Path
 ) -> None:
