@@ -211,6 +211,7 @@ def run(
         1 if pooling is None else 0,
         vocab_size=limits.vocab_size,
         max_position=limits.max_position,
+        purpose=" to calibrate on",
     )
     with output.progress() as observer:
         entry = _Entry(job, calibration, observer)
