@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -253,6 +255,25 @@ def test_inputs_whose_elements_share_memory_are_not_recorded() -> None:
         x, rows = torch.randn(1, 2, 2), torch.arange(2)
         torch.testing.assert_close(made(x, rows), x[0, :, :1].expand(-1, 2))
     assert report_of(made).failed == {"piece_2": "elements of what it is given share memory"}
+
+
+def test_a_program_that_is_dropped_holds_no_memory() -> None:
+    """Nor until the garbage is collected, which the memory of a GPU does not call for."""
+    places: list[weakref.ref[torch.Tensor]] = []
+
+    def noted(args: list[Any]) -> tuple[Any, ...]:
+        places.append(weakref.ref(args[0]))
+        return (args[0] * 2,)
+
+    made = program(Replayed(), noted, chosen)
+    call_often(made, 2)
+    gc.disable()
+    try:
+        assert places[-1]() is not None
+        del made
+        assert places[-1]() is None
+    finally:
+        gc.enable()
 
 
 def test_there_is_nothing_to_record_with_on_a_cpu() -> None:
