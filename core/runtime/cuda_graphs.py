@@ -216,11 +216,11 @@ class CudaGraphs:
     def _forget_others(self) -> None:
         """Drops what was recorded with other caches or experts than those there are now."""
         now, then = running_context(), self._context
-        if (now is None) != (then is None) or (
-            now is not None
-            and then is not None
-            and (now.caches is not then.caches or now.experts is not then.experts)
-        ):
+        if now is None or then is None:
+            same = now is then
+        else:
+            same = _same(now.caches, then.caches) and _same(now.experts, then.experts)
+        if not same:
             self._steps.clear()
             self._context = now
 
@@ -229,6 +229,11 @@ class CudaGraphs:
         result = recorded(*arguments)
         self._bytes += max(0, self.recorder.used_bytes() - before)
         return result
+
+
+def _same(a: Mapping[str, object], b: Mapping[str, object]) -> bool:
+    """Whether both hold the very same objects."""
+    return a is b or (a.keys() == b.keys() and all(a[layer] is b[layer] for layer in a))
 
 
 class _RecordedStep:

@@ -38,6 +38,8 @@ from vllmc.core.runtime.program import Program, Variant, link
 from vllmc.core.runtime.sampler import SamplingParams
 from vllmc.core.runtime.workload import run_workload
 from vllmc.core.spec import CompileRange
+from vllmc.kernels.forward_context import AttentionMetadata, ForwardContext, forward_context
+from vllmc.kernels.kv_cache import LayerCache
 
 ARGUMENTS = (
     Argument(path="x", dtype="float32", shape=(1, "tokens", 2)),
@@ -330,6 +332,18 @@ def test_graphs_are_made_anew_for_the_caches_of_another_engine(
         found = run_workload(made, prompts, params, limits_of(job)).outputs
         plain, _ = generated(job, ready, prompts=prompts)
         assert [output.token_ids for output in found] == plain
+
+
+def test_a_context_that_holds_the_same_caches_is_no_other() -> None:
+    """One that is made for each step, with the same caches; with others, all is recorded anew."""
+    made = program(recorder := Replayed())
+    one, other = (LayerCache(torch.zeros(16, 1, 2), torch.zeros(16, 1, 2)) for _ in range(2))
+    metadata = AttentionMetadata(slots=torch.arange(2), sequences=())
+    for cache, recorded in ((one, 3), (other, 6)):
+        for _ in range(PLAIN_STEPS + 3):
+            with forward_context(ForwardContext(metadata=metadata, caches={"layer": cache})):
+                call_often(made, 2, times=1)
+        assert recorder.recorded == recorded
 
 
 def test_what_is_compared_here_is_what_transformers_generates(
