@@ -222,6 +222,7 @@ class CudaGraphs:
             same = _same(now.caches, then.caches) and _same(now.experts, then.experts)
         if not same:
             self._steps.clear()
+            self._bytes = 0
             self._context = now
 
     def _measured(self, recorded: _RecordedStep, *arguments: torch.Tensor) -> Any:

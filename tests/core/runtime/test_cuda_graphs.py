@@ -344,6 +344,8 @@ def test_a_context_that_holds_the_same_caches_is_no_other() -> None:
             with forward_context(ForwardContext(metadata=metadata, caches={"layer": cache})):
                 call_often(made, 2, times=1)
         assert recorder.recorded == recorded
+        # Of those there are: what was dropped takes nothing.
+        assert report_of(made).bytes == 3000
 
 
 def test_what_is_compared_here_is_what_transformers_generates(
