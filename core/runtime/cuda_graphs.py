@@ -323,10 +323,11 @@ class _RecordedUnit:
     def _place(self, value: object) -> object:
         if not isinstance(value, torch.Tensor) or id(value) in self._held:
             return value
-        place = value.clone()
-        if place.stride() != value.stride():
-            raise RecordingFailed("elements of what it is given share memory")
-        return place
+        place = value.new_empty_strided(value.shape, value.stride())
+        try:
+            return place.copy_(value)
+        except RuntimeError as error:
+            raise RecordingFailed("elements of what it is given share memory") from error
 
 
 def recorder_for(device: str) -> Recorder | None:

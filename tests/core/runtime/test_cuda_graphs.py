@@ -259,6 +259,22 @@ def test_inputs_whose_elements_share_memory_are_not_recorded() -> None:
     assert report_of(made).failed == {"piece_2": "elements of what it is given share memory"}
 
 
+def test_inputs_with_gaps_between_their_elements_are_recorded() -> None:
+    def sliced(args: list[Any]) -> tuple[Any, ...]:
+        return (args[0].repeat(1, 1, 2)[:, :, :2],)
+
+    obstacles = (Obstacle(piece=0, cause="it waits"),)
+    steps = (
+        UnitStep(piece=0, args=("p0",), results=("v2",)),
+        UnitStep(piece=1, args=("v2", "p1"), results=("v3",)),
+    )
+    made = program(recorder := Replayed(), sliced, chosen, obstacles=obstacles, steps=steps)
+    for _ in range(PLAIN_STEPS + 2):
+        x, rows = torch.randn(1, 2, 2), torch.arange(2)
+        torch.testing.assert_close(made(x, rows), x[0])
+    assert (report_of(made).failed, recorder.recorded) == ({}, 1)
+
+
 def test_a_program_that_is_dropped_holds_no_memory() -> None:
     """Nor until the garbage is collected, which the memory of a GPU does not call for."""
     places: list[weakref.ref[torch.Tensor]] = []
