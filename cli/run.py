@@ -185,7 +185,7 @@ def run(
     if not job.model.runs_in_engine:
         raise _declared(job.label)
     calibrating.check(job.spec)
-    sizes = () if embedding.embed else graphs.sizes(settings, job.spec)
+    sizes = () if embedding.embed else graphs.sizes(settings, job.spec.device, job.factors)
 
     from vllmc.core.obtain import Policy
     from vllmc.core.pipeline import obtain_program
