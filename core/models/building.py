@@ -241,6 +241,13 @@ def load_weights(
     Raises `VllmcError` (`bad-weights`).
     """
     model, report = _loaded(name, config, source, dtype, revision=revision or "main")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise VllmcError(
+            "bad-weights",
+            f"the weights of {name} stay quantised, and a program of plain ones does not fit them",
+            context={"method": config.quantization_config},
+            hint="docs/quantization.md says which checkpoints vllmc reads",
+        )
     if encoder_info(name, config) is not None:
         _require_all(
             name,

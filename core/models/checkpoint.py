@@ -40,10 +40,11 @@ _INT8: Final[tuple[Quantization, ...]] = ("int8-dynamic",)
 
 
 def read_quantization(name: str, fields: Mapping[str, Any]) -> OwnQuantization | None:
-    """What a configuration's `quantization_config` says; None for methods left to Transformers.
+    """What a configuration's `quantization_config` says; None where it says nothing.
 
-    `name` is for errors. Raises `VllmcError` (`unsupported-model`) where the weights are in fp8 or
-    int8 with other scales than one for each.
+    Also for weights that Transformers brings back to a floating dtype. `name` is for errors. Raises
+    `VllmcError` (`unsupported-model`) for other methods, and for fp8 and int8 with other scales
+    than one for each weight: a program of plain linears would not be that of such a model.
     """
     kept: tuple[str, ...]
     match fields.get("quant_method"):
@@ -60,8 +61,10 @@ def read_quantization(name: str, fields: Mapping[str, Any]) -> OwnQuantization |
         case "compressed-tensors":
             modes = _modes_of_groups(name, fields.get("config_groups"))
             kept = ("ignore",)
-        case _:
+        case None | "mxfp4":
             return None
+        case method:
+            raise _unsupported(name, f"its quant_method is {method}")
     return OwnQuantization(
         modes=modes, kept=tuple(path for field in kept for path in _names(name, fields, field))
     )

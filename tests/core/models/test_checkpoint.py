@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from vllmc.core.errors import VllmcError
 from vllmc.core.job import resolve_spec
 from vllmc.core.models.built import build_model
-from vllmc.core.models.model import Model
+from vllmc.core.models.model import Model, Weights
 from vllmc.core.models.quantized import QuantizedLinear
 from vllmc.core.models.resolve import resolve
 from vllmc.core.spec import CompileSpec, Quantization
@@ -292,16 +292,16 @@ def test_weights_with_scales_that_the_configuration_does_not_speak_of_are_refuse
     assert caught.value.code == "bad-weights"
 
 
-def test_what_transformers_cannot_read_here_is_refused(
-    llama: PreTrainedModel, tmp_path: Path
+@pytest.mark.parametrize("weights", ["real", "fake"])
+def test_a_method_that_makes_another_model_of_it_is_refused(
+    weights: Weights, llama: PreTrainedModel, tmp_path: Path
 ) -> None:
-    # It takes a package that is not here, or a GPU.
+    # Without weights too: what is warmed would not be the program that runs.
     save_quantized(llama, tmp_path, "fp8 static")
     change_config(tmp_path, {"quant_method": "gptq", "bits": 4})
-    with pytest.raises(VllmcError) as caught:
-        resolve(str(tmp_path)).build("real", CompileSpec())
-    assert caught.value.code == "bad-weights"
-    assert "GPTQ" in str(caught.value.context["cause"])
+    with pytest.raises(VllmcError, match="gptq") as caught:
+        resolve(str(tmp_path)).build(weights, CompileSpec())
+    assert caught.value.code == "unsupported-model"
 
 
 @pytest.mark.parametrize("saved", ["with a head", "without"])
