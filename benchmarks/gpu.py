@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -410,18 +410,24 @@ def measure_steps(
             torch.full((1, count), shapes.step_context - 1, device=device),
             torch.arange(count, device=device),
         )
-        with forward_context(ForwardContext(metadata=metadata, caches=caches)):
-            expected = entry(*args)
-            row: dict[str, Any] = {"batch": count}
-            for name, call in calls.items():
-                for _ in range(PLAIN_STEPS + 3):
-                    found = call(*args)
-                check(name, found, expected)
-                laps = [wall(partial(call, *args), device) for _ in range(LAPS)]
-                row[name] = statistics.median(laps)
-                row[f"{name}_spread"] = [min(laps), max(laps)]
+        context = ForwardContext(metadata=metadata, caches=caches)
+        expected = step(entry, context, *args)
+        row: dict[str, Any] = {"batch": count}
+        for name, call in calls.items():
+            for _ in range(PLAIN_STEPS + 3):
+                found = step(call, context, *args)
+            check(name, found, expected)
+            laps = [wall(partial(step, call, context, *args), device) for _ in range(LAPS)]
+            row[name] = statistics.median(laps)
+            row[f"{name}_spread"] = [min(laps), max(laps)]
         rows.append(row)
     return rows
+
+
+def step(call: Callable[..., Any], context: ForwardContext, *args: torch.Tensor) -> Any:
+    """A call as an engine makes it: the batch's layout is new to each, and copied to the device."""
+    with forward_context(replace(context, metadata=replace(context.metadata))):
+        return call(*args)
 
 
 def check(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -58,7 +58,8 @@ class CalibrationFlags:
     def read(self, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Sequence[int], ...]:
         """The prompts, none where none were given.
 
-        Raises `UsageError` (`bad-value`), `VllmcError` (`no-tokenizer`, `not-readable`).
+        Raises `UsageError` (`bad-value`), `VllmcError` (`no-tokenizer`, `not-readable`,
+        `empty-prompt`).
         """
         texts = [*(self.calibrate or ()), *self._lines()]
         return tokenized(texts, self.calibrate_ids or (), tokenizer, "--calibrate")
@@ -75,7 +76,14 @@ class CalibrationFlags:
                 context={"cause": str(error)},
                 hint="--calibrate-file takes a text in UTF-8, a prompt in each line",
             ) from error
-        return [line for line in text.splitlines() if line.strip()]
+        lines = [line for line in text.splitlines() if line.strip()]
+        if not lines:
+            raise VllmcError(
+                "empty-prompt",
+                f"{self.calibrate_file} holds no prompts",
+                hint="--calibrate-file takes a text in UTF-8, a prompt in each line",
+            )
+        return lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias, get_args
 
@@ -13,10 +14,10 @@ from vllmc.cli.settings import Settings, choice
 from vllmc.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from vllmc.core.cache.key import Factor
     from vllmc.core.runtime.cuda_graphs import GraphReport
-    from vllmc.core.spec import CompileSpec
 
-_INDUCTORS_OWN: Final = "triton.cudagraphs"
+_INDUCTORS_OWN: Final = ("inductor", "triton.cudagraphs")
 
 GraphMode: TypeAlias = Literal["none", "piecewise"]
 
@@ -48,18 +49,19 @@ class GraphFlags:
         values = {"--cuda-graphs": self.cuda_graphs, "--cuda-graph-size": self.cuda_graph_size}
         return tuple(name for name, value in values.items() if value)
 
-    def sizes(self, settings: Settings, spec: CompileSpec) -> tuple[int, ...]:
-        """The numbers of tokens to record of a program of `spec`; none where nothing is recorded.
+    def sizes(self, settings: Settings, device: str, factors: Iterable[Factor]) -> tuple[int, ...]:
+        """The numbers of tokens to record on `device`; none where nothing is recorded.
 
+        `factors` are those of the program's key: what its options are, whoever set them.
         Raises `UsageError`: `bad-value`, and `needs-gpu` where graphs are asked for on a CPU.
         """
         from vllmc.core.runtime.cuda_graphs import DEFAULT_SIZES
 
-        device, on_gpu = spec.device, spec.device.startswith("cuda")
+        on_gpu = device.startswith("cuda")
         flags = () if self.cuda_graphs is None else (self.cuda_graphs,)
         # Inductor's own graphs cannot be recorded within others.
-        inner = dict(spec.inductor).get(_INDUCTORS_OWN) is True
-        default = "piecewise" if on_gpu and not inner else "none"
+        inner = next((f for f in factors if f.identity == _INDUCTORS_OWN and f.value), None)
+        default = "piecewise" if on_gpu and inner is None else "none"
         asked = settings.find("cuda-graphs", flags, default=(default,))
         mode = choice("cuda-graphs", asked, get_args(GraphMode))
         given = settings.find("cuda-graph-size", self.cuda_graph_size or (), default=())
@@ -71,11 +73,11 @@ class GraphFlags:
                 context={"origin": asked.origin},
                 hint="leave --cuda-graphs out, or give --device cuda on a machine with a GPU",
             )
-        if mode == "piecewise" and inner:
+        if mode == "piecewise" and inner is not None:
             raise UsageError(
                 "bad-value",
-                f"--cuda-graphs piecewise with -O {_INDUCTORS_OWN}=true, which records its own",
-                context={"origin": asked.origin},
+                f"--cuda-graphs piecewise with -O {inner.name}=true, which records its own",
+                context={"origin": asked.origin, inner.name: inner.origin},
                 hint="leave one of them out",
             )
         if mode == "none" and given.origin == "flag":

@@ -49,7 +49,7 @@ def make(settings: Settings, request: CompileRequest) -> Job:
     model = find_model(settings, request)
 
     from vllmc.core.job import make_job, resolve_spec
-    from vllmc.core.spec import CompileSpec
+    from vllmc.core.spec import CompileSpec, check_passes
     from vllmc.core.torch_compat.options import read_option
 
     options = {"inductor": dict[str, object](), "functorch": dict[str, object]()}
@@ -73,9 +73,11 @@ def make(settings: Settings, request: CompileRequest) -> Job:
     spec = resolve_spec(spec, model)
     # Which run by default is known with the device.
     passes = chosen(request.added_passes, request.removed_passes, spec.device)
+    spec = replace(spec, passes=passes)
+    check_passes(spec)
     return make_job(
         model,
-        replace(spec, passes=passes),
+        spec,
         environment=settings.environment,
         cache_dir=settings.cache_dir,
         origins=_origins(request),

@@ -45,6 +45,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("inductor", "eager")
 DEFAULT_RANGE = "1:8192"
 
+_PLACES = ("default", "file", "env", "flag")
+"""Where a setting may come from, as its origin begins; each beats those before it."""
+
 SHAPING_PANEL = "Options that shape the compilation"
 COMMON_PANEL = "Options of every command"
 
@@ -230,8 +233,8 @@ class CompileFlags:
             "--pass",
             metavar="NAME[@A:B]",
             show_default="those of the device",
-            help="A pass over the graphs to run, with @A:B only for compile ranges within A:B; "
-            "repeatable.",
+            help="A pass over the graphs to run, with @A:B only for compile ranges within A:B, all "
+            "for every one that --no-pass does not name; repeatable.",
             rich_help_panel=SHAPING_PANEL,
         ),
     ] = None
@@ -348,8 +351,9 @@ def compile_request(
     sizes = counts("compile-size", given("compile-size", flags.compile_size))
     shapes = given("dynamic-shapes", flags.dynamic_shapes, "unbacked")
     names = given("layer-names", flags.layer_names, "hoisted")
-    removed = _passes(given("no-pass", flags.no_pass), _left_out, origins)
-    added = _passes(given("pass", flags.add_pass), _added, origins)
+    removed, added = _passes(
+        given("no-pass", flags.no_pass), given("pass", flags.add_pass), origins
+    )
     experts = given("experts", flags.experts, "fused")
     split = None if flags.split_kv_update is None else str(flags.split_kv_update).lower()
     modes = given("quantize", flags.quantize)
@@ -401,14 +405,29 @@ def counts(name: str, setting: Setting) -> tuple[int, ...]:
 
 
 def _passes(
-    setting: Setting, parse: Callable[[str], str], origins: dict[str, str]
-) -> tuple[str, ...]:
-    """What is said of passes, checked; that it decides on them is added to `origins`."""
-    named = _located(setting, parse)
-    for name in named:
-        for one in PASSES if name == ALL else (name.partition("@")[0],):
-            origins[f"pass {one}"] = setting.origin
-    return tuple(named)
+    no_pass: Setting, to_pass: Setting, origins: dict[str, str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The passes to leave out and those to add, checked; what decided goes into `origins`.
+
+    Where both speak of a pass, the one from the stronger place holds: a flag beats the file.
+    """
+    removed, added = _located(no_pass, _left_out), _located(to_pass, _added)
+    strength = [_PLACES.index(s.origin.partition(":")[0]) for s in (no_pass, to_pass)]
+    if strength[0] > strength[1]:
+        added = _unsaid(added, removed)
+    elif strength[1] > strength[0]:
+        removed = _unsaid(removed, added)
+    said = [(text, no_pass.origin) for text in removed] + [(t, to_pass.origin) for t in added]
+    for text, origin in sorted(said, key=lambda row: row[0] != ALL):
+        for one in PASSES if text == ALL else (text.partition("@")[0],):
+            origins[f"pass {one}"] = origin
+    return tuple(removed), tuple(added)
+
+
+def _unsaid(weaker: list[str], stronger: list[str]) -> list[str]:
+    """What `weaker` says of the passes of which `stronger` says nothing."""
+    named = {text.partition("@")[0] for text in stronger}
+    return [] if ALL in named else [t for t in weaker if t.partition("@")[0] not in named]
 
 
 def _added(text: str) -> str:

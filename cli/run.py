@@ -184,7 +184,7 @@ def run(
     if not job.model.runs_in_engine:
         raise _declared(job.label)
     calibrating.check(job.spec)
-    sizes = () if embedding.embed else graphs.sizes(settings, job.spec)
+    sizes = () if embedding.embed else graphs.sizes(settings, job.spec.device, job.factors)
 
     from vllmc.core.obtain import Policy
     from vllmc.core.pipeline import obtain_program
@@ -210,6 +210,7 @@ def run(
         1 if pooling is None else 0,
         vocab_size=limits.vocab_size,
         max_position=limits.max_position,
+        purpose=" to calibrate on",
     )
     with output.progress() as observer:
         entry = _Entry(job, calibration, observer)

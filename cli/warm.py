@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 import typer
 
 from vllmc.cli import report
-from vllmc.cli.dump import write_dump
+from vllmc.cli.dump import dump_places, write_dump
 from vllmc.cli.matrix import read_matrix
 from vllmc.cli.options import CommonFlags, CompileFlags, WorkerFlags, command
 from vllmc.cli.output import Output
@@ -137,7 +137,7 @@ def warm(
 
     --dump DIR holds for each unit a directory PIECE/RANGE with before.py and after.py, the graph
     as Inductor would lower it before and after the passes, and code.py, what it generated. Of the
-    eager backend, code.py only.
+    eager backend, code.py only. Of several models, each has a directory of its own below DIR.
     """
     settings = common.settings()
     output = common.output("warm")
@@ -161,7 +161,10 @@ def warm(
     else:
         pooled = workers.pool(settings, [job.spec for job in batch.jobs])
         with pooled as pool, output.progress() as observer:
-            how = _How(weights=kind, force=force, dump=dump, several=batch.several)
+            jobs = () if dump is None else batch.jobs
+            places = () if dump is None else dump_places(dump, jobs)
+            dumps = {id(job): place for job, place in zip(jobs, places, strict=True)}
+            how = _How(weights=kind, force=force, dumps=dumps)
             warming = _warming(store, observer, pool, how)
             results = batch.run(warming, observer, output, retries=again)
     reports.write(settings, output, results, started=started)
@@ -201,12 +204,11 @@ def _tasks(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _How:
-    """How to warm, whichever model."""
+    """How to warm. `dumps` has where each job's dump goes, by its `id`; none where none is."""
 
     weights: Weights
     force: bool
-    dump: Path | None
-    several: bool
+    dumps: Mapping[int, Path]
 
 
 def _predicting(store: Store) -> Attempt:
@@ -220,12 +222,12 @@ def _warming(store: Store, observer: Observer, pool: WorkerPool | None, how: _Ho
     from vllmc.core.obtain import Policy
     from vllmc.core.pipeline import obtain_program
 
-    policy = Policy(force=how.force or how.dump is not None, texts=how.dump is not None)
+    policy = Policy(force=how.force or bool(how.dumps), texts=bool(how.dumps))
 
     def attempt(job: Job, head: Head) -> Row:
         ready = obtain_program(job, store, observer, policy=policy, weights=how.weights, pool=pool)
-        if how.dump is not None:
-            write_dump(how.dump / job.label if how.several else how.dump, ready)
+        if how.dumps:
+            write_dump(how.dumps[id(job)], ready)
         return ready_row(head, job, ready, store)
 
     return attempt

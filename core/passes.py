@@ -146,11 +146,20 @@ def default_passes(device: str) -> tuple[PassChoice, ...]:
 def chosen(added: Iterable[str], removed: Iterable[str], device: str) -> tuple[PassChoice, ...]:
     """The passes to run on `device`: its default ones without those `removed`, and those `added`.
 
-    `all` stands for every pass in both. Raises what `PassChoice.parse` raises.
+    `all` stands for every pass that is not named, in both, and what is added is not removed. Raises
+    what `PassChoice.parse` raises, and `UsageError` (`bad-range`) for a pass with two ranges.
     """
     added, removed = frozenset(added), frozenset(removed)
-    found = {c.name: c for c in default_passes(device) if removed.isdisjoint({c.name, ALL})}
+    found = {} if ALL in removed else {c.name: c for c in default_passes(device)}
     if ALL in added:
-        found |= {name: PassChoice(name) for name in PASSES}
-    found |= {choice.name: choice for choice in map(PassChoice.parse, added - {ALL})}
-    return tuple(sorted(found.values()))
+        found = {name: PassChoice(name) for name in PASSES}
+    found = {name: choice for name, choice in found.items() if name not in removed}
+    named: dict[str, PassChoice] = {}
+    for choice in sorted(map(PassChoice.parse, added - {ALL}), key=str):
+        if (other := named.setdefault(choice.name, choice)) != choice:
+            raise UsageError(
+                "bad-range",
+                f"the pass {choice.name} is to run as {other} and as {choice}",
+                hint="name it once, with a range that holds all the compile ranges it is for",
+            )
+    return tuple(sorted((found | named).values()))

@@ -27,7 +27,7 @@ class CompileRange:
             raise UsageError(
                 "bad-range",
                 f"'{text}' is not a range of token counts",
-                hint="write it as A:B, both inclusive, for example --compile-range 1:8192",
+                hint="write it as A:B, both inclusive, for example 1:8192",
             )
         start = int(match[1])
         end = start if match[2] is None else OPEN_END if match[2] == "inf" else int(match[2])
@@ -35,7 +35,7 @@ class CompileRange:
             raise UsageError(
                 "bad-range",
                 f"the range {text} starts below 1: a batch of zero tokens is never run",
-                hint=f"start it at 1: --compile-range 1:{max(end, 1)}",
+                hint=f"start it at 1: 1:{max(end, 1)}",
             )
         if end < start:
             raise UsageError(

@@ -109,3 +109,17 @@ def unit_ranges(spec: CompileSpec) -> tuple[CompileRange, ...]:
         else:
             found.add(given)
     return tuple(sorted(found, key=lambda r: (not r.is_size, r)))
+
+
+def check_passes(spec: CompileSpec) -> None:
+    """Raises `UsageError` (`bad-range`) for a pass limited to what no compile range lies within."""
+    ranges = unit_ranges(spec)
+    for choice in spec.chosen_passes:
+        if not any(map(choice.applies_to, ranges)):
+            raise UsageError(
+                "bad-range",
+                f"the pass {choice.name} would never run: no compile range lies within "
+                f"{choice.tokens}",
+                context={"ranges": list(map(str, ranges))},
+                hint="--compile-range or --compile-size asks for one that does",
+            )

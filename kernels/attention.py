@@ -367,12 +367,14 @@ def _define(overload: str, name_type: str) -> None:
         f"unified_kv_cache_update{overload}(Tensor key, Tensor value, {name_type} layer_name) "
         "-> Tensor"
     )
+    # A CUDA graph would go on reading what the forward context held when it was recorded.
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
     for schema, function, fake in (
         (attention, unified_attention_with_output, _fake_attention),
         (update, unified_kv_cache_update, _fake_update),
     ):
         name = schema.partition("(")[0]
-        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.define(schema, tags=tags)
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"vllmc::{name}", fake, lib=LIBRARY)
 

@@ -23,8 +23,11 @@ def scaled_mm(
 
     `a` is `[..., K]` and `weight` `[N, K]`, both of one of `quant.LARGEST`; the scales are `[1]`
     (float32), `bias` `[N]` in `out_dtype`, a floating type. The result is `[..., N]`, contiguous.
-    Products of int8 are summed as int32, those of fp8 as float32.
+    Products of int8 are summed as int32, those of fp8 as float32. Nothing is mutated.
+
+    Raises `VllmcError` (`bad-quant-dtype`).
     """
+    require_quant_dtype(a.dtype)
     rows = a.reshape(-1, a.shape[-1])
     if a.dtype is torch.int8 and a.shape[-1] > 1:
         product = int8_product(rows, weight.t()).to(torch.float32)

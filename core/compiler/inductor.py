@@ -18,6 +18,8 @@ from vllmc.core.cache.key import canonical_json, sha256_hex
 from vllmc.core.compiler.container import BUNDLE, NATIVE, pack
 from vllmc.core.compiler.elf import loadable_part
 from vllmc.core.compiler.protocol import (
+    AFTER_TEXT,
+    BEFORE_TEXT,
     CODE_TEXT,
     Compiled,
     Unit,
@@ -98,9 +100,9 @@ class _Passes:
         return at_post_grad(self)
 
     def __call__(self, graph: fx.Graph) -> None:
-        self._write("before.py", graph)
+        self._write(BEFORE_TEXT, graph)
         self.reports += run_passes(graph, self._choices)
-        self._write("after.py", graph)
+        self._write(AFTER_TEXT, graph)
 
     def _write(self, name: str, graph: fx.Graph) -> None:
         if self._wanted:

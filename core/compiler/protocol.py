@@ -19,8 +19,10 @@ from vllmc.core.spec import CompileRange, CompileSpec
 from vllmc.core.torch_compat.opaque import real_value
 from vllmc.core.torch_compat.shapes import ShapeScope, SymbolRange
 
+BEFORE_TEXT: Final = "before.py"
+AFTER_TEXT: Final = "after.py"
 CODE_TEXT: Final = "code.py"
-"""The text of `Compiled` that is the generated code."""
+"""The texts of `Compiled`: the graph before and after the passes, and the generated code."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

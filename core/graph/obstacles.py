@@ -20,6 +20,8 @@ _TAGS: Final = (
     torch.Tag.data_dependent_output,
     torch.Tag.dynamic_output_shape,
 )
+# Of the forward context it reads the slots, which `runtime.cuda_graphs` keeps at their place.
+_SAFE_HERE: Final = frozenset({"vllmc::unified_kv_cache_update"})
 # Methods that wait for the device, to have values on the host.
 _WAITING: Final = frozenset({"cpu", "item", "numpy", "tolist"})
 
@@ -36,7 +38,8 @@ def obstacle(cut: Cut, roles: Mapping[sympy.Symbol, SymbolRole]) -> str | None:
         return "its sizes depend on the values of tensors"
     given = frozenset().union(*(memory_of(node) for node in cut.inputs))
     for node in cut.nodes:
-        if any(tag in overload.tags for overload in overloads_of(node.target) for tag in _TAGS):
+        unsafe = any(tag in op.tags for op in overloads_of(node.target) for tag in _TAGS)
+        if unsafe and spelled(node) not in _SAFE_HERE:
             return f"{spelled(node)} may not be recorded"
         if node.op == "call_method" and node.target in _WAITING:
             return f"{spelled(node)} waits for the device"

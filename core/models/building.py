@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from vllmc.core.models.attention import (
     attach_layer_names,
     register_attention,
 )
-from vllmc.core.models.checkpoint import read_weights
+from vllmc.core.models.checkpoint import WEIGHT_SCALE, read_weights
 from vllmc.core.models.encoders import encoder_info
 from vllmc.core.models.errors import unsupported_model
 from vllmc.core.models.experts import EXPERTS_NAME, attach_expert_names, register_experts
@@ -240,34 +240,29 @@ def load_weights(
 
     Raises `VllmcError` (`bad-weights`).
     """
-    auto, options = _auto_class(name, config)
-    encodes = encoder_info(name, config) is not None
-    try:
-        with _MAKING, _no_progress_bar(), _heads_unreported() if encodes else nullcontext():
-            model, report = auto.from_pretrained(
-                source,
-                config=config,
-                dtype=getattr(torch, dtype),
-                revision=revision or "main",
-                output_loading_info=True,
-                **options,
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    model, report = _loaded(name, config, source, dtype, revision=revision or "main")
+    if getattr(model, "hf_quantizer", None) is not None:
         raise VllmcError(
             "bad-weights",
-            f"the weights of {name} cannot be loaded",
-            context={"cause": str(error).splitlines()[0]},
-            hint="check that all files of the model are there; --weights fake needs none",
-        ) from error
-    if encodes and (missing := sorted(report["missing_keys"])):
-        raise VllmcError(
-            "bad-weights",
-            f"the weights of {name} lack {len(missing)} of its tensors, {missing[0]} for one",
-            hint="an embedding by random weights says nothing: check the model's files, and that "
+            f"the weights of {name} stay quantised, and a program of plain ones does not fit them",
+            context={"method": config.quantization_config},
+            hint="docs/quantization.md says which checkpoints vllmc reads",
+        )
+    if encoder_info(name, config) is not None:
+        _require_all(
+            name,
+            report,
+            "an embedding by random weights says nothing: check the model's files, and that "
             "--layers does not ask for more layers than they hold",
         )
-    loaded: torch.nn.Module = model
-    return loaded
+    if strange := [key for key in report["unexpected_keys"] if key.endswith(WEIGHT_SCALE)]:
+        raise VllmcError(
+            "bad-weights",
+            f"the weights of {name} are quantised, and its config.json does not say how",
+            context={"scale": min(strange), "of": len(strange)},
+            hint="docs/quantization.md says what a quantization_config holds",
+        )
+    return model
 
 
 def load_dequantized(
@@ -277,14 +272,49 @@ def load_dequantized(
 
     Raises `VllmcError` (`bad-weights`).
     """
-    auto, options = _auto_class(name, config)
-    made = auto._model_mapping[type(config)]
-    to = getattr(torch, dtype)
-    with _MAKING, _no_progress_bar():
-        model: torch.nn.Module = made.from_pretrained(
-            None, config=config, state_dict=read_weights(directory, to), dtype=to, **options
-        )
+    weights = read_weights(directory, getattr(torch, dtype))
+    model, report = _loaded(name, config, None, dtype, state_dict=weights)
+    _require_all(name, report, "check that all files of the model are there")
     return model
+
+
+def _loaded(
+    name: str, config: PretrainedConfig, source: str | None, dtype: str, **more: Any
+) -> tuple[torch.nn.Module, Mapping[str, Any]]:
+    """The model, and what Transformers reports of loading it."""
+    auto, options = _auto_class(name, config)
+    # An auto class reads nothing without a source.
+    made = auto if source is not None else auto._model_mapping[type(config)]
+    encodes = encoder_info(name, config) is not None
+    try:
+        with _MAKING, _no_progress_bar(), _heads_unreported() if encodes else nullcontext():
+            model, report = made.from_pretrained(
+                source,
+                config=config,
+                dtype=getattr(torch, dtype),
+                output_loading_info=True,
+                **options,
+                **more,
+            )
+    # What Transformers lacks to read a quantisation of its own is an ImportError.
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise VllmcError(
+            "bad-weights",
+            f"the weights of {name} cannot be loaded",
+            context={"cause": str(error).splitlines()[0]},
+            hint="check that all files of the model are there; --weights fake needs none",
+        ) from error
+    return model, report
+
+
+def _require_all(name: str, report: Mapping[str, Any], hint: str) -> None:
+    """Refuses a model of which Transformers made up some weights."""
+    if missing := sorted(report["missing_keys"]):
+        raise VllmcError(
+            "bad-weights",
+            f"the weights of {name} lack {len(missing)} of its tensors, {missing[0]} for one",
+            hint=hint,
+        )
 
 
 @contextmanager

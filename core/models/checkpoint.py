@@ -9,6 +9,8 @@ activations are fixed `input_scale`; a quantised tensor q stands for `scale * q`
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -21,12 +23,16 @@ from vllmc.core.models.errors import unsupported_model
 from vllmc.core.models.model import OwnQuantization, Scales
 from vllmc.core.spec import Quantization
 
+WEIGHT_SCALE: Final = ".weight_scale"
+"""How the name of a weight's scale ends, where it is that of its linear before."""
+
 _INDEX: Final = "model.safetensors.index.json"
-_WEIGHT_SCALE: Final = ".weight_scale"
 _INPUT_SCALE: Final = ".input_scale"
-_SCALES: Final = (_WEIGHT_SCALE, _INPUT_SCALE)
+_SCALES: Final = (WEIGHT_SCALE, _INPUT_SCALE)
 # Some are of the keys and values in a cache, which is not quantised here.
 _NO_WEIGHTS: Final = (*_SCALES, ".k_scale", ".v_scale", ".kv_scale")
+
+_QUANTIZED: Final = (torch.float8_e4m3fn, torch.int8)
 
 _STATIC: Final[tuple[Quantization, ...]] = ("fp8-static", "fp8-dynamic")
 _DYNAMIC: Final[tuple[Quantization, ...]] = ("fp8-dynamic", "fp8-static")
@@ -34,10 +40,11 @@ _INT8: Final[tuple[Quantization, ...]] = ("int8-dynamic",)
 
 
 def read_quantization(name: str, fields: Mapping[str, Any]) -> OwnQuantization | None:
-    """What a configuration's `quantization_config` says; None for methods left to Transformers.
+    """What a configuration's `quantization_config` says; None where it says nothing.
 
-    `name` is for errors. Raises `VllmcError` (`unsupported-model`) where the weights are in fp8 or
-    int8 with other scales than one for each.
+    Also for weights that Transformers brings back to a floating dtype. `name` is for errors. Raises
+    `VllmcError` (`unsupported-model`) for other methods, and for fp8 and int8 with other scales
+    than one for each weight: a program of plain linears would not be that of such a model.
     """
     kept: tuple[str, ...]
     match fields.get("quant_method"):
@@ -54,11 +61,26 @@ def read_quantization(name: str, fields: Mapping[str, Any]) -> OwnQuantization |
         case "compressed-tensors":
             modes = _modes_of_groups(name, fields.get("config_groups"))
             kept = ("ignore",)
-        case _:
+        case None | "mxfp4":
             return None
+        case method:
+            raise _unsupported(name, f"its quant_method is {method}")
     return OwnQuantization(
-        modes=modes, kept=tuple(path for field in kept for path in fields.get(field) or ())
+        modes=modes, kept=tuple(path for field in kept for path in _names(name, fields, field))
     )
+
+
+def _names(name: str, fields: Mapping[str, Any], field: str) -> list[str]:
+    """The modules that a field names, by patterns too."""
+    names = fields.get(field) or []
+    if not isinstance(names, list) or not all(isinstance(path, str) for path in names):
+        raise _unsupported(name, f"{field} is no list of modules")
+    for path in names:
+        try:
+            re.compile(path.removeprefix("re:") if path.startswith("re:") else "")
+        except re.error as error:
+            raise _unsupported(name, f"{field} has '{path}', and {error}") from error
+    return names
 
 
 def _modes_of_groups(name: str, groups: Any) -> tuple[Quantization, ...]:
@@ -90,7 +112,7 @@ def read_scales(directory: Path) -> dict[str, Scales]:
     return {
         path: Scales(weight=scale, input=found.get(path + _INPUT_SCALE))
         for key, scale in found.items()
-        if (path := key.removesuffix(_WEIGHT_SCALE)) != key
+        if (path := key.removesuffix(WEIGHT_SCALE)) != key
     }
 
 
@@ -98,16 +120,19 @@ def read_weights(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]
     """The weights of the checkpoint in `directory`, with quantised ones brought to `dtype`.
 
     To quantise such a weight by its own scale gives the one that is stored, bit by bit: floating
-    types tell more numbers apart than fp8 and int8. Raises `VllmcError` (`bad-weights`).
+    types tell more numbers apart than fp8 and int8. Not below 6e-5 in float16, where a weight may
+    become its neighbour. Raises `VllmcError` (`bad-weights`).
     """
     scales = read_scales(directory)
     weights = {}
     for key, tensor in _tensors(directory, lambda key: not key.endswith(_NO_WEIGHTS)):
         path = key.removesuffix(".weight")
-        if tensor.dtype in (torch.float8_e4m3fn, torch.int8):
+        if tensor.dtype in _QUANTIZED:
             if path not in scales:
                 raise _bad_weights(key, f"it is in {tensor.dtype} and has no weight_scale")
             tensor = (tensor.to(torch.float32) * scales[path].weight).to(dtype)
+        elif tensor.is_floating_point() and tensor.itemsize == 1:
+            raise _bad_weights(key, f"it is in {tensor.dtype}")
         weights[key] = tensor
     return weights
 
@@ -133,7 +158,10 @@ def _number(key: str, scale: torch.Tensor) -> float:
         raise _bad_weights(
             key, f"there is one scale for each weight, and its shape is {[*scale.shape]}"
         )
-    return float(scale.to(torch.float32))
+    value = float(scale.to(torch.float32))
+    if not 0 < value < math.inf:
+        raise _bad_weights(key, f"a scale is a number above 0, and it is {value}")
+    return value
 
 
 def _unsupported(name: str, cause: str) -> VllmcError:

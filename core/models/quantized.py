@@ -69,15 +69,27 @@ class QuantizedLinear(torch.nn.Module):
         self.register_buffer("input_scale", input_scale)
         self.register_buffer("bias", bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., K]` to `[..., N]`, in the dtype of `x`."""
-        ops, dtype = torch.ops.vllmc, self.weight.dtype
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`[..., K]` to `[..., N]`, in the dtype of `input`."""
+        ops, dtype, x = torch.ops.vllmc, self.weight.dtype, input
+        if x.dtype is dtype:
+            _refuse_cast(dtype)
         if self.input_scale is None:
             q, scale = ops.dynamic_scaled_quant.default(x, dtype)
         else:
             scale = self.input_scale
             q = ops.static_scaled_quant.default(x, scale, dtype)
         return ops.scaled_mm.default(q, self.weight, scale, self.weight_scale, self.bias, x.dtype)
+
+
+# Dynamo runs such a function while it traces, so that the error arrives as it is.
+@torch.compiler.assume_constant_result
+def _refuse_cast(dtype: torch.dtype) -> None:
+    raise VllmcError(
+        "cannot-quantize",
+        f"the model brings what a linear is given to the linear's own dtype, which is now {dtype}",
+        hint="run it without --quantize",
+    )
 
 
 def quantize(
@@ -90,8 +102,8 @@ def quantize(
 ) -> None:
     """Exchanges the linears of `entry`, which `build_entry` made; its weights may be fake.
 
-    `own` are the scales of a checkpoint whose weights were quantised, by the linears' paths in the
-    model, `kept` the modules that it did not quantise (see `_is_kept`). Scales of activations are
+    `own` are the scales of a checkpoint whose weights were quantised, by the linears' paths in it,
+    `kept` the modules that it did not quantise (see `_is_kept`). Scales of activations are
     those that `calibrate` comes to, else the checkpoint's own, else 1. Raises `VllmcError`
     (`nothing-to-quantize`, `bad-weights`), and what `calibrate` raises.
     """
@@ -103,6 +115,7 @@ def quantize(
             f"{type(model).__name__} has no linear that --quantize could quantise",
             hint="docs/quantization.md says which linears are quantised",
         )
+    own = {**own, **{p: own[name] for p in paths for name in _names(model, p) if name in own}}
     _require_scales(paths, own)
     input_scales = {}
     if mode == "fp8-static":
@@ -144,10 +157,16 @@ def linears_to_quantize(model: torch.nn.Module, kept: Collection[str] = ()) -> l
             n % _MULTIPLE == 0
             and k % _MULTIPLE == 0
             and n not in outputs
-            and not _is_kept(path, kept)
+            and not any(_is_kept(name, kept) for name in _names(model, path))
         ):
             found.append(path)
     return found
+
+
+def _names(model: torch.nn.Module, path: str) -> tuple[str, ...]:
+    """What a checkpoint may call the module at `path`, which is one with or without a head."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return path, prefix + path, path.removeprefix(prefix)
 
 
 def _is_kept(path: str, kept: Collection[str]) -> bool:

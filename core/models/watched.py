@@ -21,9 +21,11 @@ def watching(
     """Within it, `see` is told what each of the modules at `paths` below `model` is called with."""
 
     def watch(path: str) -> Callable[..., None]:
-        return lambda _, args: see(path, args[0])
+        return lambda _, args, kwargs: see(path, *args, *kwargs.values())
 
-    hooks = [model.get_submodule(p).register_forward_pre_hook(watch(p)) for p in paths]
+    hooks = [
+        model.get_submodule(p).register_forward_pre_hook(watch(p), with_kwargs=True) for p in paths
+    ]
     try:
         yield
     finally:

@@ -38,6 +38,22 @@ def random_prompts(limits: Limits) -> tuple[tuple[int, ...], ...]:
     return tuple(map(tuple, ids.tolist()))
 
 
+def in_batches(prompts: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
+    """`prompts` in groups of at most 2048 tokens, one that is longer alone.
+
+    A cache for all of a long file of prompts would take more memory than the model.
+    """
+    batches: list[list[Sequence[int]]] = [[]]
+    tokens = 0
+    for prompt in prompts:
+        tokens += len(prompt)
+        if tokens > _MAX_TOKENS and batches[-1]:
+            batches.append([])
+            tokens = len(prompt)
+        batches[-1].append(prompt)
+    return batches
+
+
 def calibrate(
     entry: torch.nn.Module,
     paths: Collection[str],
@@ -72,10 +88,11 @@ def calibrate(
                 embedder.embed([prompt])
         else:
             params = SamplingParams(max_new_tokens=1)
+            # What does not fit its caches waits.
             engine = make_engine(
                 entry,
                 attention,
-                [prompts],
+                in_batches(prompts),
                 params,
                 limits,
                 max_tokens=_MAX_TOKENS,

@@ -10,6 +10,7 @@ rows, as the scale of a dynamic quantisation does.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ import torch
 from vllmc.core.graph.layout import Layout
 from vllmc.core.runtime.linked import Linked, Step, Unit
 from vllmc.core.runtime.loader import BoundPiece
+from vllmc.core.torch_compat.cuda_capture import end_capture
 from vllmc.kernels.forward_context import ForwardContext, forward_context, running_context
 
 DEFAULT_SIZES: Final = (*range(1, 9), *range(16, 65, 8))
@@ -53,18 +55,26 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs on `device`, which share one memory pool."""
+    """Records CUDA graphs on `device`, which share a memory pool.
+
+    Torch takes no more graphs into a pool that all graphs have left, or where a capture failed: the
+    next ones have another.
+    """
 
     def __init__(self, device: torch.device | str) -> None:
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._in_pool: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._failed: list[torch.cuda.CUDAGraph] = []
 
     def record(
         self, run: Callable[[], Sequence[Any]]
     ) -> tuple[Sequence[Any], Callable[[], object]]:
         """As `Recorder.record`, by a capture of the current device's work."""
         graph = torch.cuda.CUDAGraph()
+        if not self._in_pool:
+            self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
@@ -81,13 +91,23 @@ class CudaRecorder:
                     ):
                         results = run()
             except RuntimeError as error:
-                first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+                end_capture(torch.cuda.current_device(), self._pool)
+                self._in_pool.clear()
+                # Torch asks it, when it next pins memory, whether it still captures.
+                self._failed.append(graph)
+                # The end of the capture fails as well, and knows no cause.
+                cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+                first, *_ = str(cause).strip().splitlines() or [type(cause).__name__]
                 raise RecordingFailed(first) from error
-            current.wait_stream(self._stream)
+            finally:
+                current.wait_stream(self._stream)
+        self._in_pool.add(graph)
         return results, graph.replay
 
     def used_bytes(self) -> int:
         """As `Recorder.used_bytes`: what graphs take outside of torch's allocator is counted."""
+        # A capture gives back what is only cached, which would hide what the graph takes.
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self._device)
         return total - free
 
@@ -151,7 +171,8 @@ class CudaGraphs:
         self._forget_others()
         recorded = self._steps.get(size)
         if recorded is None:
-            recorded = self._steps[size] = _RecordedStep(self, linked)
+            # Not in a circle, which would hold weights and caches until it is collected.
+            recorded = self._steps[size] = _RecordedStep(weakref.proxy(self), linked)
             return partial(self._measured, recorded)
         self._replayed += 1
         return recorded
@@ -195,12 +216,13 @@ class CudaGraphs:
     def _forget_others(self) -> None:
         """Drops what was recorded with other caches or experts than those there are now."""
         now, then = running_context(), self._context
-        if (now is None) != (then is None) or (
-            now is not None
-            and then is not None
-            and (now.caches is not then.caches or now.experts is not then.experts)
-        ):
+        if now is None or then is None:
+            same = now is then
+        else:
+            same = _same(now.caches, then.caches) and _same(now.experts, then.experts)
+        if not same:
             self._steps.clear()
+            self._bytes = 0
             self._context = now
 
     def _measured(self, recorded: _RecordedStep, *arguments: torch.Tensor) -> Any:
@@ -208,6 +230,11 @@ class CudaGraphs:
         result = recorded(*arguments)
         self._bytes += max(0, self.recorder.used_bytes() - before)
         return result
+
+
+def _same(a: Mapping[str, object], b: Mapping[str, object]) -> bool:
+    """Whether both hold the very same objects."""
+    return a is b or (a.keys() == b.keys() and all(a[layer] is b[layer] for layer in a))
 
 
 class _RecordedStep:
@@ -273,7 +300,7 @@ class _RecordedUnit:
             return self._call(*given)
         try:
             places = [self._place(value) for value in given]
-            results, replay = self._graphs.recorder.record(lambda: self._unit.call(*places))
+            results, replay = self._graphs.recorder.record(partial(self._unit.call, *places))
         except RecordingFailed as error:
             self._graphs.failed(self._unit.piece, str(error))
             self._call = self._unit.call
@@ -296,10 +323,11 @@ class _RecordedUnit:
     def _place(self, value: object) -> object:
         if not isinstance(value, torch.Tensor) or id(value) in self._held:
             return value
-        place = value.clone()
-        if place.stride() != value.stride():
-            raise RecordingFailed("elements of what it is given share memory")
-        return place
+        place = value.new_empty_strided(value.shape, value.stride())
+        try:
+            return place.copy_(value)
+        except RuntimeError as error:
+            raise RecordingFailed("elements of what it is given share memory") from error
 
 
 def recorder_for(device: str) -> Recorder | None:

@@ -162,16 +162,20 @@ def check_prompts(
     *,
     vocab_size: int,
     max_position: int | None,
+    purpose: str = "",
 ) -> None:
     """Whether a model can continue each prompt (token ids) by `new_tokens` tokens.
+
+    `purpose` says in errors what they are for, where that is not plain.
 
     Raises `VllmcError`: `empty-prompt`, `bad-token-id`, `prompt-too-long`.
     """
     for number, prompt in enumerate(prompts):
+        called = f"prompt {number}{purpose}"
         if not prompt:
             raise VllmcError(
                 "empty-prompt",
-                f"prompt {number} holds no tokens",
+                f"{called} holds no tokens",
                 context={"prompt": number},
                 hint="give at least one token, such as the model's beginning-of-sequence token",
             )
@@ -179,7 +183,7 @@ def check_prompts(
         if strange is not None:
             raise VllmcError(
                 "bad-token-id",
-                f"prompt {number} holds the token id {strange}; the model's vocabulary has "
+                f"{called} holds the token id {strange}; the model's vocabulary has "
                 f"{vocab_size} tokens, from 0",
                 context={"prompt": number, "token_id": strange, "vocab_size": vocab_size},
                 hint="tokenize with this model's own tokenizer",
@@ -189,8 +193,7 @@ def check_prompts(
             longer = f", with {new_tokens} new ones {total}" if new_tokens else ""
             raise VllmcError(
                 "prompt-too-long",
-                f"prompt {number} has {len(prompt)} tokens{longer}; the model's maximum is "
-                f"{max_position}",
+                f"{called} has {len(prompt)} tokens{longer}; the model's maximum is {max_position}",
                 context={
                     "prompt": number,
                     "prompt_tokens": len(prompt),

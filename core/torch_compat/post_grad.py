@@ -16,6 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 class _Hook(CustomGraphPass):
@@ -82,3 +83,8 @@ def insert_call(
     with detect_fake_mode((values, given)):
         node.meta["val"] = op(*values, **kwargs)
     return node
+
+
+def never_empty(node: Any) -> bool:
+    """Whether the tensor `node` is known to have an element, whatever its sizes are."""
+    return statically_known_true(node.meta["val"].numel() > 0)

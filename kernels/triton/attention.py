@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vllmc.kernels.forward_context import DeviceTables, current_layer, current_whole_batch
-from vllmc.kernels.quant import LARGEST, SMALLEST_AMAX
+from vllmc.kernels.quant import LARGEST, SMALLEST_AMAX, empty_dense
 from vllmc.kernels.triton.attention_kernels import (
     LOG2E,
     attention_kernel,
@@ -67,7 +67,7 @@ def attend_step(
     else:
         metadata = current_whole_batch(layer_name)
         keys, values = key[0], value[0]
-    plain = output if output_block_scale is None else torch.empty_like(output, dtype=query.dtype)
+    plain = output if output_block_scale is None else empty_dense(output, query.dtype)
     launch(
         query[0],
         keys,
@@ -160,7 +160,7 @@ def launch(
         WINDOWED=window is not None,
         CAPPED=softcap is not None,
         ONE_EACH=one_each,
-        SPLITS=blocks.splits,
+        DIVIDED=blocks.splits > 1,
         ROWS=blocks.rows,
         M=blocks.m,
         N=blocks.n,
@@ -170,6 +170,7 @@ def launch(
         num_stages=blocks.stages,
     )
     if blocks.splits > 1:
+        width = power_of_two(value_size)
         combining_kernel[(tokens, heads)](
             parts,
             tops,
@@ -177,10 +178,12 @@ def launch(
             query,
             written,
             output_scale,
+            blocks.splits,
             *written.stride(),
             VALUE_SIZE=value_size,
-            SPLITS=blocks.splits,
-            D=power_of_two(value_size),
+            MOST=_SPLITS,
+            D=width,
+            num_warps=min(16, max(4, width // 32)),
         )
 
 

@@ -17,7 +17,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 _FARTHEST = tl.constexpr(80.0)
 
 
-@triton.jit(do_not_specialize=["sequences", "bits", "window", "table_stride"])
+@triton.jit(
+    do_not_specialize=["sequences", "bits", "window", "table_stride"],
+    # They lie behind each other in memory: see `forward_context.DeviceTables`.
+    do_not_specialize_on_alignment=["totals", "blocks"],
+)
 def attention_kernel(
     query: tl.tensor,
     keys: tl.tensor,
@@ -57,7 +61,7 @@ def attention_kernel(
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     ONE_EACH: tl.constexpr,
-    SPLITS: tl.constexpr,
+    DIVIDED: tl.constexpr,
     ROWS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -101,8 +105,8 @@ def attention_kernel(
         other=0.0,
     )
     low, high = _keys_seen(total, length, first, window, ROWS, CAUSAL, WINDOWED)
-    if SPLITS > 1:
-        each = tl.cdiv(tl.cdiv(high - low, N), SPLITS) * N
+    if DIVIDED:
+        each = tl.cdiv(tl.cdiv(high - low, N), tl.num_programs(2)) * N
         low += part * each
         high = tl.minimum(high, low + each)
     top = tl.full((M,), float("-inf"), dtype=tl.float32)
@@ -127,7 +131,8 @@ def attention_kernel(
         )
         scores = tl.dot(q, key, input_precision="ieee") * factor
         if CAPPED:
-            scores = cap * (1.0 - 2.0 / (1.0 + tl.exp(tl.minimum(scores, _FARTHEST))))
+            scores = tl.minimum(scores, _FARTHEST, propagate_nan=tl.PropagateNan.ALL)
+            scores = cap * (1.0 - 2.0 / (1.0 + tl.exp(scores)))
         ahead = at[None, :] - position[:, None]
         allowed = seen[None, :]
         if CAUSAL:
@@ -153,8 +158,8 @@ def attention_kernel(
         )
         top = higher
     mask = present[:, None] & (d < VALUE_SIZE)[None, :]
-    if SPLITS > 1:
-        place = (token * (tl.num_programs(1) * GROUP) + head) * SPLITS + part
+    if DIVIDED:
+        place = (token * (tl.num_programs(1) * GROUP) + head) * tl.num_programs(2) + part
         tl.store(tops + place, top, mask=present)
         tl.store(sums + place, weight, mask=present)
         tl.store(parts + place[:, None] * VALUE_SIZE + d[None, :], result, mask=mask)
@@ -188,7 +193,7 @@ def _keys_seen(
     return low, high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def combining_kernel(
     parts: tl.tensor,
     tops: tl.tensor,
@@ -196,26 +201,28 @@ def combining_kernel(
     query: tl.tensor,
     out: tl.tensor,
     output_scale: tl.tensor,
+    splits: tl.tensor,
     out_token: tl.tensor,
     out_head: tl.tensor,
     out_element: tl.tensor,
     VALUE_SIZE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MOST: tl.constexpr,
     D: tl.constexpr,
 ) -> None:
-    """Puts the parts of a token's head together: the program is (token, head).
+    """Puts the parts of a token's head, up to MOST, together: the program is (token, head).
 
     Of `query` only the dtype counts.
     """
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    place = (token * tl.num_programs(1) + head) * SPLITS + tl.arange(0, SPLITS)
-    d = tl.arange(0, D)
-    top = tl.load(tops + place)
+    part, d = tl.arange(0, MOST), tl.arange(0, D)
+    there = part < splits
+    place = (token * tl.num_programs(1) + head) * splits + part
+    top = tl.load(tops + place, mask=there, other=float("-inf"))
     fade = tl.exp2(top - tl.max(top, 0))
-    weight = tl.sum(tl.load(sums + place) * fade, 0)
+    weight = tl.sum(tl.load(sums + place, mask=there, other=0.0) * fade, 0)
     results = tl.load(
         parts + place[:, None] * VALUE_SIZE + d[None, :],
-        mask=(d < VALUE_SIZE)[None, :],
+        mask=there[:, None] & (d < VALUE_SIZE)[None, :],
         other=0.0,
     )
     result = tl.sum(results * fade[:, None], 0) / weight
@@ -261,12 +268,13 @@ def block_quant_kernel(
     """
     token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     plain += (token * tl.num_programs(1) + block) * WIDTH
-    most = tl.zeros((COLUMNS,), dtype=tl.float32)
+    # As integers the bits of positive floats have the floats' order, and a NaN is the largest.
+    most = tl.full((COLUMNS,), smallest, dtype=tl.float32).to(tl.int32, bitcast=True)
     for begin in range(0, WIDTH, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)
         values = tl.load(plain + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-        most = tl.maximum(most, tl.abs(values))
-    scale = tl.div_rn(tl.maximum(tl.max(most, 0), smallest), LARGEST)
+        most = tl.maximum(most, tl.abs(values).to(tl.int32, bitcast=True))
+    scale = tl.div_rn(tl.max(most, 0).to(tl.float32, bitcast=True), LARGEST)
     tl.store(scales + token * scale_token + block * scale_block, scale)
     for begin in range(0, WIDTH, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from vllmc.core.torch_compat.products import fp8_product, has_fp8_products
 from vllmc.kernels import matmul as plain
+from vllmc.kernels.quant import require_quant_dtype
 from vllmc.kernels.triton.blocks import as_rows, product_blocks
 
 
@@ -24,6 +25,7 @@ def scaled_mm(
     By torch's own products where these take the shapes, else by a kernel; fp8 is computed in
     float32 where the GPU has no fp8.
     """
+    require_quant_dtype(a.dtype)
     rows = as_rows(a)
     (count, depth), width = rows.shape, weight.shape[0]
     shape = (*a.shape[:-1], width)

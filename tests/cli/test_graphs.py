@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import pytest
 from vllmc.cli.graphs import GraphFlags, graphs_row, tell_of_graphs
 from vllmc.cli.output import Output, make_console
 from vllmc.cli.settings import load_settings
+from vllmc.core.cache.key import Factor
 from vllmc.core.errors import UsageError
 from vllmc.core.runtime.cuda_graphs import DEFAULT_SIZES, GraphReport
-from vllmc.core.spec import CompileSpec
 
 REPORT = GraphReport(
     sizes=(1, 8),
@@ -30,11 +31,11 @@ def sizes(
     device: str,
     *,
     environment: Mapping[str, str] | None = None,
-    inductor: tuple[tuple[str, Any], ...] = (),
+    factors: Sequence[Factor] = (),
     **flags: Any,
 ) -> tuple[int, ...]:
     settings = load_settings(environment=environment or {}, directory=tmp_path)
-    return GraphFlags(**flags).sizes(settings, CompileSpec(device=device, inductor=inductor))
+    return GraphFlags(**flags).sizes(settings, device, factors)
 
 
 def test_decode_sizes_are_recorded_on_a_gpu_and_nothing_on_a_cpu(tmp_path: Path) -> None:
@@ -58,12 +59,14 @@ def test_sizes_take_the_place_of_the_default(tmp_path: Path) -> None:
     assert sizes(tmp_path, "cpu") == ()
 
 
-def test_inductor_s_own_graphs_are_not_recorded_within_others(tmp_path: Path) -> None:
-    own = (("triton.cudagraphs", True),)
-    assert sizes(tmp_path, "cuda", inductor=own) == ()
-    assert sizes(tmp_path, "cuda", inductor=(("triton.cudagraphs", False),)) == DEFAULT_SIZES
-    with pytest.raises(UsageError, match="records its own"):
-        sizes(tmp_path, "cuda", inductor=own, cuda_graphs="piecewise")
+@pytest.mark.parametrize("origin", ["flag", "env:TORCHINDUCTOR_CUDAGRAPHS"])
+def test_inductor_s_own_graphs_are_not_recorded_within_others(tmp_path: Path, origin: str) -> None:
+    own = Factor(group="inductor", name="triton.cudagraphs", value=True, origin=origin)
+    assert sizes(tmp_path, "cuda", factors=[own]) == ()
+    assert sizes(tmp_path, "cuda", factors=[replace(own, value=False)]) == DEFAULT_SIZES
+    with pytest.raises(UsageError, match="records its own") as caught:
+        sizes(tmp_path, "cuda", factors=[own], cuda_graphs="piecewise")
+    assert caught.value.context["triton.cudagraphs"] == origin
 
 
 @pytest.mark.parametrize(

@@ -82,10 +82,25 @@ def test_each_pass_has_the_origin_of_what_decided_on_it(ask: Ask) -> None:
         toml='no-pass = ["no-ops", "norm-quant"]\n', VLLMC_PASS="norm-quant@1:8", no_pass=[]
     )
     assert request.added_passes == ("norm-quant@1:8",)
-    assert request.removed_passes == ("no-ops", "norm-quant")
+    assert request.removed_passes == ("no-ops",)
     assert request.origins["pass norm-quant"] == "env:VLLMC_PASS"
     assert request.origins["pass no-ops"] == "file:vllmc.toml:1"
     assert "pass activation-quant" not in request.origins
+
+
+def test_of_a_pass_that_two_places_name_the_stronger_decides(ask: Ask) -> None:
+    added = 'pass = ["norm-quant", "no-ops@1:8"]\n'
+    request = ask(toml=added, no_pass=["norm-quant"])
+    assert (request.added_passes, request.removed_passes) == (("no-ops@1:8",), ("norm-quant",))
+    assert request.origins["pass norm-quant"] == "flag"
+    assert request.origins["pass no-ops"] == "file:vllmc.toml:1"
+    assert ask(toml=added, VLLMC_NO_PASS="all").added_passes == ()
+    request = ask(toml='no-pass = ["all"]\n', add_pass=["norm-quant"])
+    assert (request.added_passes, request.removed_passes) == (("norm-quant",), ("all",))
+    request = ask(toml='no-pass = ["no-ops"]\n', add_pass=["all"])
+    assert (request.added_passes, request.removed_passes) == (("all",), ())
+    request = ask(no_pass=["no-ops"], add_pass=["all"])
+    assert (request.added_passes, request.removed_passes) == (("all",), ("no-ops",))
 
 
 def test_a_pass_is_left_out_of_all_ranges_or_none(ask: Ask) -> None:

@@ -35,6 +35,20 @@ def test_all_are_left_out_but_those_that_are_named() -> None:
     assert set(names(["all"], ["all"])) == set(PASSES)
 
 
+def test_a_name_says_more_than_all() -> None:
+    assert set(names(["all"], ["norm-quant"])) == set(PASSES) - {"norm-quant"}
+    assert names(["no-ops"], ["all", "no-ops"]) == ["no-ops"]
+    assert "norm-quant@1:8" in names(["all", "norm-quant@1:8"], [])
+
+
+def test_one_cannot_have_two_ranges() -> None:
+    assert names(["no-ops@1:8", "no-ops@1:8"], ["all"]) == ["no-ops@1:8"]
+    for given in (["no-ops@9:16", "no-ops@1:8"], ["no-ops@1:8", "no-ops"]):
+        with pytest.raises(UsageError, match="the pass no-ops is to run as no-ops") as error:
+            names(given, [])
+        assert error.value.code == "bad-range"
+
+
 def test_one_may_be_limited_to_compile_ranges() -> None:
     (limited,) = chosen(["norm-quant@2:64"], ["all"], "cpu")
     assert limited == PassChoice("norm-quant", CompileRange(2, 64))

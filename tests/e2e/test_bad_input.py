@@ -109,10 +109,13 @@ def test_a_module_that_does_not_exist_is_refused(eager: Run) -> None:
 
 RANGES = [
     (("--compile-range", "9:2"), "bad-range", "did you mean 2:9?"),
-    (("--compile-range", "0:5"), "bad-range", "--compile-range 1:5"),
+    (("--compile-range", "0:5"), "bad-range", "start it at 1: 1:5"),
     (("--compile-range", "1:5:9"), "bad-range", "A:B"),
     (("--compile-range", ""), "bad-range", "A:B"),
     (("--compile-range", "1:5", "--compile-range", "5:9"), "overlapping-ranges", "1:4"),
+    (("--pass", "no-ops@1:64"), "bad-range", "no compile range lies within 1:64"),
+    (("--pass", "no-ops@1:64", "--pass", "no-ops@65:8192"), "bad-range", "and as no-ops@65:8192"),
+    (("--pass", "no-ops@"), "bad-range", "for example 1:8192"),
     (("--compile-size", "0"), "bad-value", "at least 1"),
     (("--compile-size", "x"), "bad-value", "at least 1"),
     (("--layers", "0"), "bad-value", "at least 1"),

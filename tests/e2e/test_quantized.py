@@ -95,6 +95,8 @@ def test_the_lines_of_a_file_are_prompts_to_calibrate_on(
     assert done.error == "no-tokenizer"
     assert "--calibrate-ids" in done.err
     assert eager(*words, "--calibrate-file", "none.txt").error == "not-readable"
+    (workplace / "blank.txt").write_text("\n \n")
+    assert eager(*words, "--calibrate-file", "blank.txt").error == "empty-prompt"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,9 @@ def test_a_prompt_to_calibrate_on_is_looked_at_before_anything_is_compiled(
     eager: Run, plain: Path, cache: Path
 ) -> None:
     words = ("run", plain, "--quantize", "fp8-static")
-    assert eager(*words, "--calibrate-ids", "100000").error == "bad-token-id"
+    done = eager(*words, "--calibrate-ids", "100000")
+    assert done.error == "bad-token-id"
+    assert "prompt 0 to calibrate on" in done.err
     assert eager(*words, "--calibrate-ids", "one").error == "bad-value"
     assert not (cache / "blobs").exists()
 
@@ -185,6 +189,15 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, vocab_size=96,
         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2))
 
+def casting():
+    model = llama()
+    mlp = model.model.layers[0].mlp
+    class Mlp(type(mlp)):
+        def forward(self, x):
+            return super().forward(x.to(self.up_proj.weight.dtype))
+    mlp.__class__ = Mlp
+    return model
+
 made = llama()
 
 @support_torch_compile(dynamic_arg_dims={"x": 0})
@@ -207,7 +220,7 @@ def test_a_model_that_code_makes_is_quantised(eager: Run, workplace: Path) -> No
     assert again.json["recompiles"] == []
 
 
-@pytest.mark.parametrize("name", ["made", "Declared"])
+@pytest.mark.parametrize("name", ["made", "Declared", "casting"])
 def test_a_model_that_cannot_be_exchanged_is_refused(
     name: str, eager: Run, workplace: Path
 ) -> None:

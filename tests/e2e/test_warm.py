@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -443,3 +444,37 @@ def test_a_model_takes_few_files(warmed: Any) -> None:
     assert len(files) <= 3 * units + 3
     # What is known of this machine, and of the model.
     assert len([path for path in warmed.root.rglob("*") if path.is_file()]) <= 3 * units + 6
+
+
+def test_a_dump_of_several_models_stays_below_its_directory(
+    eager: Run, workplace: Path, llama_dir: Path
+) -> None:
+    for name in ("tiny", "other/tiny"):
+        (workplace / name).mkdir(parents=True)
+        shutil.copy(llama_dir / "config.json", workplace / name)
+    models = (f"../{workplace.name}/tiny", workplace / "tiny", workplace / "other" / "tiny")
+    done = eager("warm", *models, "--dump", "dump")
+    assert done.code == 0, done.err
+    found = {path.name for path in (workplace / "dump").iterdir()}
+    assert found == {f"{workplace.name}-tiny", "tiny", "tiny-2"}
+    assert [path.name for path in (workplace / "tiny").iterdir()] == ["config.json"]
+
+
+def test_a_dump_leaves_no_text_of_the_one_before(eager: Run, workplace: Path) -> None:
+    place = workplace / "dump" / "piece_0" / "1-8192"
+    place.mkdir(parents=True)
+    for name in ("before.py", "code.py", "mine.py"):
+        (place / name).write_text("old")
+    assert eager("warm", "--dump", "dump").code == 0
+    assert {path.name for path in place.iterdir()} == {"code.py", "mine.py"}
+    assert (place / "code.py").read_text() != "old"
+
+
+def test_a_dump_that_cannot_be_written_is_found_out_before_compiling(
+    eager: Run, workplace: Path, cache: Path
+) -> None:
+    (workplace / "taken").touch()
+    for place in ("taken", "taken/below"):
+        done = eager("warm", "--dump", place)
+        assert (done.code, done.error) == (1, "not-writable")
+    assert not (cache / "v1" / "units").exists()

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from graphed import NEW_TOKENS, PROMPTS
 # torch warns of things on a GPU that it does not on a CPU.
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
-EXECUTABLE = Path(sys.executable).parent / "vllmc"
+EXECUTABLE = Path(sysconfig.get_path("scripts")) / "vllmc"
 
 
 def vllmc(place: Path, *words: str | Path) -> dict[str, Any]:

@@ -107,10 +107,35 @@ def test_half_precision_generates_the_same_with_graphs(
 def test_a_call_that_waits_for_the_device_is_no_graph_and_the_next_one_is(cuda: str) -> None:
     recorder = CudaRecorder(cuda)
     x = torch.ones(4, device=cuda)
-    with pytest.raises(RecordingFailed):
-        recorder.record(lambda: (torch.full((2,), float(x.sum()), device=cuda),))
-    results, replay = recorder.record(lambda: (x * 2,))
-    x.fill_(3)
-    replay()
-    assert results[0].tolist() == [6, 6, 6, 6]
+    before = recorder.record(lambda: (x * 2,))
+    for _ in range(2):
+        with pytest.raises(RecordingFailed, match="not permitted when stream is capturing"):
+            recorder.record(lambda: (torch.full((2,), float(x.sum()), device=cuda),))
+    after = recorder.record(lambda: (x * 3,))
+    x.fill_(5)
+    for factor, (results, replay) in ((2, before), (3, after)):
+        replay()
+        assert results[0].tolist() == [5 * factor] * 4
     assert torch.cuda.current_stream(cuda) == torch.cuda.default_stream(cuda)
+
+
+def test_graphs_are_recorded_when_all_others_are_gone_but_for_their_results(cuda: str) -> None:
+    recorder = CudaRecorder(cuda)
+    x = torch.ones(4, device=cuda)
+    held, replay = recorder.record(lambda: (x * 2,))
+    replay()
+    del replay
+    results, replay = recorder.record(lambda: (x * 3,))
+    replay()
+    assert (held[0].tolist(), results[0].tolist()) == ([2.0] * 4, [3.0] * 4)
+
+
+def test_the_memory_of_a_graph_is_told_whatever_was_cached(cuda: str) -> None:
+    recorder = CudaRecorder(cuda)
+    size = 64 * 2**20
+    # Freed, and so cached.
+    torch.empty(4 * size, dtype=torch.uint8, device=cuda)
+    before = recorder.used_bytes()
+    kept = recorder.record(lambda: (torch.zeros(size, dtype=torch.uint8, device=cuda),))
+    assert recorder.used_bytes() - before >= size
+    assert kept[0][0].numel() == size

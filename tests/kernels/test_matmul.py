@@ -7,6 +7,7 @@ import torch
 from kernel_cases import EPS32, FLOATING, QUANTIZED, Draw, assert_near, draws
 
 import vllmc.kernels.matmul  # noqa: F401, defines the op
+from vllmc.core.errors import VllmcError
 
 SCALED_MM = torch.ops.vllmc.scaled_mm
 
@@ -37,6 +38,13 @@ def test_a_product_is_that_of_float64(device: torch.device, dtype: torch.dtype) 
         part = EPS32 if device.type == "cpu" else 2.0**-13
         slack = 4 * EPS32 * size + (0 if dtype is torch.int8 else depth * part * size)
         assert_near(got, scale * (a.double() @ weight.double().t()) + added, slack)
+
+
+def test_numbers_that_are_not_quantised_are_refused(device: torch.device) -> None:
+    x, scale = torch.ones(20, 32, device=device), torch.ones(1, device=device)
+    with pytest.raises(VllmcError, match=r"torch.float32 is no type to quantise to") as caught:
+        SCALED_MM(x, x, scale, scale, None, torch.float32)
+    assert caught.value.code == "bad-quant-dtype"
 
 
 def test_the_op_is_what_it_says(device: torch.device) -> None:

@@ -91,10 +91,13 @@ def _rewrite(attention: fx.Node, chain: _Chain) -> None:
     assert isinstance(dtype, torch.dtype)
     attention.update_kwarg("output_scale", scale)
     chain.output.update_kwarg("dtype", dtype)
-    for node in (chain.output, *chain.reshapes):
-        value = value_of(node)
-        assert isinstance(value, torch.Tensor)
-        node.meta["example_value"] = value.to(dtype)
+    value = value_of(chain.output)
+    assert isinstance(value, torch.Tensor)
+    chain.output.meta["example_value"] = value.to(dtype)
+    for node in chain.reshapes:
+        # Done again, so that what is a view of the output's memory still is.
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+        node.meta["example_value"] = getattr(torch.Tensor, str(node.target))(*args, **kwargs)
     last = (chain.output, *chain.reshapes)[-1]
     chain.quant.replace_all_uses_with(last)
     chain.quant.graph.erase_node(chain.quant)

@@ -14,9 +14,11 @@ import torch
 import torch.fx as fx
 
 from vllmc.core.graph.passes.quants import DYNAMIC, STATIC, quants_in, replace_quant
-from vllmc.core.torch_compat.post_grad import decomposed, insert_call
+from vllmc.core.torch_compat.post_grad import decomposed, insert_call, never_empty
+from vllmc.core.torch_compat.shapes import is_contiguous
 from vllmc.kernels.quant import dynamic_scaled_quant, static_scaled_quant
 
+_CLONE: Final = torch.ops.aten.clone.default
 _FUNCTIONS: Final[Mapping[Any, Callable[..., Any]]] = {
     STATIC: static_scaled_quant,
     DYNAMIC: dynamic_scaled_quant,
@@ -24,8 +26,11 @@ _FUNCTIONS: Final[Mapping[Any, Callable[..., Any]]] = {
 
 
 def expand_quants(graph: fx.Graph) -> tuple[int, None]:
-    """Expands each quantisation in a graph of ATen ops: how many there were, and no near miss."""
-    quants = quants_in(graph)
+    """Expands each quantisation in a graph of ATen ops: how many there were, and no near miss.
+
+    Not the search for the scale of what may be empty: the largest of no elements is no op's result.
+    """
+    quants = [q for q in quants_in(graph) if q.target is STATIC or never_empty(q.args[0])]
     for quant in quants:
         *tensors, dtype = quant.args
         replace_quant(quant, _inlined(graph, quant, tensors, dtype))
@@ -44,12 +49,19 @@ def _inlined(graph: fx.Graph, quant: fx.Node, tensors: list[Any], dtype: Any) ->
                 found[node] = insert_call(graph, node.target, args, node.kwargs)
     (results,) = expansion.output_node().args
     assert isinstance(results, (list, tuple))
-    return [found[node] for node in results]
+    # An op's results are contiguous; those of its expansion lie as what they are computed from.
+    dense = {"memory_format": torch.contiguous_format}
+    made = [found[node] for node in results]
+    with graph.inserting_before(quant):
+        return [
+            n if is_contiguous(n.meta["val"]) else insert_call(graph, _CLONE, [n], dense)
+            for n in made
+        ]
 
 
 @lru_cache(maxsize=32)
 def _expansion(op: Any, dtype: torch.dtype, given: torch.dtype, dims: int) -> fx.Graph:
-    # None of the ops depends on how many elements there are, but for their number not being zero.
+    # Neither op depends on how many elements there are, but for their number not being zero.
     tensors = [torch.ones((2,) * dims, dtype=given)]
     if op is STATIC:
         tensors.append(torch.ones(1))

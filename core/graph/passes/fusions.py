@@ -20,6 +20,7 @@ from vllmc.core.graph.passes.matching import Match, Pattern, closest, find_match
 from vllmc.core.graph.passes.quants import STATIC, quants_in, replace_quant
 from vllmc.core.graph.passes.report import NearMiss
 from vllmc.core.torch_compat.post_grad import decomposed, insert_call
+from vllmc.core.torch_compat.shapes import is_contiguous
 from vllmc.kernels import activation as _activation_ops  # noqa: F401  (define the ops)
 from vllmc.kernels import norm as _norm_ops  # noqa: F401
 
@@ -83,7 +84,8 @@ class Fusion:
         for way in self.ways:
             found = find_match(_pattern(way, root.meta["val"].dtype), root, quant)
             if isinstance(found, Match):
-                if (odd := _odd_input(way, found)) is None:
+                odd = _odd_input(way, found) or _odd_result(found, quant)
+                if odd is None:
                     return way, found
                 found = odd
             misses.append(found)
@@ -113,6 +115,34 @@ def _odd_input(way: Way, match: Match) -> NearMiss | None:
                 matched=len(match.nodes) + 1,
             )
     return None
+
+
+def _odd_result(match: Match, quant: fx.Node) -> NearMiss | None:
+    """A result beside the quantised one that the fused op cannot give as the graph has it."""
+    for node in match.results[1:]:
+        value = node.meta["val"]
+        if not is_contiguous(value):
+            expected, found = "a contiguous sum", f"strides of {list(value.stride())}"
+        elif node in _read_for([*match.inputs.values(), *quant.args[1:]]):
+            expected, found = "a weight and a scale from elsewhere", "one computed from the sum"
+        else:
+            continue
+        return NearMiss(
+            node=node.name, expected=expected, found=found, matched=len(match.nodes) + 1
+        )
+    return None
+
+
+def _read_for(values: Iterable[Any]) -> set[fx.Node]:
+    """The nodes among `values`, and all that these are computed from."""
+    found: set[fx.Node] = set()
+    waiting = [value for value in values if isinstance(value, fx.Node)]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
 
 
 def _form(dtype: torch.dtype, shape: Iterable[Any]) -> str:

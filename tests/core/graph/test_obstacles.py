@@ -71,3 +71,22 @@ def test_an_op_that_says_so_cannot_be_recorded(trace_toy: Any, ops: Any) -> None
         }
     finally:
         library._destroy()
+
+
+def test_attention_inside_a_piece_cannot_be_recorded_and_storing_keys_can(
+    trace_toy: Any, ops: Any
+) -> None:
+    """Where sequences lie is told by the forward context: another step's graph would not hear."""
+
+    def function(entry: Any, x: Any, positions: Any, rows: Any) -> Any:
+        heads = ops.cut(x)[:, :, None]
+        stored = torch.ops.vllmc.unified_kv_cache_update(heads, heads, "layer")
+        output = torch.empty_like(ops.cut(heads))
+        torch.ops.vllmc.unified_attention_with_output(
+            heads, heads, heads, output, "layer", 1.0, kv_cache_dummy_dep=stored
+        )
+        return output[0, rows]
+
+    assert causes(trace_toy, function) == {
+        "piece_4": "vllmc::unified_attention_with_output may not be recorded"
+    }

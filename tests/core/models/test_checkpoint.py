@@ -10,12 +10,12 @@ import pytest
 import safetensors.torch
 import torch
 from quantized_reference import QUANTIZATION_CONFIGS, linears, save_quantized
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from vllmc.core.errors import VllmcError
 from vllmc.core.job import resolve_spec
 from vllmc.core.models.built import build_model
-from vllmc.core.models.model import Model
+from vllmc.core.models.model import Model, Weights
 from vllmc.core.models.quantized import QuantizedLinear
 from vllmc.core.models.resolve import resolve
 from vllmc.core.spec import CompileSpec, Quantization
@@ -228,3 +228,104 @@ def test_warming_reads_no_weights(llama: PreTrainedModel, tmp_path: Path) -> Non
     model: Model = resolve(str(tmp_path))
     spec = resolve_spec(CompileSpec(quantize="fp8-static"), model)
     assert isinstance(build_model(model, spec).model.get_submodule(PATH), QuantizedLinear)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["weight_scale", "input_scale"])
+def test_a_scale_that_is_no_number_above_0_is_refused(
+    name: str,
+    scale: float,
+    llama: PreTrainedModel,
+    scales: dict[str, torch.Tensor],
+    tmp_path: Path,
+) -> None:
+    tensors = save_quantized(llama, tmp_path, "fp8 static", scales=scales)
+    tensors[f"{PATH}.{name}"] = torch.tensor(scale)
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VllmcError, match=f"{PATH}.{name}") as caught:
+        built(tmp_path, "fp8-static")
+    assert caught.value.code == "bad-weights"
+    assert str(scale) in str(caught.value.context["cause"])
+
+
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [
+        (PATH, None),
+        ("model.embed_tokens", None),
+        (PATH, torch.zeros(32, 16).to(torch.float8_e4m3fn)),
+        (PATH, torch.zeros(48, 32).to(torch.float8_e5m2)),
+    ],
+    ids=["no weight", "no embedding", "another size", "another type"],
+)
+def test_weights_that_would_be_made_up_are_refused(
+    name: str, weight: torch.Tensor | None, llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    tensors = save_quantized(llama, tmp_path, "fp8 static")
+    del tensors[f"{name}.weight"]
+    if weight is not None:
+        tensors[f"{name}.weight"] = weight
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VllmcError) as caught:
+        built(tmp_path, "fp8-dynamic")
+    assert caught.value.code == "bad-weights"
+
+
+@pytest.mark.parametrize("kept", ["lm_head", 5, [3], ["re:["]])
+def test_a_list_of_modules_that_is_none_is_refused(
+    kept: object, llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    save_quantized(llama, tmp_path, "compressed static")
+    change_config(tmp_path, _with("compressed static", "ignore", value=kept))
+    with pytest.raises(VllmcError, match="ignore") as caught:
+        _ = resolve(str(tmp_path)).info
+    assert caught.value.code == "unsupported-model"
+
+
+def test_weights_with_scales_that_the_configuration_does_not_speak_of_are_refused(
+    llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    save_quantized(llama, tmp_path, "fp8 static")
+    change_config(tmp_path, None)
+    with pytest.raises(VllmcError, match="does not say how") as caught:
+        resolve(str(tmp_path)).build("real", CompileSpec())
+    assert caught.value.code == "bad-weights"
+
+
+@pytest.mark.parametrize("weights", ["real", "fake"])
+def test_a_method_that_makes_another_model_of_it_is_refused(
+    weights: Weights, llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    # Without weights too: what is warmed would not be the program that runs.
+    save_quantized(llama, tmp_path, "fp8 static")
+    change_config(tmp_path, {"quant_method": "gptq", "bits": 4})
+    with pytest.raises(VllmcError, match="gptq") as caught:
+        resolve(str(tmp_path)).build(weights, CompileSpec())
+    assert caught.value.code == "unsupported-model"
+
+
+@pytest.mark.parametrize("saved", ["with a head", "without"])
+def test_a_checkpoint_of_a_model_with_or_without_its_head_is_read(
+    saved: str, tmp_path: Path
+) -> None:
+    # What is built has none of the first, and one of the second.
+    sizes = {"vocab_size": 32, "max_position_embeddings": 16, "hidden_size": 32}
+    more = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    if saved == "with a head":
+        config = AutoConfig.for_model("bert", **sizes, **more)
+        whole, path = AutoModelForMaskedLM.from_config(config), "encoder.layer.0.output.dense"
+        name, kept = f"bert.{path}", ["cls", "bert.encoder.layer.0.intermediate"]
+    else:
+        config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=2, n_positions=16)
+        whole, name = AutoModelForCausalLM.from_config(config).transformer, "h.0.mlp.c_fc"
+        path, kept = f"transformer.{name}", ["h.0.attn"]
+    left = [n for n in linears(whole) if any(n.startswith(k) for k in kept)]
+    tensors = save_quantized(whole, tmp_path, "compressed static", kept=left)
+    change_config(tmp_path, _with("compressed static", "ignore", value=kept))
+    made = built(tmp_path, "fp8-static")
+    assert torch.equal(
+        made.get_submodule(path).weight_scale, tensors[f"{name}.weight_scale"].view(1)
+    )
+    assert len([m for m in made.modules() if isinstance(m, QuantizedLinear)]) == len(
+        linears(whole)
+    ) - len(left)

@@ -206,6 +206,25 @@ def test_a_linear_held_in_two_places_stays_one() -> None:
     assert model.list[0] is model.first
 
 
+def test_a_linear_may_be_given_its_input_by_name() -> None:
+    class ByName(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(8, 16)
+            self.linear = torch.nn.Linear(16, 16)
+
+        def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            return self.linear(input=self.embed(ids))
+
+    torch.manual_seed(0)
+    entry = build_entry(ByName(), CompileSpec())
+    given = (*torch.arange(8).expand(2, 1, 8), torch.arange(8))
+    exact = entry(*given)
+    assert groups(entry) == [["linear"]]
+    quantize(entry, "int8-dynamic", own={})
+    assert (entry(*given) - exact).norm() < 0.02 * exact.norm()
+
+
 def test_fake_weights_become_fake_quantised_ones() -> None:
     with fake_weights():
         entry = entry_of("llama")

@@ -19,6 +19,7 @@ from vllmc.core.proof.numerics import (
     token_counts,
     widest,
 )
+from vllmc.kernels.forward_context import current_experts
 
 EQUAL = Difference(bitwise=True, max_abs=0.0)
 Call = Callable[[list[Any]], Sequence[Any]]
@@ -235,6 +236,14 @@ def test_a_piece_that_refuses_random_inputs_is_not_compared(piece: Piece) -> Non
 
     with pytest.raises(NotComparable, match=r"on random inputs: index out of bounds$"):
         difference((piece, run(piece)), (piece, refuse), 7)
+
+
+def test_a_piece_that_reads_a_layers_experts_or_cache_is_not_compared(piece: Piece) -> None:
+    def refuse(args: list[Any]) -> Sequence[Any]:
+        return [current_experts("a.layer")]
+
+    with pytest.raises(NotComparable, match="experts or KV cache, which are no inputs"):
+        difference((piece, refuse), (piece, run(piece)), 7)
 
 
 def test_results_of_other_shapes_are_not_compared(piece: Piece) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from vllmc.core.errors import VllmcError
 from vllmc.core.graph.layout import AttentionSite
 from vllmc.core.models.building import build_entry
 from vllmc.core.models.quantized import linears_to_quantize
-from vllmc.core.runtime.calibration import calibrate, random_prompts
+from vllmc.core.runtime.calibration import calibrate, in_batches, random_prompts
 from vllmc.core.runtime.workload import Limits
 from vllmc.core.spec import CompileSpec
 
@@ -28,10 +29,10 @@ ATTENTION = [
 ]
 
 
-def largest(model: torch.nn.Module) -> dict[str, float]:
+def largest(model: torch.nn.Module, prompts: Sequence[Sequence[int]] = PROMPTS) -> dict[str, float]:
     entry = build_entry(model, CompileSpec())
     paths = linears_to_quantize(model)
-    return calibrate(entry, paths, PROMPTS, attention=ATTENTION, limits=LIMITS, encoder=None)
+    return calibrate(entry, paths, prompts, attention=ATTENTION, limits=LIMITS, encoder=None)
 
 
 def test_it_sees_the_largest_element_that_each_linear_is_given_by_any_prompt() -> None:
@@ -39,6 +40,27 @@ def test_it_sees_the_largest_element_that_each_linear_is_given_by_any_prompt() -
         path: float(s) * 448 for path, s in input_scales(make_model("llama"), PROMPTS).items()
     }
     assert largest(make_model("llama")) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_caches_hold_some_of_the_prompts_at_a_time() -> None:
+    prompts = [range(n) for n in (1500, 500, 48, 1, 5000, 2048, 1)]
+    batches = in_batches(prompts)
+    assert [[len(p) for p in batch] for batch in batches] == [
+        [1500, 500, 48],
+        [1],
+        [5000],
+        [2048],
+        [1],
+    ]
+
+
+def test_what_waits_for_room_in_the_caches_is_seen_too() -> None:
+    # 24 times 100 tokens: the last are not among the first 2048.
+    prompts = [[1] * 100] * 23 + [[*range(3, 103)]]
+    expected = input_scales(make_model("llama"), [prompts[0], prompts[-1]])
+    assert len(in_batches(prompts)) == 2
+    found = largest(make_model("llama"), prompts)
+    assert found == pytest.approx({p: float(s) * 448 for p, s in expected.items()}, rel=1e-5)
 
 
 def test_a_model_that_overflows_is_refused() -> None:

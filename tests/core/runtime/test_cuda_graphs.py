@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ from vllmc.core.runtime.program import Program, Variant, link
 from vllmc.core.runtime.sampler import SamplingParams
 from vllmc.core.runtime.workload import run_workload
 from vllmc.core.spec import CompileRange
+from vllmc.kernels.forward_context import AttentionMetadata, ForwardContext, forward_context
+from vllmc.kernels.kv_cache import LayerCache
 
 ARGUMENTS = (
     Argument(path="x", dtype="float32", shape=(1, "tokens", 2)),
@@ -255,6 +259,41 @@ def test_inputs_whose_elements_share_memory_are_not_recorded() -> None:
     assert report_of(made).failed == {"piece_2": "elements of what it is given share memory"}
 
 
+def test_inputs_with_gaps_between_their_elements_are_recorded() -> None:
+    def sliced(args: list[Any]) -> tuple[Any, ...]:
+        return (args[0].repeat(1, 1, 2)[:, :, :2],)
+
+    obstacles = (Obstacle(piece=0, cause="it waits"),)
+    steps = (
+        UnitStep(piece=0, args=("p0",), results=("v2",)),
+        UnitStep(piece=1, args=("v2", "p1"), results=("v3",)),
+    )
+    made = program(recorder := Replayed(), sliced, chosen, obstacles=obstacles, steps=steps)
+    for _ in range(PLAIN_STEPS + 2):
+        x, rows = torch.randn(1, 2, 2), torch.arange(2)
+        torch.testing.assert_close(made(x, rows), x[0])
+    assert (report_of(made).failed, recorder.recorded) == ({}, 1)
+
+
+def test_a_program_that_is_dropped_holds_no_memory() -> None:
+    """Nor until the garbage is collected, which the memory of a GPU does not call for."""
+    places: list[weakref.ref[torch.Tensor]] = []
+
+    def noted(args: list[Any]) -> tuple[Any, ...]:
+        places.append(weakref.ref(args[0]))
+        return (args[0] * 2,)
+
+    made = program(Replayed(), noted, chosen)
+    call_often(made, 2)
+    gc.disable()
+    try:
+        assert places[-1]() is not None
+        del made
+        assert places[-1]() is None
+    finally:
+        gc.enable()
+
+
 def test_there_is_nothing_to_record_with_on_a_cpu() -> None:
     assert recorder_for("cpu") is None
 
@@ -309,6 +348,20 @@ def test_graphs_are_made_anew_for_the_caches_of_another_engine(
         found = run_workload(made, prompts, params, limits_of(job)).outputs
         plain, _ = generated(job, ready, prompts=prompts)
         assert [output.token_ids for output in found] == plain
+
+
+def test_a_context_that_holds_the_same_caches_is_no_other() -> None:
+    """One that is made for each step, with the same caches; with others, all is recorded anew."""
+    made = program(recorder := Replayed())
+    one, other = (LayerCache(torch.zeros(16, 1, 2), torch.zeros(16, 1, 2)) for _ in range(2))
+    metadata = AttentionMetadata(slots=torch.arange(2), sequences=())
+    for cache, recorded in ((one, 3), (other, 6)):
+        for _ in range(PLAIN_STEPS + 3):
+            with forward_context(ForwardContext(metadata=metadata, caches={"layer": cache})):
+                call_often(made, 2, times=1)
+        assert recorder.recorded == recorded
+        # Of those there are: what was dropped takes nothing.
+        assert report_of(made).bytes == 3000
 
 
 def test_what_is_compared_here_is_what_transformers_generates(

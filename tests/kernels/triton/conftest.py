@@ -67,6 +67,22 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         ]
         return _dot(self, *operands, *rest)
 
+    def _smaller(
+        self: interpreter.InterpreterBuilder,
+        left: interpreter.TensorHandle,
+        right: interpreter.TensorHandle,
+    ) -> interpreter.TensorHandle:
+        """Of a number and NaN the number, as on a GPU; the interpreter would take the NaN."""
+        return self.binary_op(left, right, numpy.fmin)
+
+    def _larger(
+        self: interpreter.InterpreterBuilder,
+        left: interpreter.TensorHandle,
+        right: interpreter.TensorHandle,
+    ) -> interpreter.TensorHandle:
+        """As `_smaller`."""
+        return self.binary_op(left, right, numpy.fmax)
+
     _patch_lang = interpreter._patch_lang
     _patched: set[tuple[int, ...]] = set()
 
@@ -85,6 +101,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter._convert_float = _convert_float
     interpreter._patch_lang = _patch_once
     interpreter.InterpreterBuilder.create_dot = _create_dot
+    interpreter.InterpreterBuilder.create_minnumf = _smaller
+    interpreter.InterpreterBuilder.create_maxnumf = _larger
 
     @pytest.fixture(autouse=True)
     def _overflows_are_no_warnings() -> Iterator[None]:

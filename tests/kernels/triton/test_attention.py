@@ -9,8 +9,9 @@ import random
 import pytest
 import torch
 from attending import Batch, Case, WholeBatch
+from kernel_cases import steps_apart
 
-from vllmc.kernels.forward_context import DeviceTables, whole_sequences
+from vllmc.kernels.forward_context import DeviceTables, forward_context, whole_sequences
 from vllmc.kernels.quant import quantized_blocks, static_scaled_quant
 from vllmc.kernels.triton import attention
 from vllmc.kernels.triton.attention import AttentionBlocks, attention_blocks
@@ -143,6 +144,40 @@ def test_blocks_of_a_token_are_quantised_by_their_largest_element(seed: int) -> 
     blocks, expected = quantized_blocks(plain.view(tokens, count, -1), dtype)
     assert torch.equal(scales, expected)
     assert torch.equal(out.float(), blocks.view(plain.shape).float())
+
+
+def test_a_nan_in_a_block_shows_in_its_scale() -> None:
+    plain = torch.ones(2, 2, 4)
+    plain[1, 0, 2] = math.nan
+    out, scales = torch.zeros(2, 2, 4, dtype=torch.int8), torch.zeros(2, 2)
+    attention.quantize_blocks(plain, out=out, scales=scales)
+    assert scales.isnan().tolist() == [[False, False], [True, False]]
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_a_query_that_is_no_number_gives_none(softcap: float | None) -> None:
+    batch = Batch(Case(softcap=softcap), seed=0)
+    expected = batch.run()
+    batch.query[0, 3], expected[0, 3] = math.nan, math.nan
+    blocks = AttentionBlocks(m=16, n=16, rows=8, splits=1, warps=4, stages=1)
+    tables = batch.metadata.tables(CPU)
+    found = attended(batch, batch.cache.key, batch.cache.value, tables, blocks)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED)
+def test_a_transposed_output_is_quantised_block_by_block(dtype: torch.dtype) -> None:
+    batch = Batch(Case(), seed=0)
+    blocks, expected = quantized_blocks(batch.run().view(1, 16, 4, -1), dtype)
+    output = poisoned((1, 4, 16, 8), dtype).transpose(1, 2)
+    scales = poisoned((1, 16, 4), torch.float32)
+    with forward_context(batch.context):
+        attention.attend_step(
+            batch.query, batch.key, batch.value, output, "layer", batch.scale, None, None, None,
+            True, None, scales, stored=False,
+        )  # fmt: skip
+    torch.testing.assert_close(scales, expected)
+    assert steps_apart(output, blocks.view(output.shape)) <= 1
 
 
 @pytest.mark.parametrize("seed", range(20))

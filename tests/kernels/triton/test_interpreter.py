@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import triton
@@ -29,3 +31,18 @@ def test_what_is_masked_is_not_written() -> None:
     got = torch.full((16,), 77.0)
     _cast[(1,)](torch.zeros(16), got, 3, BLOCK=16)
     assert got.tolist() == [0.0] * 3 + [77.0] * 13
+
+
+@triton.jit
+def _bound(source: tl.tensor, low: tl.tensor, high: tl.tensor, BLOCK: tl.constexpr) -> None:
+    at = tl.arange(0, BLOCK)
+    values = tl.load(source + at)
+    tl.store(low + at, tl.minimum(values, 1.0))
+    tl.store(high + at, tl.maximum(values, 1.0))
+
+
+def test_of_a_number_and_nan_the_number_is_smaller_and_larger() -> None:
+    low, high = torch.zeros(2, 2)
+    _bound[(1,)](torch.tensor([math.nan, 3.0]), low, high, BLOCK=2)
+    assert low.tolist() == [1.0, 1.0]
+    assert high.tolist() == [1.0, 3.0]

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.fx as fx
 
+from vllmc.core.graph.aliases import memory_of
 from vllmc.core.graph.passes.attention import quantize_attention
 from vllmc.core.graph.passes.report import NearMiss
 from vllmc.core.torch_compat.fake import fake_weights
@@ -84,6 +85,13 @@ def test_attention_quantises_what_is_only_quantised(hoisted: bool) -> None:
     assert result.meta["example_value"].shape == (1, T, HEADS * SIZE)
     # Nothing is left to do.
     assert quantize_attention(captured.graph) == (0, None)
+
+
+def test_a_view_of_the_output_stays_one() -> None:
+    captured = Captured(lambda c: c.quantized(c.rows()))
+    assert quantize_attention(captured.graph) == (1, None)
+    (result,) = captured.graph.output_node().args[0]
+    assert memory_of(result) == memory_of(captured.output)
 
 
 def test_a_gate_between_them_is_where_it_fails() -> None:

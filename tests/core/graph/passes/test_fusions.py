@@ -226,6 +226,43 @@ def test_a_residual_that_is_broadcast_is_added_by_itself() -> None:
     assert traced.same_results()
 
 
+@pytest.mark.parametrize("what", ["scale", "weight"])
+def test_what_the_fused_op_takes_is_not_computed_from_what_it_gives(what: str) -> None:
+    norm = calling(LlamaRMSNorm)
+
+    def block(
+        x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor, s: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        total = residual + x
+        if what == "scale":
+            s = total.abs().amax().view(1) / 448
+        else:
+            w = total[0].mean(0)
+        return (*quant(norm(total, w), s, "static", FP8), total)
+
+    traced = trace(block, *hidden(FP32, 2), weight(FP32), SCALE)
+    assert NORM_QUANT.run(traced.graph) == (1, None)
+    assert traced.calls() == ["rms_norm_static_quant.default"]
+    traced.graph.lint()
+    assert traced.same_results()
+
+
+def test_a_sum_that_lies_otherwise_in_memory_stays() -> None:
+    norm = calling(LlamaRMSNorm)
+
+    def block(
+        x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor, s: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        total = residual.mT + x.mT
+        return (*quant(norm(total, w), s, "static", FP8), torch.as_strided(total, (4,), (2,)))
+
+    across = [x.mT.contiguous() for x in hidden(FP32, 2)]
+    traced = trace(block, *across, weight(FP32), SCALE)
+    assert NORM_QUANT.run(traced.graph) == (1, None)
+    assert traced.calls() == ["rms_norm_static_quant.default"]
+    assert traced.same_results()
+
+
 def test_patterns_are_traced_once_however_many_layers_there_are() -> None:
     from vllmc.core.graph.passes import fusions
 
