@@ -218,7 +218,9 @@ def write_plain(path: Path, data: bytes, *, temporary: Path) -> None:
             _publish(draft, path)
         finally:
             draft.unlink(missing_ok=True)
-        _sync_directory(path.parent)
+        # Whoever removed it by now, with what was in it, need not wait for it.
+        with suppress(FileNotFoundError):
+            _sync_directory(path.parent)
 
 
 def _publish(draft: Path, path: Path) -> None:

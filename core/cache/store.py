@@ -300,14 +300,11 @@ class Store:
 
         Raises `Untrusted`, too, for what would not be used.
         """
-        record = self._load(found, used_from=layout)
-        if record is not None:
-            body, signature = split(read_plain(found.path))
-            if signature is not None and not signature.is_of(body):
-                raise CorruptRecordError(found.path, "its signature is not of what it says")
-        return record
+        return self._load(found, used_from=layout, to_verify=True)
 
-    def _load(self, found: Found, *, used_from: Layout | None) -> UnitRecord | ProgramRecord | None:
+    def _load(
+        self, found: Found, *, used_from: Layout | None, to_verify: bool = False
+    ) -> UnitRecord | ProgramRecord | None:
         if found.section not in ("units", "programs") or found.path in self._passed_over:
             return None
         try:
@@ -315,6 +312,9 @@ class Store:
             if used_from is not None:
                 # Before anything else is made of it.
                 self.trust.check(found.path, data, status, used_from.root)
+            body, signature = split(data)
+            if to_verify and signature is not None and not signature.is_of(body):
+                raise CorruptRecord("its signature is not of what it says")
             record = decode(data)
         except FileNotFoundError:
             return None

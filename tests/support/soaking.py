@@ -1,4 +1,4 @@
-"""Many processes that publish, read, verify and repair one cache at once, some of them killed.
+"""Many processes that publish, read, verify, repair and prune one cache, some of them killed.
 
 Each process publishes programs out of a fixed set, whose units they share, as `warm` does: under
 the program's lease and each unit's. What it reads back must be what belongs there, byte by byte.
@@ -14,12 +14,16 @@ import select
 import shutil
 import signal
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
 from vllmc.core.cache.key import Factor, key_of, sha256_hex
+from vllmc.core.cache.prune import execute, plan_prune
 from vllmc.core.cache.record import ProgramRecord, ProgramUnit, UnitRecord
-from vllmc.core.cache.store import Store
+from vllmc.core.cache.retention import Criteria
+from vllmc.core.cache.store import MissingArtifact, Store
+from vllmc.core.cache.usage import Counts, Hold
 from vllmc.core.errors import VllmcError
 
 PROGRAMS = 40
@@ -77,6 +81,7 @@ class Soaker:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._waits = 0
+        self._hold: Hold | None = None
 
     def warm(self, index: int) -> str:
         """Publishes a program that is not there: `hit`, `compiled`."""
@@ -93,8 +98,11 @@ class Soaker:
                         time.sleep(0.002)  # compiles
                         self._store.put_artifact(artifact(place))
                         self._store.put_unit(wanted)
+            # As the pipeline does.
+            self._hold = self._store.note_use(record.key, Counts(misses=len(places)))
+            for place in places:
+                self._store.retain(unit(place).artifact, artifact(place))
             self._store.put_program(record)
-            self._store.touch(record.key)
         return "compiled"
 
     def read(self, index: int) -> str:
@@ -109,7 +117,11 @@ class Soaker:
             wanted = unit(place)
             if self._store.unit(wanted.key) not in (None, wanted):
                 return "WRONG unit"
-            if self._store.read_artifact(wanted.artifact) != artifact(place):
+            try:
+                data = self._store.read_artifact(wanted.artifact)
+            except MissingArtifact:
+                return "miss, pruned meanwhile"
+            if data != artifact(place):
                 return "WRONG artifact"
         return "hit"
 
@@ -119,15 +131,25 @@ class Soaker:
         self._store.plan_repair(problems).execute()
         return f"UNSOUND {problems}" if problems else "sound"
 
+    def prune(self, index: int) -> str:
+        """Leaves no more than `index` programs, but for those that are held: `pruned`."""
+        done = execute(plan_prune(self._store, Criteria(max_count=index)))
+        return "pruned" if done.removed else "nothing to prune"
+
     def _on_wait(self, who: str) -> None:
         self._waits += 1
 
     def run(self, tell: int, seed: int) -> None:
         """Does one thing after the other, for ever."""
         choice = random.Random(seed)
-        things = {"warm": self.warm, "read": self.read, "verify": self.verify}
+        things = {
+            "warm": self.warm,
+            "read": self.read,
+            "verify": self.verify,
+            "prune": self.prune,
+        }
         while True:
-            [name] = choice.choices(list(things), weights=[6, 12, 1])
+            [name] = choice.choices(list(things), weights=[12, 24, 2, 1])
             self._waits = 0
             try:
                 came = things[name](choice.randrange(PROGRAMS))
@@ -195,6 +217,7 @@ def _start(store: Store, tell: int, seed: int) -> int:
         try:
             Soaker(store).run(tell, seed)
         finally:
+            traceback.print_exc()
             os._exit(1)
     return pid
 

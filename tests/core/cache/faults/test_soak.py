@@ -12,7 +12,14 @@ def test_processes_that_use_one_cache_at_once(tmp_path, counted, processes, seco
     soaked = soaking.soak(tmp_path / "cache", processes, seconds)
     assert soaked.bad() == {}
     assert soaked.problems == ()
-    for what in ("warm: compiled", "read: hit", "read: miss", "verify: sound", "killed"):
+    for what in (
+        "warm: compiled",
+        "read: hit",
+        "read: miss",
+        "verify: sound",
+        "prune: pruned",
+        "killed",
+    ):
         assert soaked.counts[what] > 0
     for what, count in sorted(soaked.counts.items()):
         counted(f"{processes} processes, {seconds} s: {what}", count)
