@@ -197,13 +197,13 @@ def _follow(states: Sequence[State]) -> None:
 
 
 # Examples take a second or two: a part of what others take.
-@settings(max_examples=settings.default.max_examples // 4)
+@settings(max_examples=settings.default.max_examples // 8)
 @given(_states(_TOY_CHANGE))
 def test_a_prediction_holds_whatever_changes_in_a_package_of_python(states: list[State]) -> None:
     _follow(states)
 
 
-@settings(max_examples=settings.default.max_examples // 10)
+@settings(max_examples=settings.default.max_examples // 25)
 @given(_states(_LLAMA_CHANGE, llama=()))
 def test_a_prediction_holds_whatever_changes_in_a_configuration(states: list[State]) -> None:
     _follow(states)

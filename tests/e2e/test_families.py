@@ -69,7 +69,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", params=families.FAMILIES, ids=lambda family: family.name)
+# One family of each kind by default; the others differ from it in what takes a line or two.
+EACH_FAMILY = tuple(
+    pytest.param(family, id=family.name, marks=() if family.core else pytest.mark.thorough)
+    for family in families.FAMILIES
+)
+
+
+@pytest.fixture(scope="module", params=EACH_FAMILY)
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     place = tmp_path_factory.mktemp(request.param.name)
     model = families.make_model(request.param)
@@ -233,13 +240,7 @@ def test_what_cannot_be_captured_is_refused_with_module_and_line(
 TRACED_WHOLE = {"jetmoe", "gemma3n_text", "gemma4_text", "smollm3"}
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family, id=family.name, marks=() if family.core else pytest.mark.thorough)
-        for family in families.FAMILIES
-    ],
-)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_tracing_equal_layers_once_gives_the_graph_of_tracing_all(
     family: Any, tmp_path: Path
 ) -> None:
