@@ -81,6 +81,8 @@ def build_app(*, rich_help: bool = False) -> TyperGroup:
         "export": "vllmc.cli.bundles:export",
         "import": "vllmc.cli.bundles:import_",
         "check-bundle": "vllmc.cli.bundles:check_bundle",
+        "push": "vllmc.cli.remotes:push",
+        "pull": "vllmc.cli.remotes:pull",
         "path": "vllmc.cli.cache:path",
     }
     trust = {

@@ -63,6 +63,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="trust-unsigned", kind="truth", in_file=False),
     Option(name="trust-dir", in_file=False),
     Option(name="sign-key", in_file=False),
+    Option(name="remote"),
     Option(name="device"),
     Option(name="dtype"),
     Option(name="compile-range", repeatable=True),

@@ -14,6 +14,7 @@ from vllmc.cli.job import make
 from vllmc.cli.options import (
     CommonFlags,
     CompileFlags,
+    RemoteFlags,
     WorkerFlags,
     command,
     compile_request,
@@ -27,6 +28,7 @@ from vllmc.core.errors import CheckFailed, UnsafeCacheError, UsageError, VllmcEr
 from vllmc.core.models.presets import DEFAULT_PRESET
 
 if TYPE_CHECKING:
+    from vllmc.core.cache.remote import Remote
     from vllmc.core.job import Job
     from vllmc.core.obtain import Policy
     from vllmc.core.pipeline import Ready
@@ -49,6 +51,7 @@ PREDICTED_CODES = {
 def warm(
     compilation: CompileFlags,
     workers: WorkerFlags,
+    remotes: RemoteFlags,
     common: CommonFlags,
     models: Annotated[
         list[str] | None,
@@ -123,6 +126,9 @@ def warm(
     closest match failed of a pass that found none although its ops are there (graph, node,
     expected, found). -v shows it.
 
+    With --remote, a program that the cache lacks is pulled from there, where it is and is trusted;
+    what hinders that is one warning, and it is compiled. --check looks into the cache alone.
+
     --dump DIR holds for each unit a directory PIECE/RANGE with before.py and after.py, the graph
     as Inductor would lower it before and after the passes, and code.py, what it generated. Of the
     eager backend, code.py only.
@@ -149,7 +155,10 @@ def warm(
             from vllmc.core.obtain import Policy
 
             policy = Policy(force=force or dump is not None, texts=dump is not None)
-            rows, code = _obtain(todo, store, output, pool, policy, weights=kind, dump=dump)
+            remote = remotes.find(settings)
+            rows, code = _obtain(
+                todo, store, output, pool, policy, weights=kind, dump=dump, remote=remote
+            )
     if (path := _summary_file(settings, summary)) is not None:
         write_summary(path, rows)
     output.data(
@@ -188,6 +197,7 @@ def _obtain(
     *,
     weights: Weights,
     dump: Path | None,
+    remote: Remote | None,
 ) -> tuple[list[Row], int]:
     """The rows, and the exit code: of several models one that fails does not stop the others."""
     from vllmc.core.pipeline import obtain_program
@@ -199,7 +209,13 @@ def _obtain(
                 observer.stage(job.model.name)
             try:
                 ready = obtain_program(
-                    job, store, observer, policy=policy, weights=weights, pool=pool
+                    job,
+                    store,
+                    observer,
+                    policy=policy,
+                    weights=weights,
+                    pool=pool,
+                    remote=remote,
                 )
                 if dump is not None:
                     write_dump(dump if len(todo) == 1 else dump / job.label, ready)

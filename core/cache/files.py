@@ -202,10 +202,15 @@ def write_plain(path: Path, data: bytes, *, temporary: Path) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            draft.replace(path)
+            publish(draft, path)
         finally:
             draft.unlink(missing_ok=True)
-        _sync_directory(path.parent)
+
+
+def publish(draft: Path, path: Path) -> None:
+    """Moves a file that is on disk to where readers look; raises what `os.replace` does."""
+    draft.replace(path)
+    _sync_directory(path.parent)
 
 
 def _sync_directory(path: Path) -> None:
