@@ -191,6 +191,8 @@ class Connection:
 
     def write(self, path: str, data: bytes) -> None:
         """Writes a file, whole or not at all."""
+        if self.remote.url.startswith(_WEB):
+            raise _failed(self.remote.name, "what http serves is read only here")
         if self._local is None:
             seconds = len(data) / _SLOWEST_BYTES_PER_SECOND
             self._ask(lambda: self._system.pipe_file(self._at(path), data), more=seconds)
@@ -287,8 +289,6 @@ def _mapped(name: str, url: str) -> Iterator[None]:
         raise
     except NotImplementedError:
         raise _failed(name, "it is read only") from None
-    except ImportError as error:
-        raise _failed(name, str(error)) from None
     except Exception as error:  # noqa: BLE001 - each implementation has errors of its own
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         for secret in filter(None, (url.partition("?")[2], *_userinfo(url))):

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from vllmc.core.events import SilentObserver
 
 KEY, OTHER = generate(), generate()
 ANY = Trust(unsigned=True)
-LARGE = random.Random(0).randbytes(300_000)
+LARGE = random.Random(0).randbytes(2_500_000)
 SILENT = SilentObserver()
 
 
@@ -243,9 +244,10 @@ def test_a_push_that_breaks_off_leaves_nothing_that_refers_to_what_is_not_there(
         left[0] -= 1
         write(connection, path, data)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Connection, "write", breaks)
-        push(remote, store, [warmed.program], SILENT)
+        with pytest.raises(KeyboardInterrupt):
+            push(remote, store, [warmed.program], SILENT)
     there = Store(place)
     assert len(published(there)) == writes
     assert [problem for problem in there.verify() if problem.unsafe] == []
@@ -318,23 +320,16 @@ def test_a_corrupt_artifact_here_is_fetched_again(remote, target, pushed):
 
 
 def test_many_pulls_at_once_do_not_disturb_each_other(place, target, pushed):
-    remote = Remote(url=str(place), chunk=1000)
-    failed: list[BaseException] = []
+    remote = Remote(url=str(place), chunk=100_000)
     start = threading.Barrier(4)
 
-    def work() -> None:
-        try:
-            start.wait()
-            assert pull(remote, target, [], SILENT).refused == ()
-        except BaseException as error:
-            failed.append(error)
+    def work() -> tuple[str, ...]:
+        start.wait()
+        return pull(remote, target, [], SILENT).programs
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failed == []
+    with ThreadPoolExecutor(4) as threads:
+        done = [threads.submit(work) for _ in range(4)]
+    assert [future.result() for future in done] == [(pushed.program.key,)] * 4
     assert target.verify() == ()
     assert target.programs(pushed.program.key) == (pushed.program,)
     assert list(target.layout.temporary.iterdir()) == []
@@ -377,7 +372,7 @@ class Hostile:
         return io.BytesIO(self.data)
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(names=st.lists(NAMES, max_size=4), data=st.binary(max_size=40))
 def test_whatever_a_remote_lists_nothing_comes_of_it(names, data, tmp_path):
     target = Store(tmp_path / "target", trust=ANY)
@@ -415,9 +410,7 @@ class TestHttp:
         with serving(place) as served:
             yield served
 
-    def test_programs_are_pulled_from_a_server_that_lists_directories(
-        self, served, target, pushed
-    ):
+    def test_programs_are_pulled_from_a_server_that_lists_directories(self, served, target, pushed):
         done = pull(Remote(url=served.url), target, [], SILENT)
         assert done.files == 5
         assert target.programs(pushed.program.key) == (pushed.program,)
@@ -425,15 +418,15 @@ class TestHttp:
     @pytest.mark.parametrize("ranges", [True, False])
     def test_a_transfer_that_breaks_off_goes_on(self, ranges, served, target, pushed):
         digest = pushed.units[1].artifact
-        served.cut, served.after, served.ranges = digest, 200_000, ranges
-        remote = Remote(url=served.url, chunk=10_000)
+        served.cut, served.after, served.ranges = digest, 2_000_000, ranges
+        remote = Remote(url=served.url, chunk=100_000)
         with pytest.raises(VllmcError) as caught:
             pull(remote, target, [], SILENT)
         assert caught.value.code == "remote-failed"
         assert records(target) == []
         part = target.layout.temporary / f"{digest}.part"
         size = part.stat().st_size
-        assert 0 < size <= 200_000
+        assert 0 < size <= 2_000_000
         assert LARGE.startswith(part.read_bytes())
         served.cut = ""
         served.asked.clear()
@@ -459,7 +452,7 @@ class TestHttp:
 
     def test_all_of_it_may_take_only_so_long(self, served, target):
         served.delay = 0.1
-        with pytest.raises(VllmcError, match="takes longer than 0 seconds|no answer within"):
+        with pytest.raises(VllmcError, match="seconds"):
             pull(Remote(url=served.url, within=0.3), target, [], SILENT)
 
     def test_user_and_password_of_the_url_are_used(self, served, target, pushed):
