@@ -81,6 +81,8 @@ def build_app(*, rich_help: bool = False) -> TyperGroup:
         "import": "vllmc.cli.bundles:import_",
         "check-bundle": "vllmc.cli.bundles:check_bundle",
         "prune": "vllmc.cli.prune:prune",
+        "push": "vllmc.cli.remotes:push",
+        "pull": "vllmc.cli.remotes:pull",
         "path": "vllmc.cli.cache:path",
     }
     trust = {

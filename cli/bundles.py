@@ -55,20 +55,32 @@ def export(
 
 @command
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A bundle.")], common: CommonFlags
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A bundle, or a URL of one.")],
+    common: CommonFlags,
 ) -> None:
     """Verify a bundle whole, then put its programs into the cache.
 
     A bundle runs code, so one is refused (exit 4) unless a key that `vllmc trust` lists signed it,
-    or --trust-unsigned is given; `cache show` tells which it was.
+    or --trust-unsigned is given; `cache show` tells which it was. Of a URL the user, password and
+    query open it, and are neither printed nor kept.
 
     With --json: what export prints of a bundle, vouched (how it came to be used), added (how many
     files are new) and imported (the programs' keys).
     """
-    settings = common.settings()
-    done = exchange.import_bundle(settings.store(), file)
+    store = common.settings().store()
+    output = common.output("cache import")
+    if "://" in file:
+        from vllmc.core.cache.remote import Remote
+        from vllmc.core.cache.transfer import downloaded
+
+        remote = Remote(url=file)
+        file = remote.name
+        with output.progress() as observer, downloaded(remote, store, observer) as path:
+            done = exchange.import_bundle(store, path, source=file)
+    else:
+        done = exchange.import_bundle(store, Path(file))
     row = _imported_row(file, done)
-    common.output("cache import").data(row, lambda: render.imported(row))
+    output.data(row, lambda: render.imported(row))
 
 
 @command
@@ -119,9 +131,9 @@ def _manifest_row(manifest: Manifest) -> Row:
     }
 
 
-def _imported_row(file: Path, done: Imported) -> Row:
+def _imported_row(file: str, done: Imported) -> Row:
     return {
-        "file": str(file),
+        "file": file,
         "vouched": str(done.vouched),
         "added": done.added,
         "imported": sorted({program.key for program in done.programs}),

@@ -37,6 +37,7 @@ from vllmc.core.spec import (
 )
 
 if TYPE_CHECKING:
+    from vllmc.core.cache.remote import Remote
     from vllmc.core.workers.pool import WorkerPool
 
 T = TypeVar("T")
@@ -44,6 +45,8 @@ T = TypeVar("T")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("inductor", "eager")
 DEFAULT_RANGE = "1:8192"
+_PATIENCE_SECONDS = 15.0
+_PULL_SECONDS = 300.0
 
 _PLACES = ("default", "file", "env", "flag")
 """Where a setting may come from, as its origin begins; each beats those before it."""
@@ -300,6 +303,29 @@ class WorkerFlags:
             return
         with WorkerPool(jobs) as pool:
             yield pool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteFlags:
+    """Where else to look for what the cache lacks."""
+
+    remote: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Look for a program there (s3://bucket/prefix, https://..., a directory) before "
+            "it is compiled.",
+        ),
+    ] = None
+
+    def find(self, settings: Settings) -> Remote | None:
+        """The remote, which is given up sooner than where `cache pull` asks for it."""
+        from vllmc.core.cache.remote import Remote
+
+        given = settings.find("remote", () if self.remote is None else (self.remote,), default=())
+        if not given.values:
+            return None
+        return Remote(url=given.value, patience=_PATIENCE_SECONDS, within=_PULL_SECONDS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -227,6 +227,16 @@ def imported(row: Row) -> RenderableType:
     )
 
 
+def moved(verb: str, row: Row) -> RenderableType:
+    """What `cache push` and `cache pull` did; `verb` is how the row names the files."""
+    return facts(
+        ("remote", row["remote"]),
+        (verb, f"{row[verb]} files, {size(row['bytes'])}"),
+        ("there already", f"{row['skipped']} files"),
+        ("programs", "\n".join(row["programs"]) or "none"),
+    )
+
+
 def _bundled(rows: Sequence[Row]) -> RenderableType:
     return Listing(
         headings=("KEY", "MODEL", ">UNITS", "CREATED", "TORCH"),

@@ -16,6 +16,7 @@ from vllmc.cli.graphs import GraphFlags, graphs_row, tell_of_graphs
 from vllmc.cli.options import (
     CommonFlags,
     CompileFlags,
+    RemoteFlags,
     WorkerFlags,
     command,
     compile_request,
@@ -115,6 +116,7 @@ def run(
     calibrating: CalibrationFlags,
     graphs: GraphFlags,
     workers: WorkerFlags,
+    remotes: RemoteFlags,
     common: CommonFlags,
     model: Annotated[
         str | None,
@@ -148,7 +150,8 @@ def run(
 
     Weights come from the model's directory, else they are random, always the same. Prompts longer
     than the last compile range are computed in parts; an encoder (--embed) runs them whole, and
-    its last compile range has no end. --fail-on-miss is decided before anything is compiled.
+    its last compile range has no end. --fail-on-miss is decided before anything is compiled, and
+    after --remote was asked for what the cache lacks.
 
     With --quantize fp8-static the scales of activations are those of the checkpoint, where it was
     quantised so, else they come from a run of the --calibrate prompts before the model is
@@ -222,6 +225,7 @@ def run(
                 policy=Policy(may_compile=not fail_on_miss),
                 pool=pool,
                 meanwhile=entry.build,
+                remote=remotes.find(settings),
             )
         program, check, load = _load(entry, ready, checked=checked, graph_sizes=sizes)
     if pooling is None:

@@ -65,6 +65,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="trust-unsigned", kind="truth", in_file=False),
     Option(name="trust-dir", in_file=False),
     Option(name="sign-key", in_file=False),
+    Option(name="remote"),
     Option(name="device", shapes=True),
     Option(name="dtype", shapes=True),
     Option(name="compile-range", repeatable=True, shapes=True),

@@ -14,7 +14,7 @@ import typer
 from vllmc.cli import report
 from vllmc.cli.dump import dump_places, write_dump
 from vllmc.cli.matrix import read_matrix
-from vllmc.cli.options import CommonFlags, CompileFlags, WorkerFlags, command
+from vllmc.cli.options import CommonFlags, CompileFlags, RemoteFlags, WorkerFlags, command
 from vllmc.cli.output import Output
 from vllmc.cli.prewarm import Attempt, Batch, Result, Task, matrix_tasks, named_tasks
 from vllmc.cli.settings import Settings, choice
@@ -25,6 +25,7 @@ from vllmc.core.errors import UsageError
 from vllmc.core.models.presets import DEFAULT_PRESET
 
 if TYPE_CHECKING:
+    from vllmc.core.cache.remote import Remote
     from vllmc.core.events import Observer
     from vllmc.core.job import Job
     from vllmc.core.workers.pool import WorkerPool
@@ -39,6 +40,7 @@ def warm(
     compilation: CompileFlags,
     workers: WorkerFlags,
     reports: ReportFlags,
+    remotes: RemoteFlags,
     common: CommonFlags,
     models: Annotated[
         list[str] | None,
@@ -135,6 +137,9 @@ def warm(
     closest match failed of a pass that found none although its ops are there (graph, node,
     expected, found). -v shows it.
 
+    With --remote, a program that the cache lacks is pulled from there, where it is and is trusted;
+    what hinders that is one warning, and it is compiled. --check looks into the cache alone.
+
     --dump DIR holds for each unit a directory PIECE/RANGE with before.py and after.py, the graph
     as Inductor would lower it before and after the passes, and code.py, what it generated. Of the
     eager backend, code.py only. Of several models, each has a directory of its own below DIR.
@@ -164,7 +169,7 @@ def warm(
             jobs = () if dump is None else batch.jobs
             places = () if dump is None else dump_places(dump, jobs)
             dumps = {id(job): place for job, place in zip(jobs, places, strict=True)}
-            how = _How(weights=kind, force=force, dumps=dumps)
+            how = _How(weights=kind, force=force, dumps=dumps, remote=remotes.find(settings))
             warming = _warming(store, observer, pool, how)
             results = batch.run(warming, observer, output, retries=again)
     reports.write(settings, output, results, started=started)
@@ -209,6 +214,7 @@ class _How:
     weights: Weights
     force: bool
     dumps: Mapping[int, Path]
+    remote: Remote | None
 
 
 def _predicting(store: Store) -> Attempt:
@@ -225,7 +231,15 @@ def _warming(store: Store, observer: Observer, pool: WorkerPool | None, how: _Ho
     policy = Policy(force=how.force or bool(how.dumps), texts=bool(how.dumps))
 
     def attempt(job: Job, head: Head) -> Row:
-        ready = obtain_program(job, store, observer, policy=policy, weights=how.weights, pool=pool)
+        ready = obtain_program(
+            job,
+            store,
+            observer,
+            policy=policy,
+            weights=how.weights,
+            pool=pool,
+            remote=how.remote,
+        )
         if how.dumps:
             write_dump(how.dumps[id(job)], ready)
         return ready_row(head, job, ready, store)

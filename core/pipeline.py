@@ -22,6 +22,7 @@ from vllmc.core.cache.sources import collect
 from vllmc.core.cache.store import Store
 from vllmc.core.cache.usage import Counts, Hold
 from vllmc.core.compilation import Compilation, Numbered
+from vllmc.core.errors import UnsafeCacheError, UsageError, VllmcError
 from vllmc.core.events import Observer, UnitOutcome
 from vllmc.core.graph.layout import Layout
 from vllmc.core.graph.passes.report import PassReport, totals
@@ -30,7 +31,7 @@ from vllmc.core.layer_names import LayerNameCost, cost_of
 from vllmc.core.models.built import build_model
 from vllmc.core.models.model import Weights
 from vllmc.core.obtain import Policy, Reader, UnitResult, Wanted, find, label_of
-from vllmc.core.prediction import ANY_RANGE, Found, Meanwhile, Miss, explain_miss
+from vllmc.core.prediction import ANY_RANGE, Found, Meanwhile, Miss, explain_miss, is_current
 from vllmc.core.runtime.conditions import spoken
 from vllmc.core.runtime.cuda_graphs import DEFAULT_SIZES, CudaGraphs, Recorder
 from vllmc.core.runtime.loader import load_artifact
@@ -39,6 +40,7 @@ from vllmc.core.spec import CompileRange, CompileSpec
 from vllmc.core.workers.pool import WorkerPool
 
 if TYPE_CHECKING:
+    from vllmc.core.cache.remote import Remote
     from vllmc.core.graph.capture import Capture
     from vllmc.core.graph.plan import Plan
 
@@ -95,12 +97,14 @@ def obtain_program(
     weights: Weights = "fake",
     pool: WorkerPool | None = None,
     meanwhile: Meanwhile | None = None,
+    remote: Remote | None = None,
 ) -> Ready:
     """Finds the program in the store, or captures the model and obtains each of its units.
 
     What is missing is compiled in this process, or by the workers of `pool`. `meanwhile` is called
     with the record of a program that is there, while its artifacts are read. One process compiles
-    a program, or a unit that programs share; others that want the same wait and then find it.
+    a program, or a unit that programs share; others that want the same wait and then find it. What
+    the store lacks is looked for at `remote` first, which fails nothing that can be compiled.
     Raises what capture, compilers and `meanwhile` raise, and `VllmcError` (`config-changed`) where
     this thread would compile under other options than the job's key was made of. Where `policy`
     forbids compiling, raises `CheckFailed` for what is missing and `UnsafeCacheError` for what is
@@ -122,6 +126,10 @@ def obtain_program(
     with lock:
         if not policy.force and (found := reader.program(job)) is not None:
             return _hit(job, store, found, started)
+        if remote is not None and not policy.force:
+            _pull(remote, job, store, observer, policy)
+            if (found := reader.program(job)) is not None:
+                return _hit(job, store, found, started)
         return _build(job, reader, observer, policy, weights, pool, started)
 
 
@@ -293,6 +301,30 @@ def _publish(record: ProgramRecord, results: Sequence[UnitResult], store: Store)
         store.retain(unit.artifact, unit.data)
     store.put_program(record)
     return hold
+
+
+def _pull(remote: Remote, job: Job, store: Store, observer: Observer, policy: Policy) -> None:
+    """Fetches the job's program, if the remote holds it; warns once of what keeps it from that.
+
+    Raises `UsageError` (`bad-remote`), and what is unsafe where nothing can be compiled.
+    """
+    from vllmc.core.cache.transfer import pull
+
+    try:
+        done = pull(remote, store, [job.key], observer, lambda record: is_current(record, job))
+        error: VllmcError | None = next(iter(done.refused), None)
+    except UsageError:
+        raise
+    except VllmcError as raised:
+        error = raised
+    if error is None:
+        return
+    if error.code == "unknown-key":
+        observer.remark(error.message)
+        return
+    if isinstance(error, UnsafeCacheError) and not policy.may_compile:
+        raise error
+    observer.warning(error.code, f"{error.message}; it does without", error.hint)
 
 
 def _compiles_on_its_own(spec: CompileSpec) -> bool:

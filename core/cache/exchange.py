@@ -164,7 +164,8 @@ def import_bundle(store: Store, path: Path, *, source: str = "") -> Imported:
             elif store.readable_unit(record.key) is None:
                 # Programs that were here already name the artifact of theirs.
                 store.put_unit(record)
-    _note(store, manifest, programs, vouched, source)
+    keys = {program.key for program in programs}
+    note_import(store, manifest.id, keys, vouched, source)
     return Imported(
         manifest=manifest,
         vouched=vouched,
@@ -184,21 +185,19 @@ def vouch(raw: bytes, trust: Trust, source: str) -> Vouched:
         if trust.unsigned:
             return Vouched(name="", key="")
         raise Untrusted(
-            Path(source),
+            source,
             "it is not signed",
             hint="have it signed (vllmc cache export --sign-key), or give --trust-unsigned",
         )
     if not signature.is_of(body):
-        raise Untrusted(
-            Path(source), "its signature is not of what it says", hint="fetch it once more"
-        )
+        raise Untrusted(source, "its signature is not of what it says", hint="fetch it once more")
     name = trusted_keys(trust).get(signature.key)
     if name is not None:
         return Vouched(name=name, key=signature.key.hex())
     if trust.unsigned:
         return Vouched(name="", key="")
     raise Untrusted(
-        Path(source),
+        source,
         f"the key that signs it is not in the trust store: {signature.key.hex()}",
         hint="vllmc trust add FILE takes the public key of whom you trust",
     )
@@ -255,23 +254,20 @@ def _check_whole(
             raise BadBundle(source, f"it lacks the artifact of unit {record.key[:12]}")
 
 
-def _note(
-    store: Store,
-    manifest: Manifest,
-    programs: Iterable[ProgramRecord],
-    vouched: Vouched,
-    source: str,
+def note_import(
+    store: Store, bundle_id: str, keys: Iterable[str], vouched: Vouched, source: str
 ) -> None:
+    """Notes where programs came from and why they are used; `bundle_id` is 64 hex digits."""
     note = {
-        "bundle": manifest.id,
+        "bundle": bundle_id,
         "source": source,
         "at": time.time(),
         "signed_by": vouched.name,
         "key": vouched.key,
-        "programs": sorted({program.key for program in programs}),
+        "programs": sorted(keys),
     }
     data = f"{canonical_json(note)}\n".encode("ascii")
-    write_plain(store.layout.imported(manifest.id), data, temporary=store.layout.temporary)
+    write_plain(store.layout.imported(bundle_id), data, temporary=store.layout.temporary)
 
 
 def _write(target: Path, raw: bytes, files: dict[str, bytes]) -> None:

@@ -215,22 +215,25 @@ def write_plain(path: Path, data: bytes, *, temporary: Path) -> None:
                 file.flush()
                 os.fsync(file.fileno())
                 _sweep(temporary, os.fstat(file.fileno()).st_mtime)
-            _publish(draft, path)
+            publish(draft, path)
         finally:
             draft.unlink(missing_ok=True)
-        # Whoever removed it by now, with what was in it, need not wait for it.
-        with suppress(FileNotFoundError):
-            _sync_directory(path.parent)
 
 
-def _publish(draft: Path, path: Path) -> None:
+def publish(draft: Path, path: Path) -> None:
+    """Moves a file that is on disk to where readers look; raises what `os.replace` does."""
     # A prune removes the directory of a program with the last of its records.
     for _ in range(_ATTEMPTS):
-        with suppress(FileNotFoundError):
+        try:
             draft.replace(path)
-            return
-        make_directory(path.parent)
-    draft.replace(path)
+            break
+        except FileNotFoundError:
+            make_directory(path.parent)
+    else:
+        draft.replace(path)
+    # Whoever removed it by now, with what was in it, need not wait for it.
+    with suppress(FileNotFoundError):
+        _sync_directory(path.parent)
 
 
 def _sync_directory(path: Path) -> None:

@@ -24,7 +24,7 @@ from vllmc.core.errors import UnsafeCacheError
 class Untrusted(UnsafeCacheError):
     """Something that would be used, and that others than this user and root may have written."""
 
-    def __init__(self, path: Path, reason: str, *, hint: str) -> None:
+    def __init__(self, path: Path | str, reason: str, *, hint: str) -> None:
         super().__init__(
             "untrusted",
             f"{path} is not trusted: {reason}",

@@ -1,0 +1,87 @@
+"""`vllmc cache push` and `pull`: programs to a remote and from it. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vllmc.cli import render
+from vllmc.cli.options import CommonFlags, command
+from vllmc.core.cache import exchange, transfer
+from vllmc.core.cache.remote import Remote
+from vllmc.core.cache.transfer import Moved
+
+_Place = Annotated[
+    str,
+    typer.Argument(
+        metavar="REMOTE",
+        help="A URL (s3, gs, az, hf, http: read only) or a directory.",
+    ),
+]
+_Names = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY|MODEL",
+        show_default="all",
+        help="Keys, their first 8 or more hex digits, or models: all programs of each.",
+    ),
+]
+
+
+@command
+def push(remote: _Place, common: CommonFlags, programs: _Names = None) -> None:
+    """Send programs to a remote; only what it lacks is sent.
+
+    A remote is laid out as a cache is, so it can also be mounted and named by --cache-dir. What
+    names others is sent after them, so one that is cut off leaves nothing that refers to what is
+    not there, and the next push goes on from it. With --sign-key records are signed, and who trusts
+    the key pulls them as they are. A record that is there stays.
+
+    With --json: remote (without user, password and query), sent (files), bytes, skipped (files
+    that were there) and programs (keys).
+    """
+    store = common.settings().store()
+    names = programs or sorted({outline.key for outline in store.outlines()})
+    place = Remote(url=remote)
+    output = common.output("cache push")
+    with output.progress() as observer:
+        done = transfer.push(place, store, exchange.select(store, names), observer)
+    row = _row(place, "sent", done)
+    output.data(row, lambda: render.moved("sent", row))
+
+
+@command
+def pull(remote: _Place, common: CommonFlags, programs: _Names = None) -> None:
+    """Fetch programs from a remote; only what the cache lacks is fetched.
+
+    A record is used if a key that `vllmc trust` lists signed it, or with --trust-unsigned. Each
+    file is checked before anything refers to it. What is refused does not stop other programs; it
+    ends in exit 4. A pull that was cut off goes on where it stopped, also within a file.
+
+    With --json: remote (without user, password and query), fetched (files), bytes, skipped (files
+    that were here) and programs (keys).
+    """
+    store = common.settings().store()
+    place = Remote(url=remote)
+    output = common.output("cache pull")
+    with output.progress() as observer:
+        done = transfer.pull(place, store, programs or (), observer)
+    for error in done.refused[1:]:
+        output.complain(error)
+    if done.refused:
+        error = done.refused[0]
+        error.context["pulled"] = list(done.programs)
+        raise error
+    row = _row(place, "fetched", done)
+    output.data(row, lambda: render.moved("fetched", row))
+
+
+def _row(remote: Remote, verb: str, done: Moved) -> dict[str, object]:
+    return {
+        "remote": remote.name,
+        verb: done.files,
+        "bytes": done.bytes,
+        "skipped": done.skipped,
+        "programs": list(done.programs),
+    }

@@ -1,0 +1,418 @@
+"""Programs to a remote and from it; only what is missing moves. Imports no torch.
+
+What a record says is used once a trusted key signed it, and published once all that it names is
+here, in the order in which `warm` stores: artifacts, units, programs. A process or connection that
+dies in between leaves nothing that refers to what is not there, and what has come is kept.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import BufferedRandom
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from vllmc.core.cache.exchange import Vouched, note_import, vouch
+from vllmc.core.cache.files import make_directory, publish, read_plain, writing
+from vllmc.core.cache.key import sha256_hex
+from vllmc.core.cache.layout import Layout, section_of
+from vllmc.core.cache.record import (
+    CorruptRecord,
+    FormatTooNew,
+    ProgramRecord,
+    UnitRecord,
+    decode,
+    encode,
+)
+from vllmc.core.cache.remote import Connection, CorruptRemote, Reading, Remote
+from vllmc.core.cache.store import Store
+from vllmc.core.errors import UnsafeCacheError, VllmcError
+from vllmc.core.events import Observer
+
+_PREFIX: Final = re.compile(r"[0-9a-f]{8,64}")
+# What a download leaves free.
+_SPARE: Final = 64 << 20
+_NEW: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """How many files moved, of how many bytes, and how many were there already.
+
+    `programs` are the keys of what is there now, and `refused` what was not used, and why.
+    """
+
+    files: int
+    bytes: int
+    skipped: int
+    programs: tuple[str, ...]
+    refused: tuple[UnsafeCacheError, ...] = ()
+
+
+def push(
+    remote: Remote, store: Store, programs: Iterable[ProgramRecord], observer: Observer
+) -> Moved:
+    """Sends what the remote lacks of these programs: artifacts, then units, then programs.
+
+    Records are signed by `store.signing`, else they stay as they are. Raises `VllmcError`
+    (`missing-unit`, `missing-artifact`), what `Remote.connect` and `Connection` raise, and what
+    reading a store does.
+    """
+    connection = remote.connect()
+    programs = tuple(programs)
+    units = _units_of(store, programs)
+    digests = {unit.artifact for program in programs for unit in program.units}
+    digests |= {unit.artifact for unit in units}
+    sent: list[int] = []
+    skipped = 0
+    for digest in sorted(digests):
+        path = _path(Layout.blob, digest)
+        if (size := store.artifact_size(digest)) is not None and connection.size(path) == size:
+            skipped += 1
+            continue
+        data = store.read_artifact(digest)
+        observer.stage(f"push {_told(len(data))} to {remote.name}")
+        connection.write(path, data)
+        sent.append(len(data))
+    records: tuple[UnitRecord | ProgramRecord, ...] = (*units, *programs)
+    for record in records:
+        path = _record_path(record)
+        if connection.size(path) is not None:
+            skipped += 1
+            continue
+        data = _as_stored(store, record, path)
+        connection.write(path, data)
+        sent.append(len(data))
+    return Moved(
+        files=len(sent),
+        bytes=sum(sent),
+        skipped=skipped,
+        programs=tuple(sorted({program.key for program in programs})),
+    )
+
+
+def pull(
+    remote: Remote,
+    store: Store,
+    names: Sequence[str],
+    observer: Observer,
+    accept: Callable[[ProgramRecord], bool] = lambda _: True,
+) -> Moved:
+    """Fetches what the store lacks of these programs (none: of all), where `accept` takes them.
+
+    A name is a key, its first 8 or more hex digits, or a model. One program that is refused does
+    not stop the others. Raises `Untrusted` where the store could not be used afterwards,
+    `VllmcError` (`unknown-key`, `ambiguous-key`), what `Remote.connect` and `Connection` raise, and
+    what writing does.
+    """
+    store.check_writable()
+    prefixes = {name.lower() for name in names if _PREFIX.fullmatch(name.lower())}
+    models = {name for name in names if name.lower() not in prefixes}
+    puller = _Puller(remote.connect(), store, observer)
+    paths = puller.listed(() if models else sorted(prefixes))
+    for prefix in sorted(prefixes):
+        _check_one(remote, prefix, {section_of(path)[1] for path in paths})
+    refused: list[UnsafeCacheError] = []
+    others: list[UnsafeCacheError] = []
+    seen: set[str] = set()
+    for path in paths:
+        meant = not names or section_of(path)[1].startswith(tuple(prefixes))
+        try:
+            record, vouched = puller.program(path)
+            meant = meant or record.model in models
+            if meant and accept(record):
+                seen.add(record.model)
+                puller.fetch(record, vouched)
+        except UnsafeCacheError as error:
+            # Which model it is of is not known, of a record that is refused.
+            (refused if meant else others).append(error)
+    if lacking := sorted(models - seen):
+        raise others[0] if others else _unknown(remote, lacking[0])
+    return puller.moved(refused)
+
+
+@contextmanager
+def downloaded(remote: Remote, store: Store, observer: Observer) -> Iterator[Path]:
+    """The file that a URL names, in the store's temporary directory while the block runs.
+
+    Raises `VllmcError` (`no-bundle`, `disk-full`) and what `Remote.connect` and `Connection` do.
+    """
+    temporary = store.layout.temporary
+    path = temporary / f"{os.getpid()}.{secrets.token_hex(8)}"
+    observer.stage(f"fetch {remote.name}")
+    try:
+        with writing(path):
+            make_directory(temporary)
+            _download(remote, path)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _download(remote: Remote, path: Path) -> None:
+    try:
+        with remote.connect().open("") as source, path.open("xb") as target:
+            _copy(source, target, remote.chunk, None)
+    except FileNotFoundError:
+        raise VllmcError(
+            "no-bundle",
+            f"there is no bundle {remote.name}",
+            context={"bundle": remote.name},
+            hint="vllmc cache export KEY -o FILE writes one",
+        ) from None
+
+
+class _Puller:
+    """Fetches programs into a store, and counts."""
+
+    def __init__(self, connection: Connection, store: Store, observer: Observer) -> None:
+        self._connection = connection
+        self._store = store
+        self._observer = observer
+        self._bytes: list[int] = []
+        self._skipped = 0
+        self._programs: set[str] = set()
+
+    def listed(self, prefixes: Sequence[str]) -> tuple[str, ...]:
+        """The paths of the programs whose keys begin so; without prefixes, of all."""
+        programs = self._connection.programs
+        return tuple(dict.fromkeys(path for p in prefixes or ("",) for path in programs(p)))
+
+    def program(self, path: str) -> tuple[ProgramRecord, Vouched]:
+        """The record at `path`, and why it is used. Raises `CorruptRemote` and `Untrusted`."""
+        record, vouched = self._record(path)
+        assert isinstance(record, ProgramRecord)
+        return record, vouched
+
+    def fetch(self, record: ProgramRecord, vouched: Vouched) -> None:
+        """Fetches what the store lacks of a program, and publishes it."""
+        store = self._store
+        units: list[UnitRecord] = []
+        sizes: dict[str, int | None] = {unit.artifact: None for unit in record.units}
+        for key in sorted({unit.key for unit in record.units}):
+            # Programs that were here already name the artifact of theirs.
+            unit: object = store.readable_unit(key)
+            if unit is None:
+                unit, _ = self._record(_path(Layout.unit, key))
+                assert isinstance(unit, UnitRecord)
+                units.append(unit)
+            else:
+                assert isinstance(unit, UnitRecord)
+                self._skipped += 1
+                if unit.artifact not in sizes:
+                    continue
+            sizes[unit.artifact] = unit.bytes
+        missing = [digest for digest in sorted(sizes) if not _holds(store, digest)]
+        self._skipped += len(sizes) - len(missing)
+        for number, digest in enumerate(missing, start=1):
+            size = sizes[digest]
+            told = "" if size is None else f", {_told(size)}"
+            self._observer.stage(f"pull {record.model}: {number} of {len(missing)}{told}")
+            self._bytes.append(self._artifact(digest, size))
+        for unit in units:
+            store.put_unit(unit)
+            self._bytes.append(len(encode(unit)))
+        if store.readable_program(record.key, record.id) is None or missing:
+            store.put_program(record)
+            self._bytes.append(len(encode(record)))
+            source = self._connection.remote.name
+            note_import(store, sha256_hex(encode(record)), {record.key}, vouched, source)
+        else:
+            self._skipped += 1
+        self._programs.add(record.key)
+
+    def moved(self, refused: Sequence[UnsafeCacheError]) -> Moved:
+        """What was done so far."""
+        return Moved(
+            files=len(self._bytes),
+            bytes=sum(self._bytes),
+            skipped=self._skipped,
+            programs=tuple(sorted(self._programs)),
+            refused=tuple(refused),
+        )
+
+    def _record(self, path: str) -> tuple[UnitRecord | ProgramRecord, Vouched]:
+        name = self._connection.name(path)
+        raw = self._connection.read_record(path)
+        if raw is None:
+            raise CorruptRemote(name, "it is not there")
+        # Before anything is made of it.
+        vouched = vouch(raw, self._store.trust, name)
+        try:
+            record = decode(raw)
+        except CorruptRecord as error:
+            raise CorruptRemote(name, error.reason) from None
+        except FormatTooNew as error:
+            raise CorruptRemote(name, f"a later vllmc wrote it: {error.message}") from None
+        if _record_path(record) != path:
+            raise CorruptRemote(name, "it is the record of something else")
+        return record, vouched
+
+    def _artifact(self, digest: str, size: int | None) -> int:
+        """Fetches an artifact into the store and returns its size; goes on where one broke off."""
+        path = _path(Layout.blob, digest)
+        size = self._connection.size(path) if size is None else size
+        chunk = self._connection.remote.chunk
+        target = self._store.layout.blob(digest)
+        with writing(target), _part(self._store.layout.temporary, digest) as (part, file):
+            for _ in range(2):
+                begun = 0 if size is None else file.seek(0, os.SEEK_END)
+                try:
+                    if begun != size:
+                        with self._connection.open(path, start=begun) as source:
+                            file.truncate(source.start)
+                            file.seek(source.start)
+                            _copy(source, file, chunk, size)
+                except FileNotFoundError:
+                    raise CorruptRemote(self._connection.name(path), "it is not there") from None
+                file.seek(0)
+                if hashlib.file_digest(file, "sha256").hexdigest() == digest:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    make_directory(target.parent)
+                    publish(part, target)
+                    return file.tell()
+                # Perhaps its beginning was of another, or damaged on the way.
+                file.truncate(0)
+            part.unlink(missing_ok=True)
+        raise CorruptRemote(
+            self._connection.name(path), f"its SHA-256 is not {digest[:12]}..., as its path says"
+        )
+
+
+def _copy(source: Reading, target: BinaryIO, chunk: int, size: int | None) -> None:
+    """Copies what is left of `source`; of a file of `size` bytes no more than that."""
+    at = target.tell()
+    free = shutil.disk_usage(target.fileno()).free - _SPARE
+    last = at + free if size is None else size
+    if last > at + free:
+        raise _full(target)
+    while block := source.read(min(chunk, last - at)):
+        target.write(block)
+        at += len(block)
+    if size is None and at == last:
+        raise _full(target)
+
+
+def _full(target: BinaryIO) -> OSError:
+    import errno
+
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target.name)
+
+
+@contextmanager
+def _part(temporary: Path, digest: str) -> Iterator[tuple[Path, BufferedRandom]]:
+    """The beginning of an artifact, which the next pull goes on from where this one breaks off.
+
+    Where another process is at it, one of this process's own, which is gone in the end.
+    """
+    make_directory(temporary)
+    path = temporary / f"{digest}.part"
+    file = _locked(path)
+    if file is not None:
+        with file:
+            yield path, file
+        return
+    path = temporary / f"{digest}.{secrets.token_hex(8)}.part"
+    try:
+        with path.open("x+b") as own:
+            yield path, own
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> BufferedRandom | None:
+    """The file at `path`, made where there is none; None where another process holds it."""
+    with suppress(OSError):
+        file = os.fdopen(os.open(path, _NEW, 0o644), "r+b")
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            opened, there = os.fstat(file.fileno()), path.lstat()
+            # Who held it before may have published it since: what is opened is then an artifact.
+            same = (opened.st_dev, opened.st_ino) == (there.st_dev, there.st_ino)
+            mine = opened.st_uid == os.geteuid() and opened.st_nlink == 1
+            if same and mine and stat.S_ISREG(opened.st_mode):
+                return file
+        file.close()
+    return None
+
+
+def _holds(store: Store, digest: str) -> bool:
+    with suppress(VllmcError):
+        store.read_artifact(digest)
+        return True
+    return False
+
+
+def _units_of(store: Store, programs: Iterable[ProgramRecord]) -> tuple[UnitRecord, ...]:
+    units: dict[str, UnitRecord] = {}
+    for program in programs:
+        for unit in program.units:
+            record = units.get(unit.key) or store.unit(unit.key)
+            if record is None:
+                raise VllmcError(
+                    "missing-unit",
+                    f"the cache lacks unit {unit.key[:12]} of {program.model}",
+                    context={"key": program.key, "unit": unit.key},
+                    hint="vllmc warm compiles what is missing",
+                )
+            units[unit.key] = record
+    return tuple(units.values())
+
+
+def _as_stored(store: Store, record: UnitRecord | ProgramRecord, path: str) -> bytes:
+    """The bytes of a record: signed by the store's key, else with the signature that it has."""
+    if store.signing is not None:
+        return store.signing.signed(encode(record))
+    for layout in store.layouts:
+        with suppress(FileNotFoundError):
+            return read_plain(layout.top / path)
+    return encode(record)
+
+
+def _check_one(remote: Remote, prefix: str, keys: set[str]) -> None:
+    """Raises `VllmcError` unless one of `keys` begins with `prefix`."""
+    found = sorted(key for key in keys if key.startswith(prefix))
+    if not found:
+        raise _unknown(remote, prefix)
+    if len(found) > 1:
+        raise VllmcError(
+            "ambiguous-key",
+            f"{len(found)} keys of {remote.name} start with {prefix}",
+            context={"candidates": found},
+            hint="give more digits",
+        )
+
+
+def _unknown(remote: Remote, name: str) -> VllmcError:
+    return VllmcError(
+        "unknown-key",
+        f"{remote.name} holds no program called '{name}', nor one whose key begins so",
+        context={"remote": remote.name},
+        hint=f"vllmc cache push {remote.name} {name} sends one from where it was compiled",
+    )
+
+
+def _record_path(record: UnitRecord | ProgramRecord) -> str:
+    if isinstance(record, UnitRecord):
+        return _path(Layout.unit, record.key)
+    return _path(Layout.program, record.key, record.id)
+
+
+def _path(place: Callable[..., Path], *names: str) -> str:
+    """The path below `v1/` of what `Layout` places so."""
+    layout = Layout(Path())
+    return place(layout, *names).relative_to(layout.top).as_posix()
+
+
+def _told(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
