@@ -88,8 +88,7 @@ def test_what_is_pushed_is_pulled_and_only_once(kind, store, warm, place, target
     again = pull(remote, target, [], SILENT)
     assert (again.files, again.bytes, again.skipped) == (0, 0, 5)
     (note,) = imports_of(target, warmed.program.key)
-    assert isinstance(note, dict)
-    assert note["source"] == remote.name
+    assert note.source == remote.name
 
 
 def test_what_programs_share_moves_once(store, warm, remote, target, pushed):
@@ -141,8 +140,7 @@ def test_what_is_signed_is_used_by_who_trusts_the_key(store, warm, remote, tmp_p
     add_key(trust, public_text(KEY.public, "release"), "release", "here")
     assert pull(remote, target, [], SILENT).files == 3
     (note,) = imports_of(target, warmed.program.key)
-    assert isinstance(note, dict)
-    assert note["signed_by"] == "release"
+    assert note.signed_by == "release"
 
 
 def test_a_signature_that_is_there_goes_along_and_who_signs_signs_what_was_read(
