@@ -75,6 +75,8 @@ def pull(remote: _Place, common: CommonFlags, programs: _Names = None) -> None:
         raise error
     row = _row(place, "fetched", done)
     output.data(row, lambda: render.moved("fetched", row))
+    if not done.programs:
+        output.note(f"hint: {place.name} holds no program; is it the right URL?")
 
 
 def _row(remote: Remote, verb: str, done: Moved) -> dict[str, object]:

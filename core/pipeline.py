@@ -324,7 +324,7 @@ def _pull(remote: Remote, job: Job, store: Store, observer: Observer, policy: Po
         return
     if isinstance(error, UnsafeCacheError) and not policy.may_compile:
         raise error
-    observer.warning(error.code, f"{error.message}; it does without", error.hint)
+    observer.warning(error.code, error.message, f"it goes on without; {error.hint}")
 
 
 def _compiles_on_its_own(spec: CompileSpec) -> bool:

@@ -187,7 +187,7 @@ def vouch(raw: bytes, trust: Trust, source: str) -> Vouched:
         raise Untrusted(
             source,
             "it is not signed",
-            hint="have it signed (vllmc cache export --sign-key), or give --trust-unsigned",
+            hint="have it signed where it comes from (--sign-key), or give --trust-unsigned",
         )
     if not signature.is_of(body):
         raise Untrusted(source, "its signature is not of what it says", hint="fetch it once more")

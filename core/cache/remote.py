@@ -107,7 +107,10 @@ class Remote:
             ) from None
         until = time.monotonic() + self.within
         with _mapped(self.name, self.url):
-            system, root = fsspec.core.url_to_fs(self.url, **options)
+            # Some ask for credentials here, and not everywhere does someone answer.
+            system, root = _within(
+                self.patience, lambda: fsspec.core.url_to_fs(self.url, **options)
+            )
         local = Path(root) if protocol in _LOCAL else None
         return Connection(self, system, root, local, until)
 
@@ -192,13 +195,23 @@ class Connection:
     def write(self, path: str, data: bytes) -> None:
         """Writes a file, whole or not at all."""
         if self.remote.url.startswith(_WEB):
-            raise _failed(self.remote.name, "what http serves is read only here")
-        if self._local is None:
-            seconds = len(data) / _SLOWEST_BYTES_PER_SECOND
-            self._ask(lambda: self._system.pipe_file(self._at(path), data), more=seconds)
-            return
-        target = self._local / "v1" / path
-        temporary = self._local / "v1" / "tmp"
+            raise VllmcError(
+                "remote-failed",
+                f"{self.remote.name} cannot be pushed to: http is only read",
+                context={"remote": self.remote.name},
+                hint="push to where it is served from: a directory, s3://bucket/prefix, ...",
+            )
+        try:
+            if self._local is None:
+                seconds = len(data) / _SLOWEST_BYTES_PER_SECOND
+                self._ask(lambda: self._system.pipe_file(self._at(path), data), more=seconds)
+            else:
+                self._write_locally(self._local / "v1", path, data)
+        except FileNotFoundError:
+            raise _failed(self.remote.name, "there is no such place to write to") from None
+
+    def _write_locally(self, top: Path, path: str, data: bytes) -> None:
+        target, temporary = top / path, top / "tmp"
         with _mapped(self.remote.name, self.remote.url):
             # Others are to read it, as far as the umask lets them.
             for directory in (target.parent, temporary):
@@ -212,7 +225,7 @@ class Connection:
         """The names in a directory that have this form, in order; none where there is none."""
         try:
             found = self._ask(lambda: self._system.ls(self._at(path), detail=False))
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return []
         names = {str(item).partition("?")[0].rstrip("/").rpartition("/")[2] for item in found}
         return sorted(name for name in names if form.fullmatch(name))
@@ -285,10 +298,10 @@ def _mapped(name: str, url: str) -> Iterator[None]:
     """
     try:
         yield
-    except (VllmcError, FileNotFoundError, NotADirectoryError):
+    except NotADirectoryError:
+        raise FileNotFoundError(name) from None
+    except (VllmcError, FileNotFoundError):
         raise
-    except NotImplementedError:
-        raise _failed(name, "it is read only") from None
     except Exception as error:  # noqa: BLE001 - each implementation has errors of its own
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         for secret in filter(None, (url.partition("?")[2], *_userinfo(url))):

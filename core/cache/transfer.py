@@ -74,13 +74,13 @@ def push(
     digests |= {unit.artifact for unit in units}
     sent: list[int] = []
     skipped = 0
-    for digest in sorted(digests):
+    for number, digest in enumerate(sorted(digests), start=1):
         path = _path(Layout.blob, digest)
         if (size := store.artifact_size(digest)) is not None and connection.size(path) == size:
             skipped += 1
             continue
         data = store.read_artifact(digest)
-        observer.stage(f"push {_told(len(data))} to {remote.name}")
+        observer.stage(f"push artifact {number} of {len(digests)}, {_told(len(data))}")
         connection.write(path, data)
         sent.append(len(data))
     records: tuple[UnitRecord | ProgramRecord, ...] = (*units, *programs)
@@ -144,8 +144,10 @@ def pull(
 def downloaded(remote: Remote, store: Store, observer: Observer) -> Iterator[Path]:
     """The file that a URL names, in the store's temporary directory while the block runs.
 
-    Raises `VllmcError` (`no-bundle`, `disk-full`) and what `Remote.connect` and `Connection` do.
+    Raises `Untrusted` where the store could not be used afterwards, `VllmcError` (`no-bundle`,
+    `disk-full`) and what `Remote.connect` and `Connection` do.
     """
+    store.check_writable()
     temporary = store.layout.temporary
     path = temporary / f"{os.getpid()}.{secrets.token_hex(8)}"
     observer.stage(f"fetch {remote.name}")
@@ -398,7 +400,7 @@ def _unknown(remote: Remote, name: str) -> VllmcError:
         "unknown-key",
         f"{remote.name} holds no program called '{name}', nor one whose key begins so",
         context={"remote": remote.name},
-        hint=f"vllmc cache push {remote.name} {name} sends one from where it was compiled",
+        hint="vllmc cache push REMOTE MODEL sends one from where it was compiled",
     )
 
 
@@ -415,4 +417,4 @@ def _path(place: Callable[..., Path], *names: str) -> str:
 
 
 def _told(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"

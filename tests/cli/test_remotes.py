@@ -62,6 +62,12 @@ def test_what_cannot_be_reached_is_named_without_credentials(vllmc, stored):
         assert "hush" not in done.out + done.err
 
 
+def test_where_there_is_nothing_the_url_is_asked_after(vllmc, workplace):
+    done = vllmc("cache", "pull", "nothing-here")
+    assert done.code == 0
+    assert "hint: nothing-here holds no program; is it the right URL?" in done.err
+
+
 def test_no_remote_is_wrong_usage(vllmc, stored):
     done = vllmc("cache", "push", "nothing://x")
     assert done.code == 2

@@ -256,6 +256,17 @@ def test_a_push_that_breaks_off_leaves_nothing_that_refers_to_what_is_not_there(
     assert there.programs(warmed.program.key) == (warmed.program,)
 
 
+@pytest.mark.parametrize("at", ["", "/v1", "/v1/blobs"])
+def test_a_push_to_where_no_directory_can_be_has_failed(at, store, warm, remote, place):
+    file = Path(f"{place}{at}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("a file")
+    with pytest.raises(VllmcError) as caught:
+        push(remote, store, [warm(b"one").program], SILENT)
+    assert (caught.value.code, caught.value.exit_code) == ("remote-failed", 1)
+    assert file.read_text() == "a file"
+
+
 def test_an_artifact_of_another_size_is_sent_again(store, remote, place, pushed):
     path = place / Path(store.layout.blob(pushed.units[1].artifact)).relative_to(store.root)
     path.write_bytes(LARGE[:1000])
@@ -462,7 +473,7 @@ class TestHttp:
 
     def test_it_is_read_only(self, served, store, warm):
         other = warm(b"other", model="other")
-        with pytest.raises(VllmcError, match="read only"):
+        with pytest.raises(VllmcError, match="http is only read"):
             push(Remote(url=served.url), store, [other.program], SILENT)
 
     def test_a_hostile_listing_names_nothing_outside(self, served, target):
