@@ -253,6 +253,8 @@ class Reading:
 
     def read(self, most: int) -> bytes:
         """The next bytes, `most` at the most; none at the end."""
+        # Files take a negative number for all that is left.
+        assert most >= 0, most
         return self._ask(lambda: self._file.read(most)) if most else b""
 
 

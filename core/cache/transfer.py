@@ -267,7 +267,9 @@ class _Puller:
         target = self._store.layout.blob(digest)
         with writing(target), _part(self._store.layout.temporary, digest) as (part, file):
             for _ in range(2):
-                begun = 0 if size is None else file.seek(0, os.SEEK_END)
+                begun = file.seek(0, os.SEEK_END)
+                if size is None or begun > size:
+                    begun = 0
                 try:
                     if begun != size:
                         with self._connection.open(path, start=begun) as source:
@@ -294,8 +296,8 @@ class _Puller:
 def _copy(source: Reading, target: BinaryIO, chunk: int, size: int | None) -> None:
     """Copies what is left of `source`; of a file of `size` bytes no more than that."""
     at = target.tell()
-    free = shutil.disk_usage(target.fileno()).free - _SPARE
-    last = at + free if size is None else size
+    free = max(0, shutil.disk_usage(target.fileno()).free - _SPARE)
+    last = at + free if size is None else max(at, size)
     if last > at + free:
         raise _full(target)
     while block := source.read(min(chunk, last - at)):
