@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from vllmc.core.cache.files import (
     writing,
 )
 from vllmc.core.cache.key import canonical_json
+from vllmc.core.cache.layout import Layout
 from vllmc.core.cache.record import ProgramRecord, UnitRecord, encode
 from vllmc.core.cache.signing import split
 from vllmc.core.cache.store import Store
@@ -100,12 +101,27 @@ def export(store: Store, programs: Iterable[ProgramRecord], target: Path) -> Man
     """
     files: dict[str, bytes] = {}
     programs = tuple(programs)
+    units = units_of(store, programs)
+    records: tuple[UnitRecord | ProgramRecord, ...] = (*units, *programs)
+    for record in records:
+        files[path_of(record)] = encode(record)
+    for digest in artifacts_of(programs, units):
+        files[blob_path(digest)] = store.read_artifact(digest)
+    raw = bundle.make_manifest(files, programs, store.signing)
+    _write(target, raw, files)
+    with _opened(target) as reader:
+        return reader.parse(reader.raw_manifest())
+
+
+def units_of(store: Store, programs: Iterable[ProgramRecord]) -> tuple[UnitRecord, ...]:
+    """The units of these programs, each once, to be used.
+
+    Raises `VllmcError` (`missing-unit`), and what `Store.unit` does.
+    """
+    units: dict[str, UnitRecord] = {}
     for program in programs:
-        layout = store.layout
-        path = layout.program(program.key, program.id).relative_to(layout.top).as_posix()
-        files[path] = encode(program)
         for unit in program.units:
-            record = store.unit(unit.key)
+            record = units.get(unit.key) or store.unit(unit.key)
             if record is None:
                 raise VllmcError(
                     "missing-unit",
@@ -113,15 +129,39 @@ def export(store: Store, programs: Iterable[ProgramRecord], target: Path) -> Man
                     context={"key": program.key, "unit": unit.key},
                     hint="vllmc warm compiles what is missing",
                 )
-            path = layout.unit(unit.key).relative_to(layout.top).as_posix()
-            files[path] = encode(record)
-            for digest in {unit.artifact, record.artifact}:
-                path = layout.blob(digest).relative_to(layout.top).as_posix()
-                files[path] = store.read_artifact(digest)
-    raw = bundle.make_manifest(files, programs, store.signing)
-    _write(target, raw, files)
-    with _opened(target) as reader:
-        return reader.parse(reader.raw_manifest())
+            units[unit.key] = record
+    return tuple(units.values())
+
+
+def artifacts_of(programs: Iterable[ProgramRecord], units: Iterable[UnitRecord]) -> tuple[str, ...]:
+    """The digests of the artifacts that these name, each once, in order.
+
+    A program may name another than its unit does, which was compiled again since.
+    """
+    named = {unit.artifact for program in programs for unit in program.units}
+    return tuple(sorted(named.union(unit.artifact for unit in units)))
+
+
+def path_of(record: UnitRecord | ProgramRecord) -> str:
+    """Where a record lies below `v1/`."""
+    if isinstance(record, UnitRecord):
+        return _relative(Layout.unit, record.key)
+    return _relative(Layout.program, record.key, record.id)
+
+
+def unit_path(key: str) -> str:
+    """Where the record of a unit lies below `v1/`."""
+    return _relative(Layout.unit, key)
+
+
+def blob_path(digest: str) -> str:
+    """Where an artifact lies below `v1/`."""
+    return _relative(Layout.blob, digest)
+
+
+def _relative(place: Callable[..., Path], *names: str) -> str:
+    layout = Layout(Path())
+    return place(layout, *names).relative_to(layout.top).as_posix()
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -21,10 +21,18 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from vllmc.core.cache.exchange import Vouched, note_import, vouch
+from vllmc.core.cache.exchange import (
+    Vouched,
+    blob_path,
+    note_import,
+    path_of,
+    unit_path,
+    units_of,
+    vouch,
+)
 from vllmc.core.cache.files import make_directory, publish, read_plain, writing
 from vllmc.core.cache.key import sha256_hex
-from vllmc.core.cache.layout import Layout, section_of
+from vllmc.core.cache.layout import section_of
 from vllmc.core.cache.record import (
     CorruptRecord,
     FormatTooNew,
@@ -69,13 +77,12 @@ def push(
     """
     connection = remote.connect()
     programs = tuple(programs)
-    units = _units_of(store, programs)
-    digests = {unit.artifact for program in programs for unit in program.units}
-    digests |= {unit.artifact for unit in units}
+    units = units_of(store, programs)
     sent: list[int] = []
     skipped = 0
-    for number, digest in enumerate(sorted(digests), start=1):
-        path = _path(Layout.blob, digest)
+    digests = artifacts_of(programs, units)
+    for number, digest in enumerate(digests, start=1):
+        path = blob_path(digest)
         if (size := store.artifact_size(digest)) is not None and connection.size(path) == size:
             skipped += 1
             continue
@@ -85,7 +92,7 @@ def push(
         sent.append(len(data))
     records: tuple[UnitRecord | ProgramRecord, ...] = (*units, *programs)
     for record in records:
-        path = _record_path(record)
+        path = path_of(record)
         if connection.size(path) is not None:
             skipped += 1
             continue
@@ -204,7 +211,7 @@ class _Puller:
             # Programs that were here already name the artifact of theirs.
             unit: object = store.readable_unit(key)
             if unit is None:
-                unit, _ = self._record(_path(Layout.unit, key))
+                unit, _ = self._record(unit_path(key))
                 assert isinstance(unit, UnitRecord)
                 units.append(unit)
             else:
@@ -255,13 +262,13 @@ class _Puller:
             raise CorruptRemote(name, error.reason) from None
         except FormatTooNew as error:
             raise CorruptRemote(name, f"a later vllmc wrote it: {error.message}") from None
-        if _record_path(record) != path:
+        if path_of(record) != path:
             raise CorruptRemote(name, "it is the record of something else")
         return record, vouched
 
     def _artifact(self, digest: str, size: int | None) -> int:
         """Fetches an artifact into the store and returns its size; goes on where one broke off."""
-        path = _path(Layout.blob, digest)
+        path = blob_path(digest)
         size = self._connection.size(path) if size is None else size
         chunk = self._connection.remote.chunk
         target = self._store.layout.blob(digest)
@@ -357,22 +364,6 @@ def _holds(store: Store, digest: str) -> bool:
     return False
 
 
-def _units_of(store: Store, programs: Iterable[ProgramRecord]) -> tuple[UnitRecord, ...]:
-    units: dict[str, UnitRecord] = {}
-    for program in programs:
-        for unit in program.units:
-            record = units.get(unit.key) or store.unit(unit.key)
-            if record is None:
-                raise VllmcError(
-                    "missing-unit",
-                    f"the cache lacks unit {unit.key[:12]} of {program.model}",
-                    context={"key": program.key, "unit": unit.key},
-                    hint="vllmc warm compiles what is missing",
-                )
-            units[unit.key] = record
-    return tuple(units.values())
-
-
 def _as_stored(store: Store, record: UnitRecord | ProgramRecord, path: str) -> bytes:
     """The bytes of a record: signed by the store's key, else with the signature that it has."""
     if store.signing is not None:
@@ -404,18 +395,6 @@ def _unknown(remote: Remote, name: str) -> VllmcError:
         context={"remote": remote.name},
         hint="vllmc cache push REMOTE MODEL sends one from where it was compiled",
     )
-
-
-def _record_path(record: UnitRecord | ProgramRecord) -> str:
-    if isinstance(record, UnitRecord):
-        return _path(Layout.unit, record.key)
-    return _path(Layout.program, record.key, record.id)
-
-
-def _path(place: Callable[..., Path], *names: str) -> str:
-    """The path below `v1/` of what `Layout` places so."""
-    layout = Layout(Path())
-    return place(layout, *names).relative_to(layout.top).as_posix()
 
 
 def _told(size: int) -> str:
