@@ -23,6 +23,7 @@ from typing import BinaryIO, Final
 
 from vllmc.core.cache.exchange import (
     Vouched,
+    artifacts_of,
     blob_path,
     note_import,
     path_of,
