@@ -18,10 +18,13 @@ from typing import Final
 import platformdirs
 
 from vllmc.core.cache.store import Store
+from vllmc.core.cache.trust import Trust
 from vllmc.core.events import LogObserver, Observer
 from vllmc.core.spec import CompileSpec
 
 CACHE_DIR_VARIABLE: Final = "VLLMC_CACHE_DIR"
+TRUST_DIR_VARIABLE: Final = "VLLMC_TRUST_DIR"
+TRUST_UNSIGNED_VARIABLE: Final = "VLLMC_TRUST_UNSIGNED"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +60,10 @@ def compiling(
 
     Without one, and for modules made outside of any such block, for 1 to 8192 tokens, on the
     device and in the dtype of their own parameters. The cache is `cache_dir`, else the directories
-    that VLLMC_CACHE_DIR names, else the user's cache directory: those of the `vllmc` command. With
-    `may_compile=False` a call whose program is not stored raises `CheckFailed` (`would-miss`).
-    What happens is logged to the logger `vllmc`, unless an `observer` is given.
+    that VLLMC_CACHE_DIR names, else the user's cache directory: those of the `vllmc` command, and
+    used on its terms (VLLMC_TRUST_DIR, VLLMC_TRUST_UNSIGNED). With `may_compile=False` a call whose
+    program is not stored raises `CheckFailed` (`would-miss`). What happens is logged to the logger
+    `vllmc`, unless an `observer` is given.
     """
     session = _make(spec, cache_dir, may_compile, observer)
     token = _CURRENT.set(session)
@@ -103,11 +107,19 @@ def _make(
     first, *below = paths or [platformdirs.user_cache_path("vllmc")]
     return Session(
         spec=spec or CompileSpec(device="auto", dtype="auto"),
-        store=Store(first, tuple(below)),
+        store=Store(first, tuple(below), _trust(environment)),
         environment=environment,
         observer=observer or LogObserver(),
         may_compile=may_compile,
         since=_process_started(),
+    )
+
+
+def _trust(environment: Mapping[str, str]) -> Trust:
+    keys = environment.get(TRUST_DIR_VARIABLE, "").strip()
+    return Trust(
+        keys=Path(keys).expanduser() if keys else None,
+        unsigned=environment.get(TRUST_UNSIGNED_VARIABLE, "").strip() in ("1", "true"),
     )
 
 
