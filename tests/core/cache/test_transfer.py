@@ -344,6 +344,48 @@ def test_many_pulls_at_once_do_not_disturb_each_other(place, target, pushed):
     assert list(target.layout.temporary.iterdir()) == []
 
 
+PULL_AND_DIE = """
+import os, signal, sys
+from pathlib import Path
+from vllmc.core.cache.remote import Reading, Remote
+from vllmc.core.cache.store import Store
+from vllmc.core.cache.transfer import pull
+from vllmc.core.cache.trust import Trust
+from vllmc.core.events import SilentObserver
+
+remote, root, name, left = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+owner = Reading if name == "read" else Store
+method = getattr(owner, name)
+
+def dies(*args):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return method(*args)
+
+setattr(owner, name, dies)
+store = Store(root, trust=Trust(unsigned=True))
+pull(Remote(url=remote, chunk=100_000), store, [], SilentObserver())
+"""
+
+
+@pytest.mark.parametrize("at", [("read", 20), ("put_unit", 1), ("put_program", 0)])
+def test_a_pull_that_is_killed_leaves_nothing_wrong_and_the_next_goes_on(
+    at, place, remote, target, pushed, start
+):
+    assert start(PULL_AND_DIE, place, target.root, *at).wait() == -9
+    assert [problem for problem in target.verify() if problem.unsafe] == []
+    assert list(target.all_programs()) == []
+    part = target.layout.temporary / f"{pushed.units[1].artifact}.part"
+    assert part.exists() == (at[0] == "read")
+    done = pull(remote, target, [], SILENT)
+    assert (done.programs, done.refused) == ((pushed.program.key,), ())
+    assert target.programs(pushed.program.key) == (pushed.program,)
+    assert target.verify() == ()
+    assert not part.exists()
+
+
 def test_a_full_disk_is_said_before_anything_is_fetched(remote, target, pushed, monkeypatch):
     monkeypatch.setattr(transfer, "_SPARE", 1 << 62)
     with pytest.raises(VllmcError) as caught:
@@ -412,10 +454,9 @@ def test_notes_of_where_it_came_from_hold_no_credentials(target, pushed, place, 
 
 
 class TestHttp:
-    pytest.importorskip("aiohttp")
-
     @pytest.fixture
     def served(self, place, pushed):
+        pytest.importorskip("aiohttp")
         with serving(place) as served:
             yield served
 
