@@ -11,8 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from vllmc.cli import render
+from vllmc.cli.config_file import CONFIG_VARIABLE
+from vllmc.cli.option_table import OPTIONS
 from vllmc.cli.options import CommonFlags, command
-from vllmc.cli.settings import CONFIG_VARIABLE, OPTIONS, Settings
+from vllmc.cli.settings import Settings
 from vllmc.core.diagnose.doctor import LEVELS, examine
 from vllmc.core.diagnose.doctor_places import Named
 from vllmc.core.diagnose.doctor_probe import Configured, gather

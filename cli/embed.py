@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vllmc.cli.option_table import Setting, choice
 from vllmc.cli.output import Output
-from vllmc.cli.settings import Setting, choice
 from vllmc.core.errors import UsageError, VllmcError
 from vllmc.core.models.pooling import (
     DEFAULT_POOLING,

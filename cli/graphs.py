@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias, get
 
 import typer
 
+from vllmc.cli.option_table import choice
 from vllmc.cli.options import counts
 from vllmc.cli.output import Output
-from vllmc.cli.settings import Settings, choice
+from vllmc.cli.settings import Settings
 from vllmc.core.errors import UsageError
 
 if TYPE_CHECKING:

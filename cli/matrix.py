@@ -24,15 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from vllmc.cli.settings import (
-    OPTIONS,
-    SCOPES,
-    ConfigFile,
-    Reader,
-    bad_setting,
-    parse_toml,
-    read_text,
-)
+from vllmc.cli.config_file import ConfigFile, Reader, bad_setting, parse_toml, read_text
+from vllmc.cli.option_table import OPTIONS, SCOPES
 from vllmc.cli.toml_lines import KeyPath, line_numbers
 from vllmc.core.errors import VllmcError
 

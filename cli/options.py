@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hi
 
 import typer
 
+from vllmc.cli.option_table import RawOption, Setting, choice, truth
 from vllmc.cli.output import Output
-from vllmc.cli.settings import RawOption, Setting, Settings, choice, load_settings, truth
+from vllmc.cli.settings import Settings, load_settings
 from vllmc.core.errors import UsageError
 from vllmc.core.models.presets import DEFAULT_PRESET
 from vllmc.core.passes import ALL, PASSES, PassChoice

@@ -13,6 +13,7 @@ from vllmc.cli import report
 from vllmc.cli.calibration import Calibration, CalibrationFlags
 from vllmc.cli.embed import EmbeddingFlags, embed
 from vllmc.cli.graphs import GraphFlags, graphs_row, tell_of_graphs
+from vllmc.cli.option_table import choice
 from vllmc.cli.options import (
     CommonFlags,
     CompileFlags,
@@ -22,7 +23,6 @@ from vllmc.cli.options import (
     compile_request,
 )
 from vllmc.cli.prompts import PromptFlags, Prompts, load_tokenizer
-from vllmc.cli.settings import choice
 from vllmc.core.errors import CheckFailed, UsageError, VllmcError
 
 if TYPE_CHECKING:

@@ -14,10 +14,11 @@ import typer
 from vllmc.cli import report
 from vllmc.cli.dump import dump_places, write_dump
 from vllmc.cli.matrix import read_matrix
+from vllmc.cli.option_table import choice
 from vllmc.cli.options import CommonFlags, CompileFlags, RemoteFlags, WorkerFlags, command
 from vllmc.cli.output import Output
 from vllmc.cli.prewarm import Attempt, Batch, Result, Task, matrix_tasks, named_tasks
-from vllmc.cli.settings import Settings, choice
+from vllmc.cli.settings import Settings
 from vllmc.cli.warm_reports import ReportFlags
 from vllmc.cli.warm_rows import Head, Row, predicted_row, ready_row
 from vllmc.core.cache.store import Store

@@ -12,8 +12,8 @@ from pages import publish
 from typer.core import TyperGroup
 
 from vllmc.cli.app import INTERRUPTED, PIPE_CLOSED, build_app
+from vllmc.cli.option_table import OPTIONS, Option
 from vllmc.cli.options import COMMON_PANEL, SHAPING_PANEL
-from vllmc.cli.settings import OPTIONS, Option
 from vllmc.core.errors import CheckFailed, UnsafeCacheError, UsageError, VllmcError
 
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from vllmc.cli.matrix import Entry, read_matrix
+from vllmc.cli.option_table import OPTIONS, RawOption
 from vllmc.cli.options import CompileFlags
-from vllmc.cli.settings import OPTIONS, RawOption
 from vllmc.core.errors import VllmcError
 
 MATRIX = """

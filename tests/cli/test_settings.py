@@ -5,7 +5,8 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from vllmc.cli.settings import OPTIONS, RawOption, Settings, load_settings
+from vllmc.cli.option_table import OPTIONS, RawOption
+from vllmc.cli.settings import Settings, load_settings
 from vllmc.core.errors import VllmcError
 
 
