@@ -216,7 +216,7 @@ def test_a_prediction_holds_whatever_changes_in_what_inductor_compiles(states: l
     _follow(states)
 
 
-@settings(max_examples=settings.default.max_examples // 10)
+@settings(max_examples=settings.default.max_examples // 25)
 @given(_states(_THREAD_CHANGE))
 def test_threads_with_options_of_their_own_get_what_each_asked_for(states: list[State]) -> None:
     with tempfile.TemporaryDirectory() as scratch:

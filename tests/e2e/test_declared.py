@@ -141,7 +141,9 @@ def test_example_inputs_say_what_the_call_is(call: Run, eager: Run) -> None:
     check(call("Given", 1, 5))
 
 
-@pytest.mark.parametrize("kind", ["backed", "backed-size-oblivious"])
+@pytest.mark.parametrize(
+    "kind", ["backed", pytest.param("backed-size-oblivious", marks=pytest.mark.thorough)]
+)
 def test_a_program_is_of_the_kind_that_was_asked_for(kind: str, call: Run, eager: Run) -> None:
     assert eager("warm", "declared:Decoder", "--dynamic-shapes", kind).code == 0
     check(call("Decoder", 1, 5, kind=kind))

@@ -112,7 +112,7 @@ def test_embeddings_are_the_same_however_the_model_is_captured(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bert", "modernbert"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("modernbert", marks=pytest.mark.thorough)])
 def test_inductor_s_code_gives_the_embeddings_of_eager_transformers(
     name: str, saved: Any, vllmc: Run
 ) -> None:

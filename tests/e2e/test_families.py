@@ -76,6 +76,11 @@ EACH_FAMILY = tuple(
 )
 
 
+COMPILED = {"llama", "gemma2", "gpt2", "qwen3_moe"}
+TRACED = {"llama", "gemma2", "gemma3n_text", "gpt_oss", "deepseek_v3", "smollm3"}
+"""Of which Inductor's code is run by default, and in how few layers are traced."""
+
+
 @pytest.fixture(scope="module", params=EACH_FAMILY)
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     place = tmp_path_factory.mktemp(request.param.name)
@@ -182,7 +187,12 @@ def test_the_split_graph_computes_what_the_graph_does(compiled: Compiled) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "family", [f for f in families.FAMILIES if f.core], ids=lambda family: family.name
+    "family",
+    [
+        pytest.param(f, id=f.name, marks=() if f.name in COMPILED else pytest.mark.thorough)
+        for f in families.FAMILIES
+        if f.core
+    ],
 )
 def test_token_ids_are_those_of_transformers_when_compiled(family: Any, tmp_path: Path) -> None:
     model = families.make_model(family)
@@ -240,7 +250,13 @@ def test_what_cannot_be_captured_is_refused_with_module_and_line(
 TRACED_WHOLE = {"jetmoe", "gemma3n_text", "gemma4_text", "smollm3"}
 
 
-@pytest.mark.parametrize("family", EACH_FAMILY)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(f, id=f.name, marks=() if f.name in TRACED else pytest.mark.thorough)
+        for f in families.FAMILIES
+    ],
+)
 def test_tracing_equal_layers_once_gives_the_graph_of_tracing_all(
     family: Any, tmp_path: Path
 ) -> None:

@@ -174,7 +174,9 @@ def test_an_interrupt_while_compiling_ends_with_one_clear_line(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.thorough)]
+)
 def test_nothing_outlives_a_command_that_is_killed_while_its_workers_compile(
     start: Start, cache: Path, vllmc: Run, number: int
 ) -> None:

@@ -196,7 +196,7 @@ def test_a_name_in_a_splitting_op_costs_nothing(eager: Run, workplace: Path) -> 
     assert row["pieces"]["unique"] < row["pieces"]["compilable"]
 
 
-@pytest.mark.parametrize("layers", ["3", "6"])
+@pytest.mark.parametrize("layers", ["3", pytest.param("6", marks=pytest.mark.thorough)])
 def test_our_own_op_costs_only_baked_and_inside_a_piece(eager: Run, layers: str) -> None:
     rows = {
         (names, ops): eager("warm", "--layers", layers, "--layer-names", names, *ops, "--json").json
@@ -271,6 +271,7 @@ def test_a_person_is_told_the_cost_and_the_cure(eager: Run, workplace: Path) -> 
     assert "layer-name" not in eager("warm", "strings_told:make").out
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_what_inductor_spent_on_strings_is_measured(vllmc: Run, workplace: Path) -> None:
     before, after = "strings_inductor", "names_inductor"

@@ -23,7 +23,7 @@ from vllmc.core.spec import LayerNames, Quantization
 pytestmark = pytest.mark.slow
 
 ACTIVATIONS = {"llama": "silu", "qwen3": "silu", "gemma": "gelu"}
-EXAMPLES = (("llama", "fp8-static"), ("qwen3", "fp8-dynamic"), ("gemma", "int8-dynamic"))
+EXAMPLES = (("llama", "fp8-static"), ("gemma", "int8-dynamic"))
 """Models and modes of the default run."""
 UNFUSED = chosen(["shared-quant"], ["all"], "cpu")
 """What is fused is compared with the same ops one after the other."""

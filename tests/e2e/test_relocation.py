@@ -97,8 +97,9 @@ def other_python(tmp_path: Path) -> Path:
     place = tmp_path / "another venv"
     venv.create(place, symlinks=True)
     [packages] = place.glob("lib/python*/site-packages")
-    lines = [path for path in sys.path if path.endswith("site-packages")]
-    (packages / "lent.pth").write_text("\n".join(lines) + "\n")
+    lent = [path for path in sys.path if path.endswith("site-packages")]
+    # As a directory of packages, in which further ones are named, as editable installs are.
+    (packages / "lent.pth").write_text(f"import site; [site.addsitedir(p) for p in {lent!r}]\n")
     return place / "bin" / "python"
 
 

@@ -172,7 +172,7 @@ def test_generated_code_updates_once_in_each_piece_before_attention(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", ["hoisted", "baked"])
+@pytest.mark.parametrize("names", ["hoisted", pytest.param("baked", marks=pytest.mark.thorough)])
 def test_within_one_piece_each_update_comes_before_its_attention(
     names: str, vllmc: Run, cache: Path, tmp_path: Path
 ) -> None:

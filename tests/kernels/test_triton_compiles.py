@@ -70,7 +70,7 @@ class Driver:
         return lambda *args: None
 
 
-@pytest.fixture(params=[80, 90])
+@pytest.fixture(params=[pytest.param(80, marks=pytest.mark.thorough), 90])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Driver:
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     gpu = Driver(request.param)

@@ -40,13 +40,16 @@ def waits(who: str) -> None:
 
 def publish(store: Store, units: Iterable[UnitRecord], program: ProgramRecord) -> None:
     """What `warm` does; a lease that is left over is a failure."""
+    units = tuple(units)
     with store.lock(program.key, waits):
         for unit in units:
             with store.lock(unit.key, waits):
                 store.put_artifact(artifact(unit))
                 store.put_unit(unit)
+        # As the pipeline does, but for the note of the use, of which each has its line.
+        for unit in units:
+            store.retain(unit.artifact, artifact(unit))
         store.put_program(program)
-        store.touch(program.key)
 
 
 class Steps:

@@ -189,6 +189,7 @@ def test_an_edited_configuration_class_is_asked_again(ask: Ask, editable: Path) 
     assert "'hidden_act', 'value': 'gelu'" in str(edited["rows"])
 
 
+@pytest.mark.thorough
 def test_another_version_of_transformers_is_asked_again(ask: Ask, editable: Path) -> None:
     ask("tiny-llama", path=(editable,))
     source = editable / "transformers" / "__init__.py"
@@ -200,6 +201,7 @@ def test_another_version_of_transformers_is_asked_again(ask: Ask, editable: Path
     assert ask("tiny-llama", path=(editable,))["remembered"]
 
 
+@pytest.mark.thorough
 def test_a_damaged_memory_is_as_none_and_mended(ask: Ask, directory: Path, tmp_path: Path) -> None:
     first = ask(directory)
     file = fact_of(tmp_path / "cache")
@@ -218,6 +220,7 @@ def test_a_cache_that_cannot_be_written_only_costs_time(
     assert ask(directory, cache=in_the_way) == ask(directory, cache=in_the_way)
 
 
+@pytest.mark.thorough
 def test_a_memory_in_a_read_only_cache_is_used(ask: Ask, directory: Path, tmp_path: Path) -> None:
     first, cache = ask(directory), tmp_path / "cache"
     for place in (cache / "facts", cache):

@@ -275,6 +275,7 @@ def test_a_side_sets_nothing_that_is_no_factor(side: Sides, model: Any, root: Pa
     assert asked == {"max_autotune"}
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_inductor_proves_which_options_change_code_and_which_results(
     side: Sides, bench: Workbench, notes: Notes, model: Any, root: Path

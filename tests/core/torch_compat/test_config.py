@@ -603,6 +603,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_generated_code_does_not_depend_on_the_number_of_threads_or_cores(tmp_path: Path) -> None:
     one, many = (

@@ -214,6 +214,7 @@ def test_a_worker_that_is_killed_is_told_of_and_its_unit_compiled_once_more(
     assert notes.begun[-1] == killed[0]
 
 
+@pytest.mark.thorough
 def test_a_unit_whose_worker_is_killed_twice_is_an_error_and_the_others_are_kept(
     job: Any, pool: WorkerPool, tmp_path: Path
 ) -> None:
@@ -234,6 +235,7 @@ def test_a_unit_whose_worker_is_killed_twice_is_an_error_and_the_others_are_kept
     assert [unit.outcome for unit in ready.units] == ["compiled", "hit", "hit"]
 
 
+@pytest.mark.thorough
 def test_a_worker_over_its_limit_is_ended(job: Any, tmp_path: Path) -> None:
     with WorkerPool(2, memory=1 << 20) as pool, pytest.raises(VllmcError) as caught:
         obtain_program(job(), Store(tmp_path), Notes(), pool=pool)
@@ -242,6 +244,7 @@ def test_a_worker_over_its_limit_is_ended(job: Any, tmp_path: Path) -> None:
     assert servers() == []
 
 
+@pytest.mark.thorough
 def test_the_process_that_makes_workers_may_die_too(
     job: Any, here: Ready, pool: WorkerPool, tmp_path: Path
 ) -> None:
@@ -289,6 +292,7 @@ def test_an_error_of_the_compiler_is_the_same_from_a_worker(
     assert told[0][1] == "no-compiler"
 
 
+@pytest.mark.thorough
 def test_workers_are_forked_from_a_process_of_one_thread(
     job: Any, pool: WorkerPool, tmp_path: Path
 ) -> None:

@@ -194,7 +194,7 @@ def test_a_record_of_a_future_format_is_an_error_and_stays(store, publish, count
     counted("a record of a future format", tried)
 
 
-@pytest.mark.parametrize("section", ["blobs", "units", "programs", "codes", "locks", "tmp", "used"])
+@pytest.mark.parametrize("section", ["blobs", "units", "programs", "codes", "locks", "tmp"])
 def test_a_file_in_the_place_of_a_directory_is_an_error(store, publish, section):
     publication = publish()
     directory = store.layout.top / section
