@@ -99,7 +99,8 @@ def other_python(tmp_path: Path) -> Path:
     [packages] = place.glob("lib/python*/site-packages")
     lent = [path for path in sys.path if path.endswith("site-packages")]
     # As a directory of packages, in which further ones are named, as editable installs are.
-    (packages / "lent.pth").write_text(f"import site; [site.addsitedir(p) for p in {lent!r}]\n")
+    lines = [f"import site; site.addsitedir({path!r})\n" for path in lent]
+    (packages / "lent.pth").write_text("".join(lines))
     return place / "bin" / "python"
 
 
