@@ -74,7 +74,7 @@ def make(settings: Settings, request: CompileRequest) -> Job:
     # Which run by default is known with the device.
     passes = chosen(request.added_passes, request.removed_passes, spec.device)
     spec = replace(spec, passes=passes)
-    check_passes(spec)
+    check_passes(spec, [name for name in PASSES if _is_for_ranges(name, request.origins)])
     return make_job(
         model,
         spec,
@@ -83,6 +83,21 @@ def make(settings: Settings, request: CompileRequest) -> Job:
         origins=_origins(request),
         since=since,
     )
+
+
+def _is_for_ranges(name: str, origins: Mapping[str, str]) -> bool:
+    """Whether the pass was asked for with these compile ranges in view.
+
+    What a file or the environment says of a pass also holds for other ranges than its own.
+    """
+    said = _place(origins.get(f"pass {name}", "default"))
+    ranges = {_place(origins[option]) for option in ("compile-range", "compile-size")}
+    return said == "flag" or ranges <= {"default", said}
+
+
+def _place(origin: str) -> str:
+    """`file:vllmc.toml` of `file:vllmc.toml:3`; other origins as they are."""
+    return origin.rpartition(":")[0] if origin.startswith("file:") else origin
 
 
 def _origins(request: CompileRequest) -> Mapping[tuple[str, str], str]:

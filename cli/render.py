@@ -255,11 +255,12 @@ def _bundled(rows: Sequence[Row]) -> RenderableType:
 
 def programs(rows: Sequence[Row], imports: Sequence[Row]) -> RenderableType:
     """A program's records, as `cache show` prints them, and where they came from."""
-    parts = [
+    first, *others = map(_program, rows)
+    others += [
         facts(("imported", f"{moment(row['at'])} from {row['source']}, {_vouched(row)}"))
         for row in imports
     ]
-    return Group(*(part for item in [*map(_program, rows), *parts] for part in (item, "")))
+    return Group(first, *(part for other in others for part in ("", other)))
 
 
 def _vouched(row: Row) -> str:

@@ -143,9 +143,10 @@ def _passes(rows: Sequence[Row]) -> list[RenderableType]:
     parts: list[RenderableType] = [table]
     for row in rows:
         if (missed := row["missed"]) is not None:
+            done = "does not match all" if row["matches"] else "matched nothing"
             parts.append(
                 Text(
-                    f"{row['name']} matched nothing: in {missed['graph']}, at {missed['node']}, it "
+                    f"{row['name']} {done}: in {missed['graph']}, at {missed['node']}, it "
                     f"expected {missed['expected']} and found {missed['found']}",
                     style="yellow",
                 )

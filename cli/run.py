@@ -148,10 +148,11 @@ def run(
 ) -> int:
     """Generate or embed with the compiled program, and report each recompile with cause and fix.
 
-    Weights come from the model's directory, else they are random, always the same. Prompts longer
-    than the last compile range are computed in parts; an encoder (--embed) runs them whole, and
-    its last compile range has no end. --fail-on-miss is decided before anything is compiled, and
-    after --remote was asked for what the cache lacks.
+    Weights come from the model's directory, else they are random, always the same; files that lack
+    a tensor of the model are refused. Prompts longer than the last compile range are computed in
+    parts; an encoder (--embed) runs them whole, and its last compile range has no end.
+    --fail-on-miss is decided before anything is compiled, and after --remote was asked for what the
+    cache lacks.
 
     With --quantize fp8-static the scales of activations are those of the checkpoint, where it was
     quantised so, else they come from a run of the --calibrate prompts before the model is

@@ -134,9 +134,9 @@ def warm(
     where nothing was captured: when the program was found, and with --check.
 
     passes is what each pass over the graphs did in what was captured and compiled now: name,
-    matches, nodes_before and nodes_after of all graphs, seconds, and missed: null, or where the
-    closest match failed of a pass that found none although its ops are there (graph, node,
-    expected, found). -v shows it.
+    matches, nodes_before and nodes_after of all graphs, seconds, and missed: null, or where of what
+    it left, although its ops are there, the closest match failed (graph, node, expected, found).
+    -v shows it.
 
     With --remote, a program that the cache lacks is pulled from there, where it is and is trusted;
     what hinders that is one warning, and it is compiled. --check looks into the cache alone.

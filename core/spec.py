@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -111,11 +111,11 @@ def unit_ranges(spec: CompileSpec) -> tuple[CompileRange, ...]:
     return tuple(sorted(found, key=lambda r: (not r.is_size, r)))
 
 
-def check_passes(spec: CompileSpec) -> None:
-    """Raises `UsageError` (`bad-range`) for a pass limited to what no compile range lies within."""
+def check_passes(spec: CompileSpec, names: Collection[str]) -> None:
+    """Raises `UsageError` (`bad-range`) where a pass of `names` runs for none of the ranges."""
     ranges = unit_ranges(spec)
     for choice in spec.chosen_passes:
-        if not any(map(choice.applies_to, ranges)):
+        if choice.name in names and not any(map(choice.applies_to, ranges)):
             raise UsageError(
                 "bad-range",
                 f"the pass {choice.name} would never run: no compile range lies within "

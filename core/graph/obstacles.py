@@ -22,6 +22,11 @@ _TAGS: Final = (
 )
 # Of the forward context it reads the slots, which `runtime.cuda_graphs` keeps at their place.
 _SAFE_HERE: Final = frozenset({"vllmc::unified_kv_cache_update"})
+# Functions that write to their first argument, and are not named as torch names such.
+_IN_PLACE: Final = frozenset(
+    {"setitem", "__setitem__", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "iand"}
+    | {"ior", "ixor", "ipow", "ilshift", "irshift", "imatmul"}
+)
 # Methods that wait for the device, to have values on the host.
 _WAITING: Final = frozenset({"cpu", "item", "numpy", "tolist"})
 
@@ -57,9 +62,3 @@ def _written(node: fx.Node) -> tuple[fx.Node, ...]:
     if node.op in {"call_method", "call_function"} and (in_place or name in _IN_PLACE):
         return tuple(node.all_input_nodes[:1])
     return ()
-
-
-_IN_PLACE: Final = frozenset(
-    {"setitem", "__setitem__", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "iand"}
-    | {"ior", "ixor", "ipow", "ilshift", "irshift", "imatmul"}
-)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import TypedDict
 
 import torch
@@ -142,7 +143,7 @@ def _steps(captured: Capture, cuts: Sequence[Cut], piece_of: Mapping[str, int]) 
                     results=tuple(names[node] for node in cut.outputs),
                 )
             )
-            steps += [_relaid(names[n]) for n in cut.outputs if n in read and _may_be_relaid(n)]
+            steps += [step for n in cut.outputs if n in read for step in _relaid(n, names[n])]
     (outputs,) = captured.graph.output_node().args
     assert isinstance(outputs, (list, tuple))
     found = [encode(output, names) for output in outputs]
@@ -163,23 +164,28 @@ def _filled(result: JsonValue, outputs: Sequence[JsonValue]) -> JsonValue:
     return result
 
 
-def _may_be_relaid(node: fx.Node) -> bool:
-    """Whether a compiler may lay out a contiguous result in another way.
+def _relaid(node: fx.Node, name: str) -> list[OpStep]:
+    """Steps that lay a piece's result out as captured: it nearly always is, and stays as it is.
 
-    Inductor keeps the strides of results as captured, except those that hold an unbacked size.
-    The pieces that read such a result are compiled for a contiguous one.
+    Inductor keeps the strides of results, except those that hold an unbacked size. The pieces that
+    read such a result are compiled for the captured ones.
     """
     value = value_of(node)
-    return (
-        isinstance(value, torch.Tensor)
-        and any(isinstance(stride, torch.SymInt) for stride in value.stride())
-        and is_contiguous(value)
-    )
-
-
-def _relaid(name: str) -> OpStep:
-    """Makes the value contiguous: it nearly always is, and stays as it is."""
-    return OpStep(target="call_method:contiguous", args=({"ref": name},), kwargs={}, result=name)
+    if not isinstance(value, torch.Tensor):
+        return []
+    if not any(isinstance(stride, torch.SymInt) for stride in value.stride()):
+        return []
+    dims = range(value.dim())
+    order = next((o for o in permutations(dims) if is_contiguous(value.permute(o))), None)
+    if order is None:
+        # One with gaps or repetitions, which `Program` refuses where a piece gave another.
+        return []
+    back = sorted(dims, key=order.__getitem__)
+    methods = [("permute", order), ("contiguous", ()), ("permute", back)]
+    return [
+        OpStep(target=f"call_method:{method}", args=({"ref": name}, *args), kwargs={}, result=name)
+        for method, args in (methods[1:2] if order == tuple(dims) else methods)
+    ]
 
 
 def _op_steps(cut: Cut, names: Mapping[fx.Node, str]) -> list[OpStep]:

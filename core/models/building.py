@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
@@ -28,9 +28,11 @@ from vllmc.core.models.checkpoint import WEIGHT_SCALE, read_weights
 from vllmc.core.models.encoders import encoder_info
 from vllmc.core.models.errors import unsupported_model
 from vllmc.core.models.experts import EXPERTS_NAME, attach_expert_names, register_experts
-from vllmc.core.models.model import EncoderInfo, Weights
+from vllmc.core.models.model import EncoderInfo, OwnQuantization, Weights
 from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat.fake import fake_weights
+
+_MOST_NAMED: Final = 10
 
 FAKE_EXPERTS_NAME = "batched_mm"
 """The one for a run on fake tensors: `grouped_mm` has no fake for other types than bfloat16."""
@@ -248,33 +250,27 @@ def load_weights(
             context={"method": config.quantization_config},
             hint="docs/quantization.md says which checkpoints vllmc reads",
         )
-    if encoder_info(name, config) is not None:
-        _require_all(
-            name,
-            report,
-            "an embedding by random weights says nothing: check the model's files, and that "
-            "--layers does not ask for more layers than they hold",
-        )
-    if strange := [key for key in report["unexpected_keys"] if key.endswith(WEIGHT_SCALE)]:
+    if strange := [key for key in report["unexpected_keys"] if WEIGHT_SCALE in key]:
         raise VllmcError(
             "bad-weights",
             f"the weights of {name} are quantised, and its config.json does not say how",
             context={"scale": min(strange), "of": len(strange)},
             hint="docs/quantization.md says what a quantization_config holds",
         )
+    _require_all(name, report)
     return model
 
 
 def load_dequantized(
-    name: str, config: PretrainedConfig, directory: Path, dtype: str
+    name: str, config: PretrainedConfig, directory: Path, own: OwnQuantization, dtype: str
 ) -> torch.nn.Module:
     """As `load_weights`, of a directory whose weights are quantised, brought to `dtype`.
 
     Raises `VllmcError` (`bad-weights`).
     """
-    weights = read_weights(directory, getattr(torch, dtype))
+    weights = read_weights(directory, own, getattr(torch, dtype))
     model, report = _loaded(name, config, None, dtype, state_dict=weights)
-    _require_all(name, report, "check that all files of the model are there")
+    _require_all(name, report)
     return model
 
 
@@ -307,13 +303,15 @@ def _loaded(
     return model, report
 
 
-def _require_all(name: str, report: Mapping[str, Any], hint: str) -> None:
+def _require_all(name: str, report: Mapping[str, Any]) -> None:
     """Refuses a model of which Transformers made up some weights."""
     if missing := sorted(report["missing_keys"]):
         raise VllmcError(
             "bad-weights",
             f"the weights of {name} lack {len(missing)} of its tensors, {missing[0]} for one",
-            hint=hint,
+            context={"missing": missing[:_MOST_NAMED]},
+            hint="what is made up says nothing: check that all files of the model are there, and "
+            "that --layers does not ask for more layers than they hold",
         )
 
 

@@ -32,7 +32,12 @@ _SCALES: Final = (WEIGHT_SCALE, _INPUT_SCALE)
 # Some are of the keys and values in a cache, which is not quantised here.
 _NO_WEIGHTS: Final = (*_SCALES, ".k_scale", ".v_scale", ".kv_scale")
 
-_QUANTIZED: Final = (torch.float8_e4m3fn, torch.int8)
+STORED_AS: Final[Mapping[Quantization, torch.dtype]] = {
+    "fp8-static": torch.float8_e4m3fn,
+    "fp8-dynamic": torch.float8_e4m3fn,
+    "int8-dynamic": torch.int8,
+}
+"""The dtype of the quantised weights of each mode."""
 
 _STATIC: Final[tuple[Quantization, ...]] = ("fp8-static", "fp8-dynamic")
 _DYNAMIC: Final[tuple[Quantization, ...]] = ("fp8-dynamic", "fp8-static")
@@ -116,23 +121,28 @@ def read_scales(directory: Path) -> dict[str, Scales]:
     }
 
 
-def read_weights(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def read_weights(
+    directory: Path, own: OwnQuantization, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """The weights of the checkpoint in `directory`, with quantised ones brought to `dtype`.
 
     To quantise such a weight by its own scale gives the one that is stored, bit by bit: floating
     types tell more numbers apart than fp8 and int8. Not below 6e-5 in float16, where a weight may
     become its neighbour. Raises `VllmcError` (`bad-weights`).
     """
+    stored = STORED_AS[own.modes[0]]
     scales = read_scales(directory)
     weights = {}
     for key, tensor in _tensors(directory, lambda key: not key.endswith(_NO_WEIGHTS)):
         path = key.removesuffix(".weight")
-        if tensor.dtype in _QUANTIZED:
+        if tensor.dtype is stored:
             if path not in scales:
                 raise _bad_weights(key, f"it is in {tensor.dtype} and has no weight_scale")
             tensor = (tensor.to(torch.float32) * scales[path].weight).to(dtype)
-        elif tensor.is_floating_point() and tensor.itemsize == 1:
-            raise _bad_weights(key, f"it is in {tensor.dtype}")
+        elif tensor.itemsize == 1 and tensor.dtype is not torch.bool:
+            raise _bad_weights(
+                key, f"it is in {tensor.dtype}, and config.json speaks of weights in {stored}"
+            )
         weights[key] = tensor
     return weights
 

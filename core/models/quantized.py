@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from vllmc.core.errors import VllmcError
 from vllmc.core.models.building import model_of
+from vllmc.core.models.checkpoint import STORED_AS
 from vllmc.core.models.model import Scales
 from vllmc.core.models.watched import groups_by_input
 from vllmc.core.spec import Quantization
@@ -32,13 +33,6 @@ _MULTIPLE: Final = 16
 
 _EXPERT_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """The fields by which configurations say how many experts a mixture has."""
-
-_DTYPES: Final[Mapping[Quantization, torch.dtype]] = {
-    "fp8-static": torch.float8_e4m3fn,
-    "fp8-dynamic": torch.float8_e4m3fn,
-    "int8-dynamic": torch.int8,
-}
-
 
 Calibrate: TypeAlias = Callable[[torch.nn.Module, Collection[str]], Mapping[str, float]]
 """Runs an entry and says the largest magnitude of what each linear, by path, was given."""
@@ -122,7 +116,7 @@ def quantize(
         input_scales = _input_scales(entry, paths, own, calibrate)
     for path, places in zip(paths, _places(model, paths), strict=True):
         linear = model.get_submodule(path)
-        made = _quantized(linear, _DTYPES[mode], own.get(path), input_scales.get(path))
+        made = _quantized(linear, STORED_AS[mode], own.get(path), input_scales.get(path))
         # One that is held in several places stays one. Each is let go before the next is made.
         for place in places:
             model.set_submodule(place, made)
@@ -230,7 +224,7 @@ def _input_scales(
     for group in groups_by_input(entry, model, paths, device):
         if largest is not None:
             amax = max(SMALLEST_AMAX, *(largest[path] for path in group))
-            scale = amax / LARGEST[_DTYPES["fp8-static"]]
+            scale = amax / LARGEST[STORED_AS["fp8-static"]]
         else:
             # All of them, or none.
             known = [own[path].input for path in group if path in own]

@@ -138,11 +138,11 @@ class TransformersModel(ConfiguredModel):
         )
 
         config = type(self._config).from_dict(self._config.to_dict())
-        if self.info.quantization is not None:
+        if (own := self.info.quantization) is not None:
             # Transformers would quantise the model in its own way.
             del config.quantization_config
-        if weights == "real" and (directory := self._quantized_weights()) is not None:
-            model = load_dequantized(self._name, config, directory, spec.dtype)
+        if own and weights == "real" and (directory := self._quantized_weights()) is not None:
+            model = load_dequantized(self._name, config, directory, own, spec.dtype)
             model = model.to(spec.device)
         elif weights == "real" and (source := self._weights_source()) is not None:
             revision = self._source.revision

@@ -37,6 +37,8 @@ Guards: TypeAlias = Callable[[Sequence[int]], None]
 """Takes the sizes that vary, in the order of `Layout.sizes`."""
 
 _VALUE = re.compile(r"[apv]\d+")
+# How the error begins that compiled code raises of what it is given.
+_OTHER_STRIDES = "expected size "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,14 +91,25 @@ class Program:
         return max(r.end for r in self.ranges)
 
     def __call__(self, *arguments: torch.Tensor) -> Any:
-        """Raises `VllmcError`: what `ArgumentCheck` and `variant` raise."""
+        """Raises `VllmcError`: what `ArgumentCheck` and `variant` raise, and `other-layout`."""
         # Compiled code reads memory as it was told to: what it is given is checked here.
         sizes = self._check(arguments)
         linked = self._static or self._variant(sizes[0])
         if self._guards is not None:
             self._guards(sizes)
         step = linked.step if self.graphs is None else self.graphs.step(sizes, linked)
-        return step(*arguments)
+        try:
+            return step(*arguments)
+        except AssertionError as error:
+            if not str(error).startswith(_OTHER_STRIDES):
+                raise
+            raise VllmcError(
+                "other-layout",
+                "a piece was given a tensor that lies otherwise in memory than it was compiled for",
+                context={"cause": str(error)},
+                hint="call contiguous() on what the model slices or expands before the op that the "
+                "graph is cut at",
+            ) from error
 
     def variant(self, tokens: int) -> Step:
         """The step that was compiled for `tokens`.

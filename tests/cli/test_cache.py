@@ -94,6 +94,8 @@ def test_show_prints_every_record_of_a_program(vllmc: Run, stored: Any) -> None:
     assert [row["id"] for row in machine["records"]] == [newer.id, stored.program.id]
     plain = vllmc("cache", "show", stored.program.key).out
     assert plain.index(newer.id[:12]) < plain.index(stored.program.id[:12])
+    # An empty line is between them, and none is last.
+    assert plain.splitlines()[-1].strip()
 
 
 def test_show_prints_a_unit_alike_for_people_and_machines(vllmc: Run, stored: Any) -> None:

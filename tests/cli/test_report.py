@@ -207,13 +207,17 @@ def test_what_the_passes_did_is_told_to_who_asks() -> None:
     }
     missed = {"graph": "piece_2", "node": "mul_3", "expected": "aten.exp", "found": "aten.sin"}
     gated = {**fused, "name": "activation-quant", "matches": 0, "missed": missed}
-    row = warmed("compiled", unit("compiled", "piece_0"), passes=[fused, gated])
+    partly = {**gated, "matches": 1}
+    row = warmed("compiled", unit("compiled", "piece_0"), passes=[fused, gated, partly])
     assert "norm-quant" not in "\n".join(lines(report.warm([row])))
-    assert lines(report.warm([row], verbose=True))[-4:] == [
+    assert lines(report.warm([row], verbose=True))[-6:] == [
         "PASS              MATCHES  NODES         TIME",
         "norm-quant              4  212 to 177  250 ms",
         "activation-quant        0  212 to 177  250 ms",
+        "activation-quant        1  212 to 177  250 ms",
         "activation-quant matched nothing: in piece_2, at mul_3, it expected aten.exp and found "
+        "aten.sin",
+        "activation-quant does not match all: in piece_2, at mul_3, it expected aten.exp and found "
         "aten.sin",
     ]
 

@@ -130,6 +130,16 @@ def test_ranges_and_sizes_that_cannot_be_meant_are_wrong_usage(
         refused(eager(command, *words), 2, code, mention)
 
 
+def test_a_pass_that_a_file_limits_is_wrong_with_no_ranges_but_the_file_s(
+    eager: Run, workplace: Path
+) -> None:
+    (workplace / "vllmc.toml").write_text('pass = ["no-ops@1:64"]\n')
+    others = ("inspect-key", "--compile-range", "65:128")
+    refused(eager("inspect-key"), 2, "bad-range", "no compile range lies within 1:64")
+    refused(eager(*others, "--pass", "no-ops@1:64"), 2, "bad-range", "lies within 1:64")
+    assert eager(*others).code == 0
+
+
 def test_no_range_and_no_size_leave_nothing_to_compile(eager: Run, workplace: Path) -> None:
     (workplace / "vllmc.toml").write_text("compile-range = []\n")
     refused(eager("warm"), 2, "bad-range", "--compile-range")

@@ -8,15 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from repeating import plans, told
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BertConfig,
-    BertModel,
-    PreTrainedModel,
-)
+from tiny_models import continued, save_decoder
+from transformers import BertConfig, BertModel, PreTrainedModel
 
 from vllmc.core.cache.store import Store
 from vllmc.core.compiler.container import unpack
@@ -51,28 +45,7 @@ GEMMA = {
 def save(directory: Path, family: str, layers: int) -> PreTrainedModel:
     """Saves a tiny model of the family, which varies in what it says."""
     fields = {**SHAPE, "num_hidden_layers": layers, **(GEMMA if family == "gemma2" else {})}
-    config = AutoConfig.for_model(family, **fields)
-    torch.manual_seed(1)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    with torch.no_grad():
-        for tensor in model.parameters():
-            tensor.add_(torch.randn(tensor.shape), alpha=0.2)
-        # Else a tied embedding makes each token its own likeliest successor.
-        model.get_input_embeddings().weight.mul_(0.2)
-    model.save_pretrained(directory)
-    return model
-
-
-def continued(model: PreTrainedModel, prompt: list[int]) -> list[int]:
-    """What Transformers continues `prompt` with, one whole forward for each token."""
-    ids = list(prompt)
-    with torch.no_grad():
-        for _ in range(NEW_TOKENS):
-            logits = model(torch.tensor([ids]), use_cache=False).logits
-            ids.append(int(logits[0, -1].argmax()))
-    return ids[len(prompt) :]
+    return save_decoder(directory, family, fields, spread=0.2)
 
 
 def generated(run: Run, *words: str | Path) -> list[list[int]]:
@@ -107,7 +80,7 @@ def test_tokens_are_those_of_transformers_and_hoisted_names_cost_nothing(
         assert (op["op"], op["argument"]) == (f"vllmc::{UPDATE}", "layer_name")
         assert op["fix"] == "--layer-names hoisted"
     tokens = generated(eager, *words)
-    assert tokens == [continued(model, prompt) for prompt in PROMPTS]
+    assert tokens == [[*continued(model, prompt, NEW_TOKENS)] for prompt in PROMPTS]
     assert len({token for row in tokens for token in row}) > 3
 
 
@@ -168,7 +141,9 @@ def test_generated_code_updates_once_in_each_piece_before_attention(
     row = vllmc("warm", *words, "--json").json
     calls = [calls_of(code) for code in code_of(cache, row)]
     assert calls == [[UPDATE]] * (len(calls) - 1) + [[]]
-    assert generated(vllmc, *words) == [continued(model, prompt) for prompt in PROMPTS]
+    assert generated(vllmc, *words) == [
+        [*continued(model, prompt, NEW_TOKENS)] for prompt in PROMPTS
+    ]
 
 
 @pytest.mark.slow
@@ -181,6 +156,8 @@ def test_within_one_piece_each_update_comes_before_its_attention(
     words = (tmp_path / "model", "--layer-names", names, "--split-kv-update")
     words += ("--splitting-op", "torch.nn.functional.embedding")
     row = vllmc("warm", *words, "--json").json
-    assert generated(vllmc, *words) == [continued(model, prompt) for prompt in PROMPTS]
+    assert generated(vllmc, *words) == [
+        [*continued(model, prompt, NEW_TOKENS)] for prompt in PROMPTS
+    ]
     [calls] = [calls_of(code) for code in code_of(cache, row)]
     assert calls == [UPDATE, ATTENTION] * 3

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from graphed import continued, job_of, save, warm
+from graphed import expected, save, warm
+from tiny_models import job_of
 from transformers import PreTrainedModel
 
 from vllmc.core.job import Job
@@ -52,7 +53,7 @@ def subject(cuda: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
         if name not in made:
             model = save(name, root / name)
             made[name] = Subject(
-                directory=root / name, model=model, expected=continued(model, cuda)
+                directory=root / name, model=model, expected=expected(model.to(cuda))
             )
         return made[name]
 

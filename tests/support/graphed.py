@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tiny_models import continued, save_decoder
+from transformers import PreTrainedModel
 
 from vllmc.core.cache.store import Store
 from vllmc.core.events import SilentObserver
 from vllmc.core.graph.layout import Layout
-from vllmc.core.job import Job, make_job, resolve_spec
+from vllmc.core.job import Job
 from vllmc.core.models.built import build_model
-from vllmc.core.models.resolve import resolve
 from vllmc.core.obtain import Policy
 from vllmc.core.pipeline import Ready, obtain_program, open_program
 from vllmc.core.runtime.calibration import calibrate, random_prompts
 from vllmc.core.runtime.cuda_graphs import DEFAULT_SIZES, GraphReport, Recorder
 from vllmc.core.runtime.sampler import SamplingParams
 from vllmc.core.runtime.workload import Limits, make_engine, run_workload
-from vllmc.core.spec import CompileSpec
 
 VOCAB = 96
 NEW_TOKENS = 12
@@ -84,39 +83,13 @@ class Replayed:
 
 
 def save(name: str, directory: Path) -> PreTrainedModel:
-    """Saves a tiny model of the family, of which no two logits are close."""
-    config = AutoConfig.for_model(name, **_SHAPE, **FAMILIES[name])
-    torch.manual_seed(1)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    with torch.no_grad():
-        for tensor in model.parameters():
-            tensor.add_(torch.randn(tensor.shape), alpha=0.1)
-        # Else a tied embedding makes each token its own likeliest successor.
-        model.get_input_embeddings().weight.mul_(0.2)
-    model.save_pretrained(directory)
-    return model
+    """Saves a tiny model of the family."""
+    return save_decoder(directory, name, _SHAPE | FAMILIES[name], spread=0.1)
 
 
-def continued(model: PreTrainedModel, device: str) -> list[tuple[int, ...]]:
-    """What Transformers continues each prompt with, one whole forward for each token."""
-    model, found = model.to(device), []
-    for prompt in PROMPTS:
-        ids = list(prompt)
-        for _ in range(NEW_TOKENS):
-            with torch.no_grad():
-                logits = model(torch.tensor([ids], device=device)).logits
-            ids.append(int(logits[0, -1].argmax()))
-        found.append(tuple(ids[len(prompt) :]))
-    return found
-
-
-def job_of(directory: Path, cache: Path, **changes: Any) -> Job:
-    """The job of the model saved in `directory`; `changes` are fields of the spec."""
-    model = resolve(str(directory))
-    spec = resolve_spec(CompileSpec(**changes), model)
-    return make_job(model, spec, environment={}, cache_dir=cache, origins={})
+def expected(model: PreTrainedModel) -> list[tuple[int, ...]]:
+    """What Transformers continues each prompt with."""
+    return [continued(model, prompt, NEW_TOKENS) for prompt in PROMPTS]
 
 
 def warm(job: Job, cache: Path, *, may_compile: bool = True) -> Ready:

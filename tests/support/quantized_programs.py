@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tiny_models
 import torch
 from quantized_reference import PROMPTS, VOCAB, input_scales, logits_of, make_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -15,15 +16,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from vllmc.core.cache.store import Store
 from vllmc.core.events import SilentObserver
 from vllmc.core.graph.layout import Layout
-from vllmc.core.job import Job, make_job, resolve_spec
+from vllmc.core.job import Job
 from vllmc.core.models.built import build_model
-from vllmc.core.models.resolve import resolve
 from vllmc.core.obtain import Policy
 from vllmc.core.pipeline import Ready, obtain_program, open_program
 from vllmc.core.runtime.calibration import calibrate
 from vllmc.core.runtime.sampler import SamplingParams
 from vllmc.core.runtime.workload import Limits, make_engine
-from vllmc.core.spec import CompileSpec
 
 *CALIBRATION, PROMPT = PROMPTS
 
@@ -62,11 +61,9 @@ def case_maker(root: Path) -> Callable[[str, str], Case]:
     return make
 
 
-def job_of(case: Case, cache: Path, *, layers: int | None = None, **changes: Any) -> Job:
-    """The job of the case's model; `changes` are fields of the spec."""
-    model = resolve(str(case.directory), layers=layers)
-    spec = resolve_spec(CompileSpec(dtype=case.dtype, **changes), model)
-    return make_job(model, spec, environment={}, cache_dir=cache, origins={})
+def job_of(case: Case, cache: Path, **changes: Any) -> Job:
+    """The job of the case's model; `changes` are fields of the spec, and `layers`."""
+    return tiny_models.job_of(case.directory, cache, dtype=case.dtype, **changes)
 
 
 def warm(job: Job, cache: Path, *, texts: bool = False) -> Ready:

@@ -33,6 +33,9 @@ _NUMBERS: Final = {_EPS: "eps"}
 
 _ROWS, _SIZE = 3, 5
 
+_aten = torch.ops.aten
+_PRODUCTS: Final = frozenset({_aten.mm.default, _aten.addmm.default, _aten.bmm.default})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
@@ -58,7 +61,7 @@ class Way:
 class Fusion:
     """A pass: its ways, the likeliest and most comprehensive first.
 
-    `signs` are ops one of which is in every graph that holds such a computation.
+    `signs` are ops one of which is in every such computation.
     """
 
     ways: tuple[Way, ...]
@@ -69,13 +72,18 @@ class Fusion:
         matches, misses = 0, []
         for quant in quants_in(graph):
             found = self._find(quant)
-            if isinstance(found, NearMiss):
-                misses.append(found)
-            else:
+            if not isinstance(found, NearMiss):
                 _replace(graph, quant, *found)
                 matches += 1
-        signed = any(node.target in self.signs for node in graph.nodes)
-        return matches, closest(misses) if signed and not matches else None
+            elif self._has_sign(quant):
+                misses.append(found)
+        return matches, closest(misses)
+
+    def _has_sign(self, quant: fx.Node) -> bool:
+        """Whether what is quantised is computed by a sign, without a product in between."""
+        return any(
+            node.target in self.signs for node in _read_for(quant.args[:1], until=_is_product)
+        )
 
     def _find(self, quant: fx.Node) -> tuple[Way, Match] | NearMiss:
         root = quant.args[0]
@@ -133,16 +141,23 @@ def _odd_result(match: Match, quant: fx.Node) -> NearMiss | None:
     return None
 
 
-def _read_for(values: Iterable[Any]) -> set[fx.Node]:
-    """The nodes among `values`, and all that these are computed from."""
+def _read_for(
+    values: Iterable[Any], until: Callable[[fx.Node], bool] = lambda _: False
+) -> set[fx.Node]:
+    """The nodes among `values`, and all that these are computed from, back to what `until` ends."""
     found: set[fx.Node] = set()
     waiting = [value for value in values if isinstance(value, fx.Node)]
     while waiting:
         node = waiting.pop()
-        if node not in found:
+        if node not in found and not until(node):
             found.add(node)
             waiting += node.all_input_nodes
     return found
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Whether it multiplies matrices, as far as is known: vllmc's ops are taken for such."""
+    return node.target in _PRODUCTS or getattr(node.target, "namespace", "") == "vllmc"
 
 
 def _form(dtype: torch.dtype, shape: Iterable[Any]) -> str:
@@ -297,8 +312,6 @@ def _activation_ways() -> Iterable[Way]:
             options=options,
         )
 
-
-_aten = torch.ops.aten
 
 NORM_QUANT: Final = Fusion(
     ways=tuple(_norm_ways()), signs=frozenset({_aten.rsqrt.default, _aten.mean.dim})

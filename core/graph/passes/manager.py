@@ -16,7 +16,7 @@ from vllmc.core.passes import PASSES, PassChoice, Stage
 from vllmc.core.ranges import CompileRange
 
 GraphPass: TypeAlias = Callable[[fx.Graph], tuple[int, NearMiss | None]]
-"""Changes a graph in place: how many matches it found, and the closest of none."""
+"""Changes a graph in place: how many matches it found, and the closest of what is none."""
 
 _DIGITS: Final = 16
 _HERE: Final = Path(__file__).parent

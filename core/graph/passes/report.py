@@ -35,7 +35,7 @@ class NearMiss:
 class PassReport:
     """What one pass did to one graph, or to several: its matches, their nodes, its wall time.
 
-    `missed` is the closest match that failed, where its ops were there and nothing matched.
+    `missed` is the closest match that failed, where its ops were there.
     """
 
     name: str
@@ -71,13 +71,12 @@ def totals(graphs: Iterable[tuple[str, Iterable[PassReport]]]) -> tuple[PassRepo
 
 
 def _total(rows: list[PassReport]) -> PassReport:
-    matches = sum(row.matches for row in rows)
     misses = [row.missed for row in rows if row.missed is not None]
     return PassReport(
         name=rows[0].name,
-        matches=matches,
+        matches=sum(row.matches for row in rows),
         nodes_before=sum(row.nodes_before for row in rows),
         nodes_after=sum(row.nodes_after for row in rows),
         seconds=sum(row.seconds for row in rows),
-        missed=max(misses, key=lambda miss: miss.matched, default=None) if not matches else None,
+        missed=max(misses, key=lambda miss: miss.matched, default=None),
     )

@@ -214,6 +214,27 @@ def test_what_inductor_cannot_compile_says_so(link_toy: Any, ops: Any) -> None:
     toy.check(1, 2, 17)
 
 
+def test_a_result_that_inductor_lays_out_otherwise_is_laid_out_as_captured(
+    link_toy: Any, ops: Any
+) -> None:
+    def function(entry: Any, x: Any, positions: Any, rows: Any) -> Any:
+        scores = torch.bmm(x, x.transpose(1, 2)).transpose(1, 2) * 2
+        return ops.cut(x).sum() + scores
+
+    link_toy(function, backend="inductor").check(1, 2, 17)
+
+
+def test_a_result_with_gaps_that_is_laid_out_otherwise_is_an_error(link_toy: Any, ops: Any) -> None:
+    def function(entry: Any, x: Any, positions: Any, rows: Any) -> Any:
+        scores = (torch.bmm(x, x.transpose(1, 2)).transpose(1, 2) * 2)[:, 1:]
+        return ops.cut(x).sum() + scores
+
+    toy = link_toy(function, backend="inductor")
+    with pytest.raises(VllmcError, match="otherwise in memory") as caught:
+        toy.check(3)
+    assert caught.value.code == "other-layout"
+
+
 def test_without_a_compiler_the_error_says_so(
     link_toy: Any, ops: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -271,6 +271,47 @@ def test_weights_that_would_be_made_up_are_refused(
     assert caught.value.code == "bad-weights"
 
 
+@pytest.mark.parametrize(
+    ("layout", "others"), [("compressed int8", "fp8 static"), ("fp8 static", "compressed int8")]
+)
+def test_weights_of_another_type_than_the_configuration_speaks_of_are_refused(
+    layout: str, others: str, llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    # Each with its own scale: cut off, or rounded, they would be other weights.
+    save_quantized(llama, tmp_path, layout)
+    found = save_quantized(llama, tmp_path / "others", others)[f"{PATH}.weight"]
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(file) | {f"{PATH}.weight": found}
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(VllmcError, match=f"{PATH}.weight") as caught:
+        built(tmp_path, MODES[layout][0])
+    assert caught.value.code == "bad-weights"
+    assert str(found.dtype) in str(caught.value.context["cause"])
+
+
+def test_plain_weights_that_would_be_made_up_are_refused(
+    llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    llama.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    del tensors[f"{PATH}.weight"]
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(VllmcError, match=f"{PATH}.weight") as caught:
+        resolve(str(tmp_path)).build("real", CompileSpec())
+    assert caught.value.code == "bad-weights"
+
+
+def test_more_layers_than_the_checkpoint_has_are_refused(
+    llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    llama.save_pretrained(tmp_path)
+    with pytest.raises(VllmcError, match=r"layers\.2\.") as caught:
+        resolve(str(tmp_path), layers=3).build("real", CompileSpec())
+    assert caught.value.code == "bad-weights"
+    assert "--layers" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize("kept", ["lm_head", 5, [3], ["re:["]])
 def test_a_list_of_modules_that_is_none_is_refused(
     kept: object, llama: PreTrainedModel, tmp_path: Path

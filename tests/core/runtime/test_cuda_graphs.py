@@ -15,14 +15,14 @@ from graphed import (
     NEW_TOKENS,
     PROMPTS,
     Replayed,
-    continued,
     entry_of,
+    expected,
     generated,
-    job_of,
     limits_of,
     save,
     warm,
 )
+from tiny_models import job_of
 
 from vllmc.core.graph.layout import Argument, GraphInput, Layout, Obstacle, OpStep, UnitStep
 from vllmc.core.pipeline import open_program
@@ -370,4 +370,4 @@ def test_what_is_compared_here_is_what_transformers_generates(
     model = save("llama", tmp_path / "llama")
     job = job_of(directory("llama"), tmp_path, backend="eager")
     found, _ = generated(job, warm(job, tmp_path), Replayed())
-    assert found == continued(model, "cpu")
+    assert found == expected(model)

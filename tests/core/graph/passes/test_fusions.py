@@ -176,6 +176,32 @@ def test_a_norm_of_another_kind_is_told_with_the_node_that_differs() -> None:
     assert (missed.node, missed.expected, missed.found) == ("pow_1", "2", "3")
 
 
+@pytest.mark.parametrize("order", [(2, 3), (3, 2)])
+def test_of_what_is_left_beside_what_is_fused_the_closest_is_told(order: tuple[int, ...]) -> None:
+    def two(x: torch.Tensor, w: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        norms = [w * (x * torch.rsqrt(x.pow(n).mean(-1, keepdim=True) + 1e-6)) for n in order]
+        return tuple(part for norm in norms for part in quant(norm, s, "static", FP8))
+
+    matches, missed = NORM_QUANT.run(trace(two, *hidden(FP32), weight(FP32), SCALE).graph)
+    assert matches == 1
+    assert missed is not None
+    assert (missed.expected, missed.found) == ("2", "3")
+
+
+def test_what_is_no_norm_beside_one_is_no_miss() -> None:
+    norm = calling(LlamaRMSNorm)
+
+    def block(x: torch.Tensor, w: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        gated = torch.nn.functional.silu(x @ x.mT) @ x
+        quantised = (norm(x, w), x + 1.0, gated * 2.0)
+        return tuple(part for y in quantised for part in quant(y, s, "static", FP8))
+
+    traced = trace(block, *hidden(FP32), weight(FP32), SCALE)
+    assert NORM_QUANT.run(traced.graph) == (1, None)
+    # What an activation gives is multiplied before it is quantised.
+    assert ACTIVATION_QUANT.run(traced.graph) == (0, None)
+
+
 def test_a_graph_without_such_ops_is_no_miss() -> None:
     traced = trace(lambda x, s: quant(x + 1.0, s, "static", FP8), *hidden(FP32), SCALE)
     assert NORM_QUANT.run(traced.graph) == (0, None)
