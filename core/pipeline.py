@@ -242,6 +242,7 @@ def _build(
     from vllmc.core.torch_compat.config import applied, vllmc_overrides
 
     miss = None if policy.force else explain_miss(job, reader.store)
+    begun = time.perf_counter()
     with applied(vllmc_overrides(job.spec)):
         observer.stage("capture")
         captured = capture_model(job, weights)
@@ -278,7 +279,7 @@ def _build(
         ),
         seconds=Seconds(
             total=finished - started,
-            capture=captured_at - started,
+            capture=captured_at - begun,
             compile=obtained.compiling,
             store=finished - captured_at - obtained.compiling,
         ),
@@ -308,8 +309,11 @@ def _pull(remote: Remote, job: Job, store: Store, observer: Observer, policy: Po
 
     Raises `UsageError` (`bad-remote`), and what is unsafe where nothing can be compiled.
     """
+    from vllmc.core.cache.remote import RemoteFailed
     from vllmc.core.cache.transfer import pull
 
+    if remote.given_up.is_set():
+        return
     try:
         done = pull(remote, store, [job.key], observer, lambda record: is_current(record, job))
         error: VllmcError | None = next(iter(done.refused), None)
@@ -324,6 +328,9 @@ def _pull(remote: Remote, job: Job, store: Store, observer: Observer, policy: Po
         return
     if isinstance(error, UnsafeCacheError) and not policy.may_compile:
         raise error
+    if isinstance(error, RemoteFailed) and error.slow:
+        # Other programs of this command need not wait for it too.
+        remote.given_up.set()
     observer.warning(error.code, error.message, f"it goes on without; {error.hint}")
 
 

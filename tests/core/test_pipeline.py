@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from serving import serving
 from tiny_models import save_llama
 
 from vllmc.core.cache.key import canonical_json
 from vllmc.core.cache.record import ProgramRecord
+from vllmc.core.cache.remote import Remote
 from vllmc.core.cache.store import Store
 from vllmc.core.cache.usage import claimed
 from vllmc.core.errors import CheckFailed, UnsafeCacheError, VllmcError
@@ -396,6 +398,23 @@ def test_one_of_two_that_want_the_same_program_waits_and_finds_it(job: Any, tmp_
     thread.join(60)
     (ready,) = results
     assert ready.program == "hit"
+
+
+def test_a_remote_that_hangs_is_waited_for_once(job: Any, tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    notes = Notes()
+    with serving(tmp_path) as served:
+        served.delay = 5.0
+        remote = Remote(url=served.url, patience=1.0)
+        first, second = (
+            obtain_program(wanted, Store(tmp_path / "cache"), notes, remote=remote)
+            for wanted in (job(), job(layers=1))
+        )
+        assert len(served.asked) == 1
+    assert notes.warnings == ["remote-failed"]
+    assert [first.program, second.program] == ["miss", "miss"]
+    # To wait is not to capture.
+    assert first.seconds.capture + 1 <= first.seconds.total
 
 
 def publish(unit: UnitResult, elsewhere: Path, root: Path) -> None:
