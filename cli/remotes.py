@@ -36,7 +36,8 @@ def push(remote: _Place, common: CommonFlags, programs: _Names = None) -> None:
     A remote is laid out as a cache is, so it can also be mounted and named by --cache-dir. What
     names others is sent after them, so one that is cut off leaves nothing that refers to what is
     not there, and the next push goes on from it. With --sign-key records are signed, and who trusts
-    the key pulls them as they are. A record that is there stays.
+    the key pulls them as they are. A record that is there stays, unless nobody could use it: it is
+    damaged, names what is not there, or should be signed and is not.
 
     With --json: remote (without user, password and query), sent (files), bytes, skipped (files
     that were there) and programs (keys).
@@ -49,6 +50,8 @@ def push(remote: _Place, common: CommonFlags, programs: _Names = None) -> None:
         done = transfer.push(place, store, exchange.select(store, names), observer)
     row = _row(place, "sent", done)
     output.data(row, lambda: render.moved("sent", row))
+    if not done.programs:
+        output.note(f"hint: the cache {store.root} holds no program; vllmc warm compiles one")
 
 
 @command

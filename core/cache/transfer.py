@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedRandom
@@ -33,7 +33,7 @@ from vllmc.core.cache.exchange import (
 )
 from vllmc.core.cache.files import make_directory, publish, read_plain, writing
 from vllmc.core.cache.key import sha256_hex
-from vllmc.core.cache.layout import section_of
+from vllmc.core.cache.layout import Found, section_of
 from vllmc.core.cache.record import (
     CorruptRecord,
     FormatTooNew,
@@ -43,7 +43,9 @@ from vllmc.core.cache.record import (
     encode,
 )
 from vllmc.core.cache.remote import Connection, CorruptRemote, Reading, Remote
+from vllmc.core.cache.signing import Signature, split
 from vllmc.core.cache.store import Store
+from vllmc.core.cache.trust_store import trusts
 from vllmc.core.errors import UnsafeCacheError, VllmcError
 from vllmc.core.events import Observer
 
@@ -72,9 +74,9 @@ def push(
 ) -> Moved:
     """Sends what the remote lacks of these programs: artifacts, then units, then programs.
 
-    Records are signed by `store.signing`, else they stay as they are. Raises `VllmcError`
-    (`missing-unit`, `missing-artifact`), what `Remote.connect` and `Connection` raise, and what
-    reading a store does.
+    Records are signed by `store.signing`, else they stay as they are. One that is there is left
+    unless it cannot be used. Raises `VllmcError` (`missing-unit`, `missing-artifact`), what
+    `Remote.connect` and `Connection` raise, and what reading a store does.
     """
     connection = remote.connect()
     programs = tuple(programs)
@@ -94,10 +96,10 @@ def push(
     records: tuple[UnitRecord | ProgramRecord, ...] = (*units, *programs)
     for record in records:
         path = path_of(record)
-        if connection.size(path) is not None:
+        data = _as_stored(store, record, path)
+        if _stands(connection, path, store, split(data)[1], digests):
             skipped += 1
             continue
-        data = _as_stored(store, record, path)
         connection.write(path, data)
         sent.append(len(data))
     return Moved(
@@ -135,11 +137,11 @@ def pull(
     for path in paths:
         meant = not names or section_of(path)[1].startswith(tuple(prefixes))
         try:
-            record, vouched = puller.program(path)
+            record, came = puller.program(path)
             meant = meant or record.model in models
             if meant and accept(record):
                 seen.add(record.model)
-                puller.fetch(record, vouched)
+                puller.fetch(record, came)
         except UnsafeCacheError as error:
             # Which model it is of is not known, of a record that is refused.
             (refused if meant else others).append(error)
@@ -181,6 +183,14 @@ def _download(remote: Remote, path: Path) -> None:
         ) from None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Came:
+    """A record's file as it came, and why it is used."""
+
+    raw: bytes
+    vouched: Vouched
+
+
 class _Puller:
     """Fetches programs into a store, and counts."""
 
@@ -197,24 +207,25 @@ class _Puller:
         programs = self._connection.programs
         return tuple(dict.fromkeys(path for p in prefixes or ("",) for path in programs(p)))
 
-    def program(self, path: str) -> tuple[ProgramRecord, Vouched]:
-        """The record at `path`, and why it is used. Raises `CorruptRemote` and `Untrusted`."""
-        record, vouched = self._record(path)
+    def program(self, path: str) -> tuple[ProgramRecord, _Came]:
+        """The record at `path`, and how it came. Raises `CorruptRemote` and `Untrusted`."""
+        record, came = self._record(path)
         assert isinstance(record, ProgramRecord)
-        return record, vouched
+        return record, came
 
-    def fetch(self, record: ProgramRecord, vouched: Vouched) -> None:
+    def fetch(self, record: ProgramRecord, came: _Came) -> None:
         """Fetches what the store lacks of a program, and publishes it."""
         store = self._store
-        units: list[UnitRecord] = []
+        units: list[tuple[UnitRecord, _Came]] = []
         sizes: dict[str, int | None] = {unit.artifact: None for unit in record.units}
         for key in sorted({unit.key for unit in record.units}):
+            path = unit_path(key)
             # Programs that were here already name the artifact of theirs.
-            unit: object = store.readable_unit(key)
+            unit = _usable(store, path)
             if unit is None:
-                unit, _ = self._record(unit_path(key))
+                unit, unit_came = self._record(path)
                 assert isinstance(unit, UnitRecord)
-                units.append(unit)
+                units.append((unit, unit_came))
             else:
                 assert isinstance(unit, UnitRecord)
                 self._skipped += 1
@@ -228,13 +239,16 @@ class _Puller:
             told = "" if size is None else f", {_told(size)}"
             self._observer.stage(f"pull {record.model}: {number} of {len(missing)}{told}")
             self._bytes.append(self._artifact(digest, size))
-        for unit in units:
-            store.put_unit(unit)
-            self._bytes.append(len(encode(unit)))
-        if store.readable_program(record.key, record.id) is None or missing:
-            store.put_program(record)
-            self._bytes.append(len(encode(record)))
+        for unit, unit_came in units:
+            store.put_unit(unit, unit_came.raw)
+            self._bytes.append(len(unit_came.raw))
+        if _usable(store, path_of(record)) is None or missing:
+            store.put_program(record, came.raw)
+            self._bytes.append(len(came.raw))
             source = self._connection.remote.name
+            # Signed is what all of it is.
+            reasons = [came.vouched, *(unit_came.vouched for _, unit_came in units)]
+            vouched = next((reason for reason in reasons if not reason.key), came.vouched)
             note_import(store, sha256_hex(encode(record)), {record.key}, vouched, source)
         else:
             self._skipped += 1
@@ -250,7 +264,7 @@ class _Puller:
             refused=tuple(refused),
         )
 
-    def _record(self, path: str) -> tuple[UnitRecord | ProgramRecord, Vouched]:
+    def _record(self, path: str) -> tuple[UnitRecord | ProgramRecord, _Came]:
         name = self._connection.name(path)
         raw = self._connection.read_record(path)
         if raw is None:
@@ -258,14 +272,10 @@ class _Puller:
         # Before anything is made of it.
         vouched = vouch(raw, self._store.trust, name)
         try:
-            record = decode(raw)
-        except CorruptRecord as error:
-            raise CorruptRemote(name, error.reason) from None
+            return _parsed(raw, path, name), _Came(raw=raw, vouched=vouched)
         except FormatTooNew as error:
-            raise CorruptRemote(name, f"a later vllmc wrote it: {error.message}") from None
-        if path_of(record) != path:
-            raise CorruptRemote(name, "it is the record of something else")
-        return record, vouched
+            reason = f"a later vllmc wrote it, in version {error.version} of the format"
+            raise CorruptRemote(name, reason, hint="upgrade vllmc, or use another remote") from None
 
     def _artifact(self, digest: str, size: int | None) -> int:
         """Fetches an artifact into the store and returns its size; goes on where one broke off."""
@@ -297,7 +307,9 @@ class _Puller:
                 file.truncate(0)
             part.unlink(missing_ok=True)
         raise CorruptRemote(
-            self._connection.name(path), f"its SHA-256 is not {digest[:12]}..., as its path says"
+            self._connection.name(path),
+            f"its SHA-256 is not {digest[:12]}..., as its path says",
+            hint="remove it there, and push it again from where it was compiled",
         )
 
 
@@ -360,9 +372,68 @@ def _locked(path: Path) -> BufferedRandom | None:
 
 def _holds(store: Store, digest: str) -> bool:
     with suppress(VllmcError):
-        store.read_artifact(digest)
+        # It counts as new to a prune until the record that names it is here.
+        store.retain(digest, store.read_artifact(digest))
         return True
     return False
+
+
+def _usable(store: Store, path: str) -> UnitRecord | ProgramRecord | None:
+    """The record at this path below `v1/` that `store` would use; None where there is none."""
+    section, key, record_id = section_of(path)
+    for layout in store.layouts:
+        found = Found(section=section, key=key, id=record_id, path=layout.top / path)
+        with suppress(VllmcError):
+            if (record := store.check(found, layout)) is not None:
+                return record
+    return None
+
+
+def _parsed(raw: bytes, path: str, name: str) -> UnitRecord | ProgramRecord:
+    """The record in the remote's file at `path`, called `name`.
+
+    Raises `CorruptRemote` and `FormatTooNew`.
+    """
+    try:
+        record = decode(raw)
+    except CorruptRecord as error:
+        raise CorruptRemote(name, error.reason) from None
+    if path_of(record) != path:
+        raise CorruptRemote(name, "it is the record of something else")
+    return record
+
+
+def _stands(
+    connection: Connection,
+    path: str,
+    store: Store,
+    signature: Signature | None,
+    digests: Collection[str],
+) -> bool:
+    """Whether the remote's record at `path` can stay: it is whole, and so is what it names.
+
+    Where what would be sent has a `signature`, it must have one of that key or of a trusted one.
+    The artifacts with these `digests` are known to be there.
+    """
+    try:
+        raw = connection.read_record(path)
+        if raw is None:
+            return False
+        record = _parsed(raw, path, connection.name(path))
+    except CorruptRemote:
+        return False
+    except FormatTooNew:
+        return True
+    body, theirs = split(raw)
+    if theirs is not None and not theirs.is_of(body):
+        return False
+    if signature is not None and (
+        theirs is None or (theirs.key != signature.key and not trusts(theirs.key, store.trust))
+    ):
+        return False
+    units = (record,) if isinstance(record, UnitRecord) else record.units
+    others = {unit.artifact for unit in units}.difference(digests)
+    return all(connection.size(blob_path(digest)) is not None for digest in others)
 
 
 def _as_stored(store: Store, record: UnitRecord | ProgramRecord, path: str) -> bytes:

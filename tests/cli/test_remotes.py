@@ -68,6 +68,25 @@ def test_where_there_is_nothing_the_url_is_asked_after(vllmc, workplace):
     assert "hint: nothing-here holds no program; is it the right URL?" in done.err
 
 
+def test_where_there_is_nothing_to_push_that_is_said(vllmc, workplace):
+    done = vllmc("cache", "push", "remote")
+    assert done.code == 0
+    assert "holds no program; vllmc warm compiles one" in done.err
+    assert not (workplace / "remote").exists()
+
+
+def test_a_push_that_was_not_signed_can_be_signed_later(vllmc, workplace, stored):
+    assert vllmc("cache", "push", "remote", "-q").code == 0
+    assert vllmc("trust", "keygen", "key").code == 0
+    assert vllmc("trust", "add", "key.pub").code == 0
+    shutil.copytree(stored.store.root, workplace / "kept")
+    shutil.rmtree(stored.store.root)
+    assert vllmc("cache", "pull", "remote").code == 4
+    done = vllmc("cache", "push", "remote", "--sign-key", "key", "--cache-dir", "kept", "--json")
+    assert done.json["sent"] == 2
+    assert vllmc("cache", "pull", "remote").code == 0
+
+
 def test_no_remote_is_wrong_usage(vllmc, stored):
     done = vllmc("cache", "push", "nothing://x")
     assert done.code == 2
