@@ -230,6 +230,7 @@ def _build(
     pool: WorkerPool | None,
     started: float,
 ) -> Ready:
+    begun = time.perf_counter()
     check_in_force(job.factors, job.spec)
     if not (policy.may_compile and _compiles_on_its_own(job.spec)):
         pool = None
@@ -242,7 +243,6 @@ def _build(
     from vllmc.core.torch_compat.config import applied, vllmc_overrides
 
     miss = None if policy.force else explain_miss(job, reader.store)
-    begun = time.perf_counter()
     with applied(vllmc_overrides(job.spec)):
         observer.stage("capture")
         captured = capture_model(job, weights)
@@ -322,6 +322,8 @@ def _pull(remote: Remote, job: Job, store: Store, observer: Observer, policy: Po
     except VllmcError as raised:
         error = raised
     if error is None:
+        if not done.programs:
+            observer.remark(f"{remote.name} holds {job.label} as other source files make it")
         return
     if error.code == "unknown-key":
         observer.remark(error.message)
