@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from vllmc.cli.options import CommonFlags, command
 from vllmc.core.cache import exchange, transfer
 from vllmc.core.cache.remote import Remote
 from vllmc.core.cache.transfer import Moved
+from vllmc.core.errors import UnsafeCacheError
 
 _Place = Annotated[
     str,
@@ -70,16 +72,27 @@ def pull(remote: _Place, common: CommonFlags, programs: _Names = None) -> None:
     output = common.output("cache pull")
     with output.progress() as observer:
         done = transfer.pull(place, store, programs or (), observer)
-    for error in done.refused[1:]:
-        output.complain(error)
     if done.refused:
-        error = done.refused[0]
-        error.context["pulled"] = list(done.programs)
-        raise error
+        first, *others = _each_reason(done.refused)
+        for error in others:
+            output.complain(error)
+        first.context["pulled"] = list(done.programs)
+        raise first
     row = _row(place, "fetched", done)
     output.data(row, lambda: render.moved("fetched", row))
     if not done.programs:
         output.note(f"hint: {place.name} holds no program; is it the right URL?")
+
+
+def _each_reason(refused: Iterable[UnsafeCacheError]) -> list[UnsafeCacheError]:
+    """One error for each reason, which says how many others it is the reason of."""
+    kinds: dict[tuple[str, object], list[UnsafeCacheError]] = {}
+    for error in refused:
+        kinds.setdefault((error.code, error.context.get("reason")), []).append(error)
+    for first, *alike in kinds.values():
+        if alike:
+            first.context["refused_likewise"] = len(alike)
+    return [errors[0] for errors in kinds.values()]
 
 
 def _row(remote: Remote, verb: str, done: Moved) -> dict[str, object]:

@@ -51,6 +51,23 @@ def test_who_trusts_nobody_pulls_nothing(vllmc, workplace, stored, signed):
     assert vllmc("cache", "pull", "remote", "--trust-unsigned").code == 0
 
 
+def test_a_reason_that_many_are_refused_for_is_told_once(vllmc, workplace, stored):
+    assert vllmc("cache", "push", "remote", "-q").code == 0
+    (path,) = (workplace / "remote/v1/programs").rglob("*.json")
+    for key in ("a" * 64, "b" * 64):
+        other = workplace / f"remote/v1/programs/{key[:2]}/{key}/{path.name}"
+        other.parent.mkdir(parents=True)
+        shutil.copy(path, other)
+    done = vllmc("cache", "pull", "remote")
+    assert (done.code, done.err.count("error[untrusted]")) == (4, 1)
+    assert "refused_likewise: 2" in done.err
+    # Of these two the path says something else; what is right is pulled.
+    done = vllmc("cache", "pull", "remote", "--trust-unsigned", "--json")
+    assert (done.code, done.err.count("error[corrupt-remote]")) == (4, 1)
+    context = done.json["error"]["context"]
+    assert (context["refused_likewise"], context["pulled"]) == (1, [stored.program.key])
+
+
 def test_what_cannot_be_reached_is_named_without_credentials(vllmc, stored):
     pytest.importorskip("aiohttp")
     url = "http://user:s3cret@127.0.0.1:9/cache?token=hush"
