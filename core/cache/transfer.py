@@ -7,19 +7,15 @@ dies in between leaves nothing that refers to what is not there, and what has co
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
 import secrets
-import shutil
-import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import BufferedRandom
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 from vllmc.core.cache.exchange import (
     Vouched,
@@ -34,6 +30,7 @@ from vllmc.core.cache.exchange import (
 from vllmc.core.cache.files import make_directory, publish, read_plain, writing
 from vllmc.core.cache.key import sha256_hex
 from vllmc.core.cache.layout import Found, section_of
+from vllmc.core.cache.partial import beginning, copy
 from vllmc.core.cache.record import (
     CorruptRecord,
     FormatTooNew,
@@ -42,7 +39,7 @@ from vllmc.core.cache.record import (
     decode,
     encode,
 )
-from vllmc.core.cache.remote import Connection, CorruptRemote, Reading, Remote
+from vllmc.core.cache.remote import Connection, CorruptRemote, Remote
 from vllmc.core.cache.signing import Signature, split
 from vllmc.core.cache.store import Store
 from vllmc.core.cache.trust_store import trusts
@@ -50,9 +47,6 @@ from vllmc.core.errors import UnsafeCacheError, VllmcError
 from vllmc.core.events import Observer
 
 _PREFIX: Final = re.compile(r"[0-9a-f]{8,64}")
-# What a download leaves free.
-_SPARE: Final = 64 << 20
-_NEW: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +167,7 @@ def downloaded(remote: Remote, store: Store, observer: Observer) -> Iterator[Pat
 def _download(remote: Remote, path: Path) -> None:
     try:
         with remote.connect().open("") as source, path.open("xb") as target:
-            _copy(source, target, remote.chunk, None)
+            copy(source, target, remote.chunk, None)
     except FileNotFoundError:
         raise VllmcError(
             "no-bundle",
@@ -283,7 +277,7 @@ class _Puller:
         size = self._connection.size(path) if size is None else size
         chunk = self._connection.remote.chunk
         target = self._store.layout.blob(digest)
-        with writing(target), _part(self._store.layout.temporary, digest) as (part, file):
+        with writing(target), beginning(self._store.layout.temporary, digest) as (part, file):
             for _ in range(2):
                 begun = file.seek(0, os.SEEK_END)
                 if size is None or begun > size:
@@ -293,7 +287,7 @@ class _Puller:
                         with self._connection.open(path, start=begun) as source:
                             file.truncate(source.start)
                             file.seek(source.start)
-                            _copy(source, file, chunk, size)
+                            copy(source, file, chunk, size)
                 except FileNotFoundError:
                     raise CorruptRemote(self._connection.name(path), "it is not there") from None
                 file.seek(0)
@@ -311,63 +305,6 @@ class _Puller:
             f"its SHA-256 is not {digest[:12]}..., as its path says",
             hint="remove it there, and push it again from where it was compiled",
         )
-
-
-def _copy(source: Reading, target: BinaryIO, chunk: int, size: int | None) -> None:
-    """Copies what is left of `source`; of a file of `size` bytes no more than that."""
-    at = target.tell()
-    free = max(0, shutil.disk_usage(target.fileno()).free - _SPARE)
-    last = at + free if size is None else max(at, size)
-    if last > at + free:
-        raise _full(target)
-    while block := source.read(min(chunk, last - at)):
-        target.write(block)
-        at += len(block)
-    if size is None and at == last:
-        raise _full(target)
-
-
-def _full(target: BinaryIO) -> OSError:
-    import errno
-
-    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target.name)
-
-
-@contextmanager
-def _part(temporary: Path, digest: str) -> Iterator[tuple[Path, BufferedRandom]]:
-    """The beginning of an artifact, which the next pull goes on from where this one breaks off.
-
-    Where another process is at it, one of this process's own, which is gone in the end.
-    """
-    make_directory(temporary)
-    path = temporary / f"{digest}.part"
-    file = _locked(path)
-    if file is not None:
-        with file:
-            yield path, file
-        return
-    path = temporary / f"{digest}.{secrets.token_hex(8)}.part"
-    try:
-        with path.open("x+b") as own:
-            yield path, own
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _locked(path: Path) -> BufferedRandom | None:
-    """The file at `path`, made where there is none; None where another process holds it."""
-    with suppress(OSError):
-        file = os.fdopen(os.open(path, _NEW, 0o644), "r+b")
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            opened, there = os.fstat(file.fileno()), path.lstat()
-            # Who held it before may have published it since: what is opened is then an artifact.
-            same = (opened.st_dev, opened.st_ino) == (there.st_dev, there.st_ino)
-            mine = opened.st_uid == os.geteuid() and opened.st_nlink == 1
-            if same and mine and stat.S_ISREG(opened.st_mode):
-                return file
-        file.close()
-    return None
 
 
 def _holds(store: Store, digest: str) -> bool:

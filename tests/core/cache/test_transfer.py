@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import serving
 
-from vllmc.core.cache import transfer
+from vllmc.core.cache import partial, transfer
 from vllmc.core.cache.exchange import imports_of
 from vllmc.core.cache.record import encode
 from vllmc.core.cache.remote import MOST_RECORD, Connection, CorruptRemote, Remote
@@ -519,7 +519,7 @@ def test_a_pull_that_is_killed_leaves_nothing_wrong_and_the_next_goes_on(
 
 
 def test_a_full_disk_is_said_before_anything_is_fetched(remote, target, pushed, monkeypatch):
-    monkeypatch.setattr(transfer, "_SPARE", 1 << 62)
+    monkeypatch.setattr(partial, "_SPARE", 1 << 62)
     with pytest.raises(VllmcError) as caught:
         pull(remote, target, [], SILENT)
     assert caught.value.code == "disk-full"
