@@ -62,7 +62,8 @@ def pull(remote: _Place, common: CommonFlags, programs: _Names = None) -> None:
 
     A record is used if a key that `vllmc trust` lists signed it, or with --trust-unsigned. Each
     file is checked before anything refers to it. What is refused does not stop other programs; it
-    ends in exit 4. A pull that was cut off goes on where it stopped, also within a file.
+    ends in exit 4, with one error for each reason. A pull that was cut off goes on where it
+    stopped, also within a file.
 
     With --json: remote (without user, password and query), fetched (files), bytes, skipped (files
     that were here) and programs (keys).

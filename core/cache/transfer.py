@@ -72,6 +72,7 @@ def push(
     unless it cannot be used. Raises `VllmcError` (`missing-unit`, `missing-artifact`), what
     `Remote.connect` and `Connection` raise, and what reading a store does.
     """
+    observer.stage(f"push to {remote.name}")
     connection = remote.connect()
     programs = tuple(programs)
     units = units_of(store, programs)
@@ -121,6 +122,8 @@ def pull(
     store.check_writable()
     prefixes = {name.lower() for name in names if _PREFIX.fullmatch(name.lower())}
     models = {name for name in names if name.lower() not in prefixes}
+    # It may take until the remote is given up.
+    observer.stage(f"pull from {remote.name}")
     puller = _Puller(remote.connect(), store, observer)
     paths = puller.listed(() if models else sorted(prefixes))
     for prefix in sorted(prefixes):
@@ -192,8 +195,9 @@ class _Puller:
         self._connection = connection
         self._store = store
         self._observer = observer
-        self._bytes: list[int] = []
-        self._skipped = 0
+        # By path. What programs share is fetched for the first of them.
+        self._fetched: dict[str, int] = {}
+        self._here: set[str] = set()
         self._programs: set[str] = set()
 
     def listed(self, prefixes: Sequence[str]) -> tuple[str, ...]:
@@ -222,38 +226,39 @@ class _Puller:
                 units.append((unit, unit_came))
             else:
                 assert isinstance(unit, UnitRecord)
-                self._skipped += 1
+                self._here.add(path)
                 if unit.artifact not in sizes:
                     continue
             sizes[unit.artifact] = unit.bytes
         missing = [digest for digest in sorted(sizes) if not _holds(store, digest)]
-        self._skipped += len(sizes) - len(missing)
+        self._here.update(blob_path(digest) for digest in sizes.keys() - missing)
         for number, digest in enumerate(missing, start=1):
             size = sizes[digest]
             told = "" if size is None else f", {_told(size)}"
             self._observer.stage(f"pull {record.model}: {number} of {len(missing)}{told}")
-            self._bytes.append(self._artifact(digest, size))
+            self._fetched[blob_path(digest)] = self._artifact(digest, size)
         for unit, unit_came in units:
             store.put_unit(unit, unit_came.raw)
-            self._bytes.append(len(unit_came.raw))
-        if _usable(store, path_of(record)) is None or missing:
+            self._fetched[path_of(unit)] = len(unit_came.raw)
+        path = path_of(record)
+        if _usable(store, path) is None or missing:
             store.put_program(record, came.raw)
-            self._bytes.append(len(came.raw))
+            self._fetched[path] = len(came.raw)
             source = self._connection.remote.name
             # Signed is what all of it is.
             reasons = [came.vouched, *(unit_came.vouched for _, unit_came in units)]
             vouched = next((reason for reason in reasons if not reason.key), came.vouched)
             note_import(store, sha256_hex(encode(record)), {record.key}, vouched, source)
         else:
-            self._skipped += 1
+            self._here.add(path)
         self._programs.add(record.key)
 
     def moved(self, refused: Sequence[UnsafeCacheError]) -> Moved:
         """What was done so far."""
         return Moved(
-            files=len(self._bytes),
-            bytes=sum(self._bytes),
-            skipped=self._skipped,
+            files=len(self._fetched),
+            bytes=sum(self._fetched.values()),
+            skipped=len(self._here - self._fetched.keys()),
             programs=tuple(sorted(self._programs)),
             refused=tuple(refused),
         )

@@ -33,7 +33,7 @@ def test_push_and_pull_say_what_moved(vllmc, workplace, stored, signed):
     assert done.code == 0
     assert "3 files" in done.out
     assert key in done.out
-    assert "pull tiny-llama: 1 of 1" in done.err
+    assert f"pull from file://{signed}\npull tiny-llama: 1 of 1" in done.err
     done = vllmc("cache", "pull", "remote", "--json")
     assert (done.json["fetched"], done.json["skipped"]) == (0, 3)
     assert vllmc("cache", "verify").code == 0

@@ -98,6 +98,8 @@ def test_what_programs_share_moves_once(store, warm, remote, target, pushed):
     assert (sent.files, sent.skipped) == (1, 2)
     assert pull(remote, target, ["other"], SILENT).files == 3
     assert pull(remote, target, ["tiny-llama"], SILENT).files == 3
+    both = pull(remote, Store(target.root.with_name("both"), trust=ANY), [], SILENT)
+    assert (both.files, both.skipped) == (6, 0)
     assert {record.model for record in target.all_programs()} == {"other", "tiny-llama"}
 
 
