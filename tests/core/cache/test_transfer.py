@@ -7,6 +7,7 @@ import json
 import os
 import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -555,6 +556,43 @@ class Hostile:
         import io
 
         return io.BytesIO(self.data)
+
+
+class Stuck(Hostile):
+    """A file system that never gets to the end of what it is asked, and knows no sizes."""
+
+    def __init__(self) -> None:
+        super().__init__([], b"")
+        self.freed = threading.Event()
+
+    def info(self, path: str) -> dict[str, int]:
+        return {}
+
+    def open(self, path: str, mode: str, **options: object) -> object:
+        return self
+
+    def seek(self, at: int) -> None:
+        pass
+
+    def read(self, most: int) -> bytes:
+        self.freed.wait()
+        return b""
+
+    def close(self) -> None:
+        self.freed.wait()
+
+
+def test_nothing_that_is_stuck_is_waited_for_beyond_its_time():
+    system = Stuck()
+    remote = Remote(url="memory://x", patience=0.2)
+    connection = Connection(remote, system, "root", None, float("inf"))
+    with pytest.raises(VllmcError, match="KeyError"):
+        connection.size("blobs")
+    started = time.monotonic()
+    with pytest.raises(VllmcError, match="no answer"):
+        connection.read_record("units")
+    assert time.monotonic() - started < 5
+    system.freed.set()
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
