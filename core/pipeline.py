@@ -230,6 +230,7 @@ def _build(
     pool: WorkerPool | None,
     started: float,
 ) -> Ready:
+    begun = time.perf_counter()
     check_in_force(job.factors, job.spec)
     if not (policy.may_compile and _compiles_on_its_own(job.spec)):
         pool = None
@@ -278,7 +279,7 @@ def _build(
         ),
         seconds=Seconds(
             total=finished - started,
-            capture=captured_at - started,
+            capture=captured_at - begun,
             compile=obtained.compiling,
             store=finished - captured_at - obtained.compiling,
         ),
@@ -308,8 +309,11 @@ def _pull(remote: Remote, job: Job, store: Store, observer: Observer, policy: Po
 
     Raises `UsageError` (`bad-remote`), and what is unsafe where nothing can be compiled.
     """
+    from vllmc.core.cache.remote import RemoteFailed
     from vllmc.core.cache.transfer import pull
 
+    if remote.given_up.is_set():
+        return
     try:
         done = pull(remote, store, [job.key], observer, lambda record: is_current(record, job))
         error: VllmcError | None = next(iter(done.refused), None)
@@ -318,12 +322,17 @@ def _pull(remote: Remote, job: Job, store: Store, observer: Observer, policy: Po
     except VllmcError as raised:
         error = raised
     if error is None:
+        if not done.programs:
+            observer.remark(f"{remote.name} holds {job.label} as other source files make it")
         return
     if error.code == "unknown-key":
         observer.remark(error.message)
         return
     if isinstance(error, UnsafeCacheError) and not policy.may_compile:
         raise error
+    if isinstance(error, RemoteFailed) and error.slow:
+        # Other programs of this command need not wait for it too.
+        remote.given_up.set()
     observer.warning(error.code, error.message, f"it goes on without; {error.hint}")
 
 

@@ -13,11 +13,12 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, Final, TypeVar, cast
+from urllib.parse import parse_qsl, unquote
 
 from vllmc.core.cache.files import write_plain
 from vllmc.core.errors import UnsafeCacheError, UsageError, VllmcError
@@ -35,8 +36,13 @@ _LOCAL: Final = ("file", "local")
 _HTTP: Final = ("http", "https")
 _WEB: Final = ("http://", "https://")
 _PARTIAL: Final = 206
+_NO_SUCH_RANGE: Final = 416
 # Whatever the connection: a large artifact on a slow one takes its time.
 _SLOWEST_BYTES_PER_SECOND: Final = 100_000
+# Before the first slash, or with slashes in it: rather too little is taken for the host.
+_USERINFO: Final = re.compile(r"[^/@]*:[^/]*@|[^/?#]*@|[^/@]*:[^@?#]*@")
+# Values of a query that are no secret, and stand in other words too.
+_SHORT: Final = 3
 _PACKAGES: Final = MappingProxyType(
     {
         **dict.fromkeys(_HTTP, "aiohttp"),
@@ -51,14 +57,30 @@ _PACKAGES: Final = MappingProxyType(
 class CorruptRemote(UnsafeCacheError):
     """Something at a remote that is not what its path says. `reason` says what is wrong."""
 
-    def __init__(self, name: str, reason: str) -> None:
+    def __init__(
+        self, name: str, reason: str, *, hint: str = "push it again from where it was compiled"
+    ) -> None:
         super().__init__(
             "corrupt-remote",
             f"{name} is not used: {reason}",
             context={"remote": name, "reason": reason},
-            hint="remove it there, and push it again from where it was compiled",
+            hint=hint,
         )
         self.reason = reason
+
+
+class RemoteFailed(VllmcError):
+    """A remote that gives no answer, or a bad one. `slow` says that it was waited for."""
+
+    def __init__(self, name: str, cause: str, *, slow: bool = False) -> None:
+        super().__init__(
+            "remote-failed",
+            f"{name} cannot be used: {cause}",
+            context={"remote": name, "cause": cause},
+            hint="check the URL, the network and your credentials; run again, it goes on from "
+            "there",
+        )
+        self.slow = slow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,13 +88,15 @@ class Remote:
     """The remote at `url`, with what opens it (user, password, query); `name` is without.
 
     `patience` is how many seconds an answer may take, `within` how many all of them together, and
-    `chunk` how many bytes of an artifact are asked for at once.
+    `chunk` how many bytes of an artifact are asked for at once. `given_up` is for who asks for one
+    program after the other, and waits only once for a remote that does not answer.
     """
 
     url: str = field(repr=False)
     patience: float = 60.0
     within: float = float("inf")
     chunk: int = 4 << 20
+    given_up: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -90,6 +114,9 @@ class Remote:
             raise _bad(self.name, "it takes one URL, or a directory")
         import fsspec
 
+        mistyped = self.url.partition(":")[0]
+        if "://" not in self.url and mistyped in {*fsspec.available_protocols()} - {*_LOCAL}:
+            raise _bad(self.name, f"it would begin with {mistyped}://")
         options: dict[str, object] = {"skip_instance_cache": True}
         try:
             fsspec.get_filesystem_class(protocol)
@@ -147,7 +174,7 @@ class Connection:
     def size(self, path: str) -> int | None:
         """The size of a file in bytes; None where there is none, or the remote does not say."""
         try:
-            return cast("int | None", self._ask(lambda: self._system.info(self._at(path)))["size"])
+            return cast("int | None", self._ask(lambda: self._system.info(self._at(path))["size"]))
         except FileNotFoundError:
             return None
 
@@ -178,7 +205,9 @@ class Connection:
         try:
             yield Reading(file, begun, self._ask)
         finally:
-            file.close()
+            # Where it was read in vain, this too may take for ever.
+            with suppress(VllmcError, FileNotFoundError):
+                self._ask(file.close)
 
     def _opened(self, at: str, start: int) -> tuple[Any, int]:
         if not self.remote.url.startswith(_WEB):
@@ -189,7 +218,13 @@ class Connection:
         headers = {"Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
-        file = self._system.open(at, "rb", block_size=0, size=1, headers=headers)
+        try:
+            file = self._system.open(at, "rb", block_size=0, size=1, headers=headers)
+        except Exception as error:
+            # It has become shorter.
+            if start and getattr(error, "status", None) == _NO_SUCH_RANGE:
+                return self._opened(at, 0)
+            raise
         return file, start if file.r.status == _PARTIAL else 0
 
     def write(self, path: str, data: bytes) -> None:
@@ -208,7 +243,7 @@ class Connection:
             else:
                 self._write_locally(self._local / "v1", path, data)
         except FileNotFoundError:
-            raise _failed(self.remote.name, "there is no such place to write to") from None
+            raise RemoteFailed(self.remote.name, "there is no such place to write to") from None
 
     def _write_locally(self, top: Path, path: str, data: bytes) -> None:
         target, temporary = top / path, top / "tmp"
@@ -219,7 +254,7 @@ class Connection:
         try:
             write_plain(target, data, temporary=temporary)
         except VllmcError as error:
-            raise _failed(self.remote.name, error.message) from None
+            raise RemoteFailed(self.remote.name, error.message) from None
 
     def _children(self, path: str, form: re.Pattern[str]) -> list[str]:
         """The names in a directory that have this form, in order; none where there is none."""
@@ -231,6 +266,8 @@ class Connection:
         return sorted(name for name in names if form.fullmatch(name))
 
     def _at(self, path: str) -> str:
+        if self._local is not None:
+            return str(self._local / "v1" / path)
         root, mark, query = self._root.partition("?")
         return f"{root.rstrip('/')}/v1/{path}{mark}{query}"
 
@@ -263,10 +300,8 @@ def redacted(url: str) -> str:
     scheme, mark, rest = url.partition("://")
     if not mark:
         return url
-    rest = re.split("[?#]", rest, maxsplit=1)[0]
-    # A secret may hold a slash, though no URL should: rather too little is shown.
-    rest = re.sub(r"^([^@/]*|[^@]*:[^@]*)@", "", rest)
-    return f"{scheme}://{rest}"
+    rest = rest.removeprefix(_userinfo(rest))
+    return f"{scheme}://{re.split('[?#]', rest, maxsplit=1)[0]}"
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
@@ -306,16 +341,28 @@ def _mapped(name: str, url: str) -> Iterator[None]:
         raise
     except Exception as error:  # noqa: BLE001 - each implementation has errors of its own
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        for secret in filter(None, (url.partition("?")[2], *_userinfo(url))):
+        text = " ".join(_URL.sub(lambda match: redacted(match[0]), text).split())
+        for secret in _secrets(url):
             text = text.replace(secret, "<redacted>")
         # With a traceback it would show the URL.
-        raise _failed(name, _URL.sub(lambda match: redacted(match[0]), text)) from None
+        raise RemoteFailed(name, text, slow=isinstance(error, TimeoutError)) from None
 
 
-def _userinfo(url: str) -> tuple[str, ...]:
-    """The user and password of a URL, together and each by itself."""
-    match = re.match(r"[^:]+://([^@]+)@", url)
-    return (match[1], *match[1].split(":")[1:]) if match else ()
+def _userinfo(rest: str) -> str:
+    """What stands before the host, with its `@`, in a URL without its scheme."""
+    match = _USERINFO.match(rest)
+    return match[0] if match else ""
+
+
+def _secrets(url: str) -> list[str]:
+    """What `url` keeps secret, in the forms in which an error may tell it, the longest first."""
+    rest = url.partition("://")[2]
+    userinfo = _userinfo(rest)
+    query = rest.removeprefix(userinfo).partition("?")[2]
+    parts = (userinfo[:-1], userinfo[:-1].partition(":")[2], query)
+    values = (value for _, value in parse_qsl(query) if len(value) > _SHORT)
+    told = {form for part in parts for form in (part, unquote(part))}
+    return sorted(filter(None, {*told, *values}), key=len, reverse=True)
 
 
 def _http_options(patience: float) -> dict[str, object]:
@@ -324,15 +371,6 @@ def _http_options(patience: float) -> dict[str, object]:
     # fsspec's five minutes for all of a file are too few for a large one.
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=patience, sock_read=patience)
     return {"timeout": timeout, "trust_env": True}
-
-
-def _failed(name: str, cause: str) -> VllmcError:
-    return VllmcError(
-        "remote-failed",
-        f"{name} cannot be used: {cause}",
-        context={"remote": name, "cause": cause},
-        hint="check the URL, the network and your credentials; run again, it goes on from there",
-    )
 
 
 def _bad(name: str, reason: str) -> UsageError:

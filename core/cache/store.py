@@ -120,18 +120,26 @@ class Store:
             self._put(self.layout.blob(digest), data)
         return digest
 
-    def put_unit(self, record: UnitRecord) -> None:
-        """Stores a unit's record, in place of any under its key; its artifact is there already."""
+    def put_unit(self, record: UnitRecord, raw: bytes = b"") -> None:
+        """Stores a unit's record, in place of any under its key; its artifact is there already.
+
+        `raw` is the record's file elsewhere, whose signature it keeps unless this store signs.
+        """
         note = f"{record.code} {record.artifact}\n".encode("ascii")
         self._put(self.layout.code(record.code), note)
-        self._put(self.layout.unit(record.key), self._signed(encode(record)))
+        self._put(self.layout.unit(record.key), self._file_of(record, raw))
 
-    def put_program(self, record: ProgramRecord) -> None:
-        """Stores a program's record, in place of any under its key with the same sources."""
-        self._put(self.layout.program(record.key, record.id), self._signed(encode(record)))
+    def put_program(self, record: ProgramRecord, raw: bytes = b"") -> None:
+        """Stores a program's record, in place of any under its key with the same sources.
 
-    def _signed(self, data: bytes) -> bytes:
-        return data if self.signing is None else self.signing.signed(data)
+        `raw` is as of `put_unit`.
+        """
+        self._put(self.layout.program(record.key, record.id), self._file_of(record, raw))
+
+    def _file_of(self, record: UnitRecord | ProgramRecord, raw: bytes) -> bytes:
+        if self.signing is not None:
+            return self.signing.signed(encode(record))
+        return raw or encode(record)
 
     def retain(self, digest: str, data: bytes) -> None:
         """Sees to it that an artifact that was found is still there, and counts as new to prune.

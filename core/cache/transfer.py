@@ -7,19 +7,15 @@ dies in between leaves nothing that refers to what is not there, and what has co
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
 import secrets
-import shutil
-import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import BufferedRandom
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 from vllmc.core.cache.exchange import (
     Vouched,
@@ -33,7 +29,8 @@ from vllmc.core.cache.exchange import (
 )
 from vllmc.core.cache.files import make_directory, publish, read_plain, writing
 from vllmc.core.cache.key import sha256_hex
-from vllmc.core.cache.layout import section_of
+from vllmc.core.cache.layout import Found, section_of
+from vllmc.core.cache.partial import beginning, copy
 from vllmc.core.cache.record import (
     CorruptRecord,
     FormatTooNew,
@@ -42,15 +39,14 @@ from vllmc.core.cache.record import (
     decode,
     encode,
 )
-from vllmc.core.cache.remote import Connection, CorruptRemote, Reading, Remote
+from vllmc.core.cache.remote import Connection, CorruptRemote, Remote
+from vllmc.core.cache.signing import Signature, split
 from vllmc.core.cache.store import Store
+from vllmc.core.cache.trust_store import trusts
 from vllmc.core.errors import UnsafeCacheError, VllmcError
 from vllmc.core.events import Observer
 
 _PREFIX: Final = re.compile(r"[0-9a-f]{8,64}")
-# What a download leaves free.
-_SPARE: Final = 64 << 20
-_NEW: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +68,11 @@ def push(
 ) -> Moved:
     """Sends what the remote lacks of these programs: artifacts, then units, then programs.
 
-    Records are signed by `store.signing`, else they stay as they are. Raises `VllmcError`
-    (`missing-unit`, `missing-artifact`), what `Remote.connect` and `Connection` raise, and what
-    reading a store does.
+    Records are signed by `store.signing`, else they stay as they are. One that is there is left
+    unless it cannot be used. Raises `VllmcError` (`missing-unit`, `missing-artifact`), what
+    `Remote.connect` and `Connection` raise, and what reading a store does.
     """
+    observer.stage(f"push to {remote.name}")
     connection = remote.connect()
     programs = tuple(programs)
     units = units_of(store, programs)
@@ -94,10 +91,10 @@ def push(
     records: tuple[UnitRecord | ProgramRecord, ...] = (*units, *programs)
     for record in records:
         path = path_of(record)
-        if connection.size(path) is not None:
+        data = _as_stored(store, record, path)
+        if _stands(connection, path, store, split(data)[1], digests):
             skipped += 1
             continue
-        data = _as_stored(store, record, path)
         connection.write(path, data)
         sent.append(len(data))
     return Moved(
@@ -125,6 +122,8 @@ def pull(
     store.check_writable()
     prefixes = {name.lower() for name in names if _PREFIX.fullmatch(name.lower())}
     models = {name for name in names if name.lower() not in prefixes}
+    # It may take until the remote is given up.
+    observer.stage(f"pull from {remote.name}")
     puller = _Puller(remote.connect(), store, observer)
     paths = puller.listed(() if models else sorted(prefixes))
     for prefix in sorted(prefixes):
@@ -135,11 +134,11 @@ def pull(
     for path in paths:
         meant = not names or section_of(path)[1].startswith(tuple(prefixes))
         try:
-            record, vouched = puller.program(path)
+            record, came = puller.program(path)
             meant = meant or record.model in models
             if meant and accept(record):
                 seen.add(record.model)
-                puller.fetch(record, vouched)
+                puller.fetch(record, came)
         except UnsafeCacheError as error:
             # Which model it is of is not known, of a record that is refused.
             (refused if meant else others).append(error)
@@ -171,7 +170,7 @@ def downloaded(remote: Remote, store: Store, observer: Observer) -> Iterator[Pat
 def _download(remote: Remote, path: Path) -> None:
     try:
         with remote.connect().open("") as source, path.open("xb") as target:
-            _copy(source, target, remote.chunk, None)
+            copy(source, target, remote.chunk, None)
     except FileNotFoundError:
         raise VllmcError(
             "no-bundle",
@@ -181,6 +180,14 @@ def _download(remote: Remote, path: Path) -> None:
         ) from None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Came:
+    """A record's file as it came, and why it is used."""
+
+    raw: bytes
+    vouched: Vouched
+
+
 class _Puller:
     """Fetches programs into a store, and counts."""
 
@@ -188,8 +195,9 @@ class _Puller:
         self._connection = connection
         self._store = store
         self._observer = observer
-        self._bytes: list[int] = []
-        self._skipped = 0
+        # By path. What programs share is fetched for the first of them.
+        self._fetched: dict[str, int] = {}
+        self._here: set[str] = set()
         self._programs: set[str] = set()
 
     def listed(self, prefixes: Sequence[str]) -> tuple[str, ...]:
@@ -197,60 +205,65 @@ class _Puller:
         programs = self._connection.programs
         return tuple(dict.fromkeys(path for p in prefixes or ("",) for path in programs(p)))
 
-    def program(self, path: str) -> tuple[ProgramRecord, Vouched]:
-        """The record at `path`, and why it is used. Raises `CorruptRemote` and `Untrusted`."""
-        record, vouched = self._record(path)
+    def program(self, path: str) -> tuple[ProgramRecord, _Came]:
+        """The record at `path`, and how it came. Raises `CorruptRemote` and `Untrusted`."""
+        record, came = self._record(path)
         assert isinstance(record, ProgramRecord)
-        return record, vouched
+        return record, came
 
-    def fetch(self, record: ProgramRecord, vouched: Vouched) -> None:
+    def fetch(self, record: ProgramRecord, came: _Came) -> None:
         """Fetches what the store lacks of a program, and publishes it."""
         store = self._store
-        units: list[UnitRecord] = []
+        units: list[tuple[UnitRecord, _Came]] = []
         sizes: dict[str, int | None] = {unit.artifact: None for unit in record.units}
         for key in sorted({unit.key for unit in record.units}):
+            path = unit_path(key)
             # Programs that were here already name the artifact of theirs.
-            unit: object = store.readable_unit(key)
+            unit = _usable(store, path)
             if unit is None:
-                unit, _ = self._record(unit_path(key))
+                unit, unit_came = self._record(path)
                 assert isinstance(unit, UnitRecord)
-                units.append(unit)
+                units.append((unit, unit_came))
             else:
                 assert isinstance(unit, UnitRecord)
-                self._skipped += 1
+                self._here.add(path)
                 if unit.artifact not in sizes:
                     continue
             sizes[unit.artifact] = unit.bytes
         missing = [digest for digest in sorted(sizes) if not _holds(store, digest)]
-        self._skipped += len(sizes) - len(missing)
+        self._here.update(blob_path(digest) for digest in sizes.keys() - missing)
         for number, digest in enumerate(missing, start=1):
             size = sizes[digest]
             told = "" if size is None else f", {_told(size)}"
             self._observer.stage(f"pull {record.model}: {number} of {len(missing)}{told}")
-            self._bytes.append(self._artifact(digest, size))
-        for unit in units:
-            store.put_unit(unit)
-            self._bytes.append(len(encode(unit)))
-        if store.readable_program(record.key, record.id) is None or missing:
-            store.put_program(record)
-            self._bytes.append(len(encode(record)))
+            self._fetched[blob_path(digest)] = self._artifact(digest, size)
+        for unit, unit_came in units:
+            store.put_unit(unit, unit_came.raw)
+            self._fetched[path_of(unit)] = len(unit_came.raw)
+        path = path_of(record)
+        if _usable(store, path) is None or missing:
+            store.put_program(record, came.raw)
+            self._fetched[path] = len(came.raw)
             source = self._connection.remote.name
+            # Signed is what all of it is.
+            reasons = [came.vouched, *(unit_came.vouched for _, unit_came in units)]
+            vouched = next((reason for reason in reasons if not reason.key), came.vouched)
             note_import(store, sha256_hex(encode(record)), {record.key}, vouched, source)
         else:
-            self._skipped += 1
+            self._here.add(path)
         self._programs.add(record.key)
 
     def moved(self, refused: Sequence[UnsafeCacheError]) -> Moved:
         """What was done so far."""
         return Moved(
-            files=len(self._bytes),
-            bytes=sum(self._bytes),
-            skipped=self._skipped,
+            files=len(self._fetched),
+            bytes=sum(self._fetched.values()),
+            skipped=len(self._here - self._fetched.keys()),
             programs=tuple(sorted(self._programs)),
             refused=tuple(refused),
         )
 
-    def _record(self, path: str) -> tuple[UnitRecord | ProgramRecord, Vouched]:
+    def _record(self, path: str) -> tuple[UnitRecord | ProgramRecord, _Came]:
         name = self._connection.name(path)
         raw = self._connection.read_record(path)
         if raw is None:
@@ -258,14 +271,10 @@ class _Puller:
         # Before anything is made of it.
         vouched = vouch(raw, self._store.trust, name)
         try:
-            record = decode(raw)
-        except CorruptRecord as error:
-            raise CorruptRemote(name, error.reason) from None
+            return _parsed(raw, path, name), _Came(raw=raw, vouched=vouched)
         except FormatTooNew as error:
-            raise CorruptRemote(name, f"a later vllmc wrote it: {error.message}") from None
-        if path_of(record) != path:
-            raise CorruptRemote(name, "it is the record of something else")
-        return record, vouched
+            reason = f"a later vllmc wrote it, in version {error.version} of the format"
+            raise CorruptRemote(name, reason, hint="upgrade vllmc, or use another remote") from None
 
     def _artifact(self, digest: str, size: int | None) -> int:
         """Fetches an artifact into the store and returns its size; goes on where one broke off."""
@@ -273,7 +282,7 @@ class _Puller:
         size = self._connection.size(path) if size is None else size
         chunk = self._connection.remote.chunk
         target = self._store.layout.blob(digest)
-        with writing(target), _part(self._store.layout.temporary, digest) as (part, file):
+        with writing(target), beginning(self._store.layout.temporary, digest) as (part, file):
             for _ in range(2):
                 begun = file.seek(0, os.SEEK_END)
                 if size is None or begun > size:
@@ -283,7 +292,7 @@ class _Puller:
                         with self._connection.open(path, start=begun) as source:
                             file.truncate(source.start)
                             file.seek(source.start)
-                            _copy(source, file, chunk, size)
+                            copy(source, file, chunk, size)
                 except FileNotFoundError:
                     raise CorruptRemote(self._connection.name(path), "it is not there") from None
                 file.seek(0)
@@ -297,72 +306,76 @@ class _Puller:
                 file.truncate(0)
             part.unlink(missing_ok=True)
         raise CorruptRemote(
-            self._connection.name(path), f"its SHA-256 is not {digest[:12]}..., as its path says"
+            self._connection.name(path),
+            f"its SHA-256 is not {digest[:12]}..., as its path says",
+            hint="remove it there, and push it again from where it was compiled",
         )
-
-
-def _copy(source: Reading, target: BinaryIO, chunk: int, size: int | None) -> None:
-    """Copies what is left of `source`; of a file of `size` bytes no more than that."""
-    at = target.tell()
-    free = max(0, shutil.disk_usage(target.fileno()).free - _SPARE)
-    last = at + free if size is None else max(at, size)
-    if last > at + free:
-        raise _full(target)
-    while block := source.read(min(chunk, last - at)):
-        target.write(block)
-        at += len(block)
-    if size is None and at == last:
-        raise _full(target)
-
-
-def _full(target: BinaryIO) -> OSError:
-    import errno
-
-    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target.name)
-
-
-@contextmanager
-def _part(temporary: Path, digest: str) -> Iterator[tuple[Path, BufferedRandom]]:
-    """The beginning of an artifact, which the next pull goes on from where this one breaks off.
-
-    Where another process is at it, one of this process's own, which is gone in the end.
-    """
-    make_directory(temporary)
-    path = temporary / f"{digest}.part"
-    file = _locked(path)
-    if file is not None:
-        with file:
-            yield path, file
-        return
-    path = temporary / f"{digest}.{secrets.token_hex(8)}.part"
-    try:
-        with path.open("x+b") as own:
-            yield path, own
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _locked(path: Path) -> BufferedRandom | None:
-    """The file at `path`, made where there is none; None where another process holds it."""
-    with suppress(OSError):
-        file = os.fdopen(os.open(path, _NEW, 0o644), "r+b")
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            opened, there = os.fstat(file.fileno()), path.lstat()
-            # Who held it before may have published it since: what is opened is then an artifact.
-            same = (opened.st_dev, opened.st_ino) == (there.st_dev, there.st_ino)
-            mine = opened.st_uid == os.geteuid() and opened.st_nlink == 1
-            if same and mine and stat.S_ISREG(opened.st_mode):
-                return file
-        file.close()
-    return None
 
 
 def _holds(store: Store, digest: str) -> bool:
     with suppress(VllmcError):
-        store.read_artifact(digest)
+        # It counts as new to a prune until the record that names it is here.
+        store.retain(digest, store.read_artifact(digest))
         return True
     return False
+
+
+def _usable(store: Store, path: str) -> UnitRecord | ProgramRecord | None:
+    """The record at this path below `v1/` that `store` would use; None where there is none."""
+    section, key, record_id = section_of(path)
+    for layout in store.layouts:
+        found = Found(section=section, key=key, id=record_id, path=layout.top / path)
+        with suppress(VllmcError):
+            if (record := store.check(found, layout)) is not None:
+                return record
+    return None
+
+
+def _parsed(raw: bytes, path: str, name: str) -> UnitRecord | ProgramRecord:
+    """The record in the remote's file at `path`, called `name`.
+
+    Raises `CorruptRemote` and `FormatTooNew`.
+    """
+    try:
+        record = decode(raw)
+    except CorruptRecord as error:
+        raise CorruptRemote(name, error.reason) from None
+    if path_of(record) != path:
+        raise CorruptRemote(name, "it is the record of something else")
+    return record
+
+
+def _stands(
+    connection: Connection,
+    path: str,
+    store: Store,
+    signature: Signature | None,
+    digests: Collection[str],
+) -> bool:
+    """Whether the remote's record at `path` can stay: it is whole, and so is what it names.
+
+    Where what would be sent has a `signature`, it must have one of that key or of a trusted one.
+    The artifacts with these `digests` are known to be there.
+    """
+    try:
+        raw = connection.read_record(path)
+        if raw is None:
+            return False
+        record = _parsed(raw, path, connection.name(path))
+    except CorruptRemote:
+        return False
+    except FormatTooNew:
+        return True
+    body, theirs = split(raw)
+    if theirs is not None and not theirs.is_of(body):
+        return False
+    if signature is not None and (
+        theirs is None or (theirs.key != signature.key and not trusts(theirs.key, store.trust))
+    ):
+        return False
+    units = (record,) if isinstance(record, UnitRecord) else record.units
+    others = {unit.artifact for unit in units}.difference(digests)
+    return all(connection.size(blob_path(digest)) is not None for digest in others)
 
 
 def _as_stored(store: Store, record: UnitRecord | ProgramRecord, path: str) -> bytes:

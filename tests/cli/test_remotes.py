@@ -33,7 +33,7 @@ def test_push_and_pull_say_what_moved(vllmc, workplace, stored, signed):
     assert done.code == 0
     assert "3 files" in done.out
     assert key in done.out
-    assert "pull tiny-llama: 1 of 1" in done.err
+    assert f"pull from file://{signed}\npull tiny-llama: 1 of 1" in done.err
     done = vllmc("cache", "pull", "remote", "--json")
     assert (done.json["fetched"], done.json["skipped"]) == (0, 3)
     assert vllmc("cache", "verify").code == 0
@@ -51,6 +51,23 @@ def test_who_trusts_nobody_pulls_nothing(vllmc, workplace, stored, signed):
     assert vllmc("cache", "pull", "remote", "--trust-unsigned").code == 0
 
 
+def test_a_reason_that_many_are_refused_for_is_told_once(vllmc, workplace, stored):
+    assert vllmc("cache", "push", "remote", "-q").code == 0
+    (path,) = (workplace / "remote/v1/programs").rglob("*.json")
+    for key in ("a" * 64, "b" * 64):
+        other = workplace / f"remote/v1/programs/{key[:2]}/{key}/{path.name}"
+        other.parent.mkdir(parents=True)
+        shutil.copy(path, other)
+    done = vllmc("cache", "pull", "remote")
+    assert (done.code, done.err.count("error[untrusted]")) == (4, 1)
+    assert "refused_likewise: 2" in done.err
+    # Of these two the path says something else; what is right is pulled.
+    done = vllmc("cache", "pull", "remote", "--trust-unsigned", "--json")
+    assert (done.code, done.err.count("error[corrupt-remote]")) == (4, 1)
+    context = done.json["error"]["context"]
+    assert (context["refused_likewise"], context["pulled"]) == (1, [stored.program.key])
+
+
 def test_what_cannot_be_reached_is_named_without_credentials(vllmc, stored):
     pytest.importorskip("aiohttp")
     url = "http://user:s3cret@127.0.0.1:9/cache?token=hush"
@@ -66,6 +83,25 @@ def test_where_there_is_nothing_the_url_is_asked_after(vllmc, workplace):
     done = vllmc("cache", "pull", "nothing-here")
     assert done.code == 0
     assert "hint: nothing-here holds no program; is it the right URL?" in done.err
+
+
+def test_where_there_is_nothing_to_push_that_is_said(vllmc, workplace):
+    done = vllmc("cache", "push", "remote")
+    assert done.code == 0
+    assert "holds no program; vllmc warm compiles one" in done.err
+    assert not (workplace / "remote").exists()
+
+
+def test_a_push_that_was_not_signed_can_be_signed_later(vllmc, workplace, stored):
+    assert vllmc("cache", "push", "remote", "-q").code == 0
+    assert vllmc("trust", "keygen", "key").code == 0
+    assert vllmc("trust", "add", "key.pub").code == 0
+    shutil.copytree(stored.store.root, workplace / "kept")
+    shutil.rmtree(stored.store.root)
+    assert vllmc("cache", "pull", "remote").code == 4
+    done = vllmc("cache", "push", "remote", "--sign-key", "key", "--cache-dir", "kept", "--json")
+    assert done.json["sent"] == 2
+    assert vllmc("cache", "pull", "remote").code == 0
 
 
 def test_no_remote_is_wrong_usage(vllmc, stored):

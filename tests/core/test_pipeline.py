@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from serving import serving
 from tiny_models import save_llama
 
 from vllmc.core.cache.key import canonical_json
 from vllmc.core.cache.record import ProgramRecord
+from vllmc.core.cache.remote import Remote
 from vllmc.core.cache.store import Store
+from vllmc.core.cache.trust import Trust
 from vllmc.core.cache.usage import claimed
 from vllmc.core.errors import CheckFailed, UnsafeCacheError, VllmcError
 from vllmc.core.events import SilentObserver
@@ -44,6 +47,10 @@ class Notes(SilentObserver):
         self.units: list[tuple[str, str]] = []
         self.warnings: list[str] = []
         self.waits: list[str] = []
+        self.remarks: list[str] = []
+
+    def remark(self, text: str) -> None:
+        self.remarks.append(text)
 
     def stage(self, name: str) -> None:
         self.stages.append(name)
@@ -396,6 +403,38 @@ def test_one_of_two_that_want_the_same_program_waits_and_finds_it(job: Any, tmp_
     thread.join(60)
     (ready,) = results
     assert ready.program == "hit"
+
+
+def test_what_a_remote_holds_of_other_sources_is_told_and_not_used(
+    job: Any, tmp_path: Path
+) -> None:
+    there = Store(tmp_path / "remote")
+    record = warm(job(), there.root).record
+    there.layout.program(record.key, record.id).unlink()
+    changed = dataclasses.replace(record.sources[0], digest="0" * 32)
+    there.put_program(dataclasses.replace(record, sources=(changed, *record.sources[1:])))
+    notes, remote = Notes(), Remote(url=str(there.root))
+    store = Store(tmp_path / "cache", trust=Trust(unsigned=True))
+    assert obtain_program(job(), store, notes, remote=remote).program == "miss"
+    assert notes.warnings == []
+    assert [text for text in notes.remarks if "other source files" in text]
+
+
+def test_a_remote_that_hangs_is_waited_for_once(job: Any, tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    notes = Notes()
+    with serving(tmp_path) as served:
+        served.delay = 5.0
+        remote = Remote(url=served.url, patience=1.0)
+        first, second = (
+            obtain_program(wanted, Store(tmp_path / "cache"), notes, remote=remote)
+            for wanted in (job(), job(layers=1))
+        )
+        assert len(served.asked) == 1
+    assert notes.warnings == ["remote-failed"]
+    assert [first.program, second.program] == ["miss", "miss"]
+    # To wait is not to capture.
+    assert first.seconds.capture + 1 <= first.seconds.total
 
 
 def publish(unit: UnitResult, elsewhere: Path, root: Path) -> None:

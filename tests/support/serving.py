@@ -61,6 +61,9 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
             self._send(200, data, {})
             return
         start = int(wanted.removeprefix("bytes=").partition("-")[0])
+        if start >= len(data):
+            self.send_error(416)
+            return
         where = f"bytes {start}-{len(data) - 1}/{len(data)}"
         self._send(206, data[start:], {"Content-Range": where})
 

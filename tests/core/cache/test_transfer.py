@@ -7,16 +7,18 @@ import json
 import os
 import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from future import of_version_2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import serving
 
-from vllmc.core.cache import transfer
+from vllmc.core.cache import partial, transfer
 from vllmc.core.cache.exchange import imports_of
 from vllmc.core.cache.record import encode
 from vllmc.core.cache.remote import MOST_RECORD, Connection, CorruptRemote, Remote
@@ -97,6 +99,8 @@ def test_what_programs_share_moves_once(store, warm, remote, target, pushed):
     assert (sent.files, sent.skipped) == (1, 2)
     assert pull(remote, target, ["other"], SILENT).files == 3
     assert pull(remote, target, ["tiny-llama"], SILENT).files == 3
+    both = pull(remote, Store(target.root.with_name("both"), trust=ANY), [], SILENT)
+    assert (both.files, both.skipped) == (6, 0)
     assert {record.model for record in target.all_programs()} == {"other", "tiny-llama"}
 
 
@@ -274,6 +278,137 @@ def test_an_artifact_of_another_size_is_sent_again(store, remote, place, pushed)
     assert path.read_bytes() == LARGE
 
 
+@pytest.mark.parametrize("section", ["units", "programs"])
+@pytest.mark.parametrize("how", ["flipped", "cut", "empty", "another", "too large"])
+def test_a_record_that_cannot_be_used_is_pushed_again(
+    section, how, store, remote, place, target, pushed
+):
+    path = min((place / "v1" / section).rglob("*.json"))
+    data = path.read_bytes()
+    other = pushed.program if section == "units" else pushed.units[0]
+    path.write_bytes(
+        {
+            "flipped": data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+            "cut": data[:-1],
+            "empty": b"",
+            "another": encode(other),
+            "too large": b"",
+        }[how]
+    )
+    if how == "too large":
+        os.truncate(path, MOST_RECORD + 1)
+    (error,) = pull(remote, target, [], SILENT).refused
+    assert (error.code, "push it again" in error.hint) == ("corrupt-remote", True)
+    done = push(remote, store, [pushed.program], SILENT)
+    assert (done.files, done.skipped) == (1, 4)
+    assert path.read_bytes() == data
+    assert pull(remote, target, [], SILENT).refused == ()
+    assert target.programs(pushed.program.key) == (pushed.program,)
+
+
+def test_a_record_that_names_what_is_not_there_is_pushed_again(
+    store, remote, place, target, pushed
+):
+    unit = dataclasses.replace(pushed.units[0], artifact="e" * 64)
+    there = Store(place)
+    there.put_unit(unit)
+    assert pull(remote, target, [], SILENT).programs == ()
+    assert push(remote, store, [pushed.program], SILENT).files == 1
+    assert there.unit(unit.key) == pushed.units[0]
+    # Of one whose artifact is there, another machine's, nothing is changed.
+    unit = dataclasses.replace(unit, artifact=there.put_artifact(b"compiled elsewhere"))
+    there.put_unit(unit)
+    assert push(remote, store, [pushed.program], SILENT).files == 0
+    assert there.unit(unit.key) == unit
+
+
+def test_a_record_of_a_later_vllmc_stays(store, remote, place, target, pushed):
+    path = place / store.layout.program(pushed.program.key, pushed.program.id).relative_to(
+        store.root
+    )
+    later = of_version_2(path.read_bytes())
+    path.write_bytes(later)
+    assert push(remote, store, [pushed.program], SILENT).files == 0
+    assert path.read_bytes() == later
+    (error,) = pull(remote, target, [], SILENT).refused
+    assert error.hint.startswith("upgrade vllmc")
+
+
+def test_a_signed_push_replaces_what_nobody_signed_who_is_trusted(
+    store, remote, place, pushed, tmp_path
+):
+    trust = Trust(keys=tmp_path / "trust")
+    add_key(trust, public_text(OTHER.public, "other"), "other", "here")
+    ours, others = (dataclasses.replace(store, signing=key, trust=trust) for key in (KEY, OTHER))
+    target = Store(tmp_path / "target", trust=trust)
+    assert pull(remote, target, [], SILENT).programs == ()
+    for signing, files in ((others, 3), (ours, 0), (others, 0), (store, 0)):
+        assert push(remote, signing, [pushed.program], SILENT).files == files
+        assert push(remote, signing, [pushed.program], SILENT).files == 0
+    assert pull(remote, target, [], SILENT).programs == (pushed.program.key,)
+    stranger = dataclasses.replace(store, signing=generate(), trust=Trust(keys=tmp_path / "none"))
+    assert push(remote, stranger, [pushed.program], SILENT).files == 3
+
+
+def test_what_is_pulled_keeps_its_signature(store, warm, remote, place, tmp_path):
+    trust = Trust(keys=tmp_path / "trust")
+    add_key(trust, public_text(KEY.public, "release"), "release", "here")
+    warmed = warm(b"one")
+    push(remote, dataclasses.replace(store, signing=KEY), [warmed.program], SILENT)
+    target = Store(tmp_path / "target", trust=trust)
+    pull(remote, target, [], SILENT)
+    assert target.verify() == ()
+    # Where others may write it is used still, and can be pushed on.
+    target.root.chmod(0o777)
+    assert target.programs(warmed.program.key) == (warmed.program,)
+    push(Remote(url=str(tmp_path / "mirror")), target, [warmed.program], SILENT)
+    assert records(Store(tmp_path / "mirror")) == records(Store(place))
+    for path in records(Store(place)):
+        assert (tmp_path / "mirror/v1" / path).read_bytes() == (place / "v1" / path).read_bytes()
+    # Who signs signs what is pulled.
+    own = Store(tmp_path / "own", trust=trust, signing=OTHER)
+    pull(remote, own, [], SILENT)
+    assert own.layout.unit(warmed.units[0].key).read_bytes() == OTHER.signed(
+        encode(warmed.units[0])
+    )
+
+
+def test_signed_is_what_all_of_it_is(store, warm, remote, place, tmp_path):
+    trust = Trust(keys=tmp_path / "trust", unsigned=True)
+    add_key(trust, public_text(KEY.public, "release"), "release", "here")
+    warmed = warm(b"one")
+    push(remote, dataclasses.replace(store, signing=KEY), [warmed.program], SILENT)
+    Store(place).put_unit(warmed.units[0])
+    target = Store(tmp_path / "target", trust=trust)
+    pull(remote, target, [], SILENT)
+    (note,) = imports_of(target, warmed.program.key)
+    assert (note.signed_by, note.key) == ("", "")
+
+
+def test_what_a_layer_below_may_not_be_used_for_is_pulled(remote, pushed, tmp_path):
+    below = Store(tmp_path / "below", trust=ANY)
+    pull(remote, below, [], SILENT)
+    below.root.chmod(0o777)
+    trusting = Store(tmp_path / "first", (below.root,), trust=ANY)
+    assert pull(remote, trusting, [], SILENT).files == 0
+    add_key(trust := Trust(keys=tmp_path / "trust"), public_text(KEY.public, "key"), "key", "here")
+    signed = Store(tmp_path / "signed", signing=KEY)
+    pull(remote, dataclasses.replace(signed, trust=ANY), [], SILENT)
+    push(remote, signed, [pushed.program], SILENT)
+    layered = Store(tmp_path / "second", (below.root,), trust=trust)
+    # The artifacts are what their names say, whoever wrote them.
+    assert pull(remote, layered, [], SILENT).files == 3
+    assert layered.programs(pushed.program.key) == (pushed.program,)
+    assert layered.unit(pushed.units[0].key) == pushed.units[0]
+
+
+def test_what_is_here_is_safe_from_a_prune_while_the_rest_comes(remote, target, pushed):
+    digest = target.put_artifact(LARGE)
+    os.utime(target.layout.blob(digest), (0, 0))
+    pull(remote, target, [], SILENT)
+    assert target.layout.blob(digest).stat().st_mtime > 0
+
+
 def test_a_beginning_that_is_there_is_gone_on_from(remote, target, pushed, monkeypatch):
     part = target.layout.temporary / f"{pushed.units[1].artifact}.part"
     part.parent.mkdir(parents=True)
@@ -387,7 +522,7 @@ def test_a_pull_that_is_killed_leaves_nothing_wrong_and_the_next_goes_on(
 
 
 def test_a_full_disk_is_said_before_anything_is_fetched(remote, target, pushed, monkeypatch):
-    monkeypatch.setattr(transfer, "_SPARE", 1 << 62)
+    monkeypatch.setattr(partial, "_SPARE", 1 << 62)
     with pytest.raises(VllmcError) as caught:
         pull(remote, target, [], SILENT)
     assert caught.value.code == "disk-full"
@@ -421,6 +556,43 @@ class Hostile:
         import io
 
         return io.BytesIO(self.data)
+
+
+class Stuck(Hostile):
+    """A file system that never gets to the end of what it is asked, and knows no sizes."""
+
+    def __init__(self) -> None:
+        super().__init__([], b"")
+        self.freed = threading.Event()
+
+    def info(self, path: str) -> dict[str, int]:
+        return {}
+
+    def open(self, path: str, mode: str, **options: object) -> object:
+        return self
+
+    def seek(self, at: int) -> None:
+        pass
+
+    def read(self, most: int) -> bytes:
+        self.freed.wait()
+        return b""
+
+    def close(self) -> None:
+        self.freed.wait()
+
+
+def test_nothing_that_is_stuck_is_waited_for_beyond_its_time():
+    system = Stuck()
+    remote = Remote(url="memory://x", patience=0.2)
+    connection = Connection(remote, system, "root", None, float("inf"))
+    with pytest.raises(VllmcError, match="KeyError"):
+        connection.size("blobs")
+    started = time.monotonic()
+    with pytest.raises(VllmcError, match="no answer"):
+        connection.read_record("units")
+    assert time.monotonic() - started < 5
+    system.freed.set()
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -484,6 +656,20 @@ class TestHttp:
         assert [r for p, r in served.asked if digest in p] == [f"bytes={size}-"]
         assert target.programs(pushed.program.key) == (pushed.program,)
         assert target.verify() == ()
+
+    def test_a_beginning_that_is_longer_than_what_is_there_is_started_over(
+        self, served, place, target, pushed
+    ):
+        digest = pushed.units[1].artifact
+        part = target.layout.temporary / f"{digest}.part"
+        part.parent.mkdir(parents=True)
+        part.write_bytes(LARGE[:1000])
+        path = place / target.layout.blob(digest).relative_to(target.root)
+        path.write_bytes(LARGE[:500])
+        (error,) = pull(Remote(url=served.url), target, [], SILENT).refused
+        assert error.code == "corrupt-remote"
+        path.write_bytes(LARGE)
+        assert pull(Remote(url=served.url), target, [], SILENT).refused == ()
 
     def test_a_server_that_is_down_or_slow_has_failed(self, served, target, tmp_path):
         served.delay = 0.5

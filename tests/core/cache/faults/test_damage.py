@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
 
 import pytest
+from future import of_version_2
 
 from vllmc.core.cache.files import CorruptArtifact, CorruptRecordError, MissingArtifact
-from vllmc.core.cache.record import FormatTooNew, _checksum
+from vllmc.core.cache.record import FormatTooNew
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import VllmcError
 
@@ -166,14 +166,6 @@ def test_something_else_in_the_place_of_any_file_is_mended(tmp_path, publish, co
         assert (intact.root / name).exists(), "what a link points to is not ours"
         mended += 1
     counted(f"{kind} in the place of a file, repaired and published again", mended)
-
-
-def of_version_2(data):
-    body = data.partition(b',"body":')[2].removesuffix(b"}\n")
-    form = json.loads(data)["format"]
-    checksum = _checksum(form, 2, body)
-    header = f'{{"format":"{form}","version":2,"checksum":"{checksum}","body":'
-    return header.encode() + body + b"}\n"
 
 
 def test_a_record_of_a_future_format_is_an_error_and_stays(store, publish, counted):
