@@ -304,4 +304,4 @@ def test_an_option_that_no_command_has_is_wrong_usage(eager: Run, command: str) 
 
 
 def test_a_config_file_that_is_not_there_is_refused(eager: Run) -> None:
-    refused(eager("warm", "--config", "none.toml"), 1, "no-config-file", "none.toml")
+    refused(eager("warm", "--config", "none.toml"), 2, "no-config-file", "none.toml")
