@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from vllmc.core.errors import VllmcError
 
@@ -13,10 +16,26 @@ def write_text(path: Path, text: str, flag: str, *, append: bool = False) -> Non
     Raises `VllmcError` (`not-writable`).
     """
     mode = "a" if append else "w"
-    try:
+    with _writing(path, flag):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open(mode, encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Makes the directory of `path`; raises what `write_text` would, without writing anything."""
+    with _writing(path, flag):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            path.open("a").close()
+        else:
+            TemporaryFile(dir=path.parent).close()
+
+
+@contextmanager
+def _writing(path: Path, flag: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise VllmcError(
             "not-writable",
