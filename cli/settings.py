@@ -8,7 +8,8 @@ The file's keys are the options' names, and the tables `[inductor]` and `[functo
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -124,17 +125,25 @@ def _default_cache_dir() -> Path:
     # Most small commands are given the directory, and spend their time on imports.
     import platformdirs
 
-    return platformdirs.user_cache_path("vllmc")
+    with _at_home("the user's cache directory"):
+        return platformdirs.user_cache_path("vllmc")
 
 
 def _expanded(path: Path) -> Path:
-    try:
+    with _at_home(str(path)):
         return path.expanduser()
+
+
+@contextmanager
+def _at_home(path: str) -> Iterator[None]:
+    """Raises `VllmcError` (`no-home-directory`) for a user without one, on the way to `path`."""
+    try:
+        yield
     except RuntimeError as error:
         raise VllmcError(
             "no-home-directory",
-            f"the '~' of {path} stands for no directory: {error}",
-            context={"path": str(path)},
+            f"there is no home directory to find {path} in: {error}",
+            context={"path": path},
             hint="set HOME, or write the path out; VLLMC_CACHE_DIR names the cache's directory",
         ) from error
 
