@@ -71,6 +71,11 @@ def test_warm_then_check_and_nothing_to_save_the_second_time(
     assert (workplace / "summary.md").read_text().count("### vllmc warm") == 2
     [case] = ElementTree.parse(workplace / ".vllmc-reports" / "check.xml").iter("testcase")
     assert list(case) == []
+    programs = workplace / ".vllmc-cache" / "v1" / "programs"
+    for size, left in (("2GB", True), ("1B", False)):
+        pruned, _ = step("Prune", max_size=size)
+        assert pruned.code == 0, pruned.err
+        assert any(path.is_file() for path in programs.rglob("*")) == left
 
 
 @pytest.mark.thorough
@@ -131,7 +136,7 @@ def test_each_expression_names_an_input_or_an_earlier_step() -> None:
             results = {"key": ["digest"], "warm": ["compiled"], "restore": ["cache-primary-key"]}
             known |= {f"steps.{step['id']}.outputs.{name}" for name in results[step["id"]]}
     assert set(STEPS) == {
-        "Install vllmc", "Name the programs", "Restore", "Warm", "Check", "Save"
+        "Install vllmc", "Name the programs", "Restore", "Warm", "Prune", "Check", "Save"
     }  # fmt: skip
 
 
