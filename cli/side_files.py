@@ -16,7 +16,7 @@ def write_text(path: Path, text: str, flag: str, *, append: bool = False) -> Non
     Raises `VllmcError` (`not-writable`).
     """
     mode = "a" if append else "w"
-    with _writing(path, flag):
+    with writing(path, flag):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open(mode, encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
@@ -24,7 +24,7 @@ def write_text(path: Path, text: str, flag: str, *, append: bool = False) -> Non
 
 def check_writable(path: Path, flag: str) -> None:
     """Makes the directory of `path`; raises what `write_text` would, without writing anything."""
-    with _writing(path, flag):
+    with writing(path, flag):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             path.open("a").close()
@@ -33,7 +33,8 @@ def check_writable(path: Path, flag: str) -> None:
 
 
 @contextmanager
-def _writing(path: Path, flag: str) -> Iterator[None]:
+def writing(path: Path, flag: str) -> Iterator[None]:
+    """Raises `VllmcError` (`not-writable`) for what keeps from writing where `flag` says."""
     try:
         yield
     except OSError as error:
@@ -41,5 +42,5 @@ def _writing(path: Path, flag: str) -> Iterator[None]:
             "not-writable",
             f"{flag} cannot be written to {path}",
             context={"cause": str(error)},
-            hint=f"give another {flag} FILE",
+            hint=f"give {flag} a place that this user may write to",
         ) from error

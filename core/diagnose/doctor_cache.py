@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path, PurePath
@@ -163,7 +165,9 @@ def check_access(facts: Facts) -> Iterator[Finding]:
             yield found("cache-not-a-directory", what, _elsewhere(facts, layer))
         elif place.state == "unreachable" or (place.state == "directory" and not place.readable):
             what = f"{place.path}: {place.reason or 'this user may not list it'}"
-            yield found("cache-not-readable", what, _as_owner(facts, layer))
+            closed = place.state == "directory" or place.reason == os.strerror(errno.EACCES)
+            fix = _as_owner(facts, layer) if closed else _elsewhere(facts, layer)
+            yield found("cache-not-readable", what, fix)
         elif place.state == "directory" and layer.unreadable:
             what = f"{_files(layer.unreadable)} below {place.path} cannot be read by this user"
             yield found("cache-not-readable", what, _as_owner(facts, layer))

@@ -101,6 +101,15 @@ def test_models_are_given_by_name_too(step: Callable[..., Any]) -> None:
     assert check.code == 3
 
 
+def test_a_warm_that_is_killed_fails_the_step_without_a_traceback(
+    step: Callable[..., Any], workplace: Path
+) -> None:
+    (workplace / "killed.py").write_text("import os\n\nos.kill(os.getpid(), 9)\n")
+    done, outputs = step("Warm", model="killed:Model")
+    assert (done.code, outputs) == (137, {"compiled": "0"})
+    assert "Traceback" not in done.err
+
+
 def test_a_mistake_is_found_before_anything_is_restored(step: Callable[..., Any]) -> None:
     done, outputs = step("Name the programs", options="--dtype float7")
     assert (done.code, outputs) == (2, {})

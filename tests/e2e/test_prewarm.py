@@ -343,7 +343,7 @@ def test_a_report_that_cannot_be_written_is_found_before_anything_is_compiled(
     for flag in ("--summary", "--junit", "--code-quality"):
         done = eager("warm", "--from", path, flag, path / "report")
         assert (done.code, done.error) == (1, "not-writable")
-        assert f"give another {flag} FILE" in done.err
+        assert f"{flag} cannot be written to {path}/report" in done.err
     assert not (cache / "v1").exists()
     assert sorted(workplace.iterdir()) == [path], "nothing is left behind"
 

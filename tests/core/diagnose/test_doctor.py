@@ -354,6 +354,12 @@ def test_the_layers_beside_a_directory_stay_where_it_is_named_anew(origin: str, 
     assert fix_of(facts, "cache-path-relative") == fix.format(PATH)
 
 
+def test_running_as_the_owner_cures_a_closed_directory_and_no_broken_path() -> None:
+    for reason, cure in (("Permission denied", "run it as"), ("File name too long", "export ")):
+        facts = with_place(state="unreachable", reason=reason, owner=None, mode=None)
+        assert fix_of(facts, "cache-not-readable").startswith(cure)
+
+
 def test_the_fix_of_a_containers_layer_is_that_of_its_kind() -> None:
     for kind, program in (("Docker", "docker run -v "), ("Podman", "podman run -v ")):
         fix = fix_of(on(OVERLAY, container=kind, **EMPTY), "cache-in-container-layer")
