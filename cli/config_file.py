@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vllmc.cli.option_table import OPTIONS, SCOPES, Option, RawOption, Setting, option_named
+from vllmc.cli.paths import expanded
 from vllmc.cli.toml_lines import KeyPath, leaves, line_numbers
 from vllmc.core.errors import UsageError
 
@@ -39,11 +40,12 @@ def read_config(
 ) -> ConfigFile | None:
     """The file that the flag, the variable or the working directory names; None where none does.
 
-    Raises `UsageError` (`no-config-file`, `bad-config-file`, `unknown-setting`, `bad-setting`).
+    Raises `UsageError` (`no-config-file`, `bad-config-file`, `unknown-setting`, `bad-setting`),
+    and `VllmcError` (`no-home-directory`).
     """
     named = flag or (Path(text) if (text := environment.get(CONFIG_VARIABLE)) else None)
     if named:
-        path = directory / named.expanduser()
+        path = directory / expanded(named)
         text = read_text(path, "--config" if flag else CONFIG_VARIABLE)
         return _parse_config(path, text, ("tool", "vllmc") if _is_project(path) else ())
     if (path := directory / CONFIG_NAME).is_file():

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -121,5 +122,7 @@ def _entry(path: Path, table: Mapping[str, Any], lines: Mapping[KeyPath, int]) -
 
 def _located(model: str, directory: Path) -> str:
     """The MODEL to resolve: a directory that is given relative to the file's is found there."""
-    beside = directory / Path(model).expanduser()
-    return str(beside) if beside.is_dir() else model
+    with suppress(RuntimeError):  # a home that nobody has
+        if (beside := directory / Path(model).expanduser()).is_dir():
+            return str(beside)
+    return model

@@ -17,6 +17,7 @@ from vllmc.cli.matrix import read_matrix
 from vllmc.cli.option_table import choice
 from vllmc.cli.options import CommonFlags, CompileFlags, RemoteFlags, WorkerFlags, command
 from vllmc.cli.output import Output
+from vllmc.cli.paths import expanded
 from vllmc.cli.prewarm import Attempt, Batch, Result, Task, matrix_tasks, named_tasks, told_rows
 from vllmc.cli.settings import Settings
 from vllmc.cli.warm_reports import ReportFlags
@@ -211,7 +212,7 @@ def _tasks(
 ) -> tuple[Task, ...]:
     if matrix is None:
         return named_tasks(settings, flags, models or [DEFAULT_PRESET])
-    return matrix_tasks(settings, flags, read_matrix(matrix.expanduser()))
+    return matrix_tasks(settings, flags, read_matrix(expanded(matrix)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ import typer
 from vllmc.cli.findings import find, github, write_code_quality
 from vllmc.cli.junit import write_junit
 from vllmc.cli.output import Output
+from vllmc.cli.paths import expanded
 from vllmc.cli.prewarm import Result, told_rows
 from vllmc.cli.settings import Settings
 from vllmc.cli.side_files import check_writable
@@ -82,4 +83,4 @@ class ReportFlags:
     def _summary_file(self, settings: Settings) -> Path | None:
         given = () if self.summary is None else (self.summary,)
         values = settings.find("summary", given, default=()).values
-        return Path(values[0]).expanduser() if values else settings.step_summary
+        return expanded(Path(values[0])) if values else settings.step_summary
