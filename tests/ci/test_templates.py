@@ -54,6 +54,13 @@ def test_gitlab_caches_only_what_lies_in_the_project(job: dict[str, Any]) -> Non
     assert job["cache"]["when"] == "always"
 
 
+def test_gitlab_checks_what_pruning_left(job: dict[str, Any]) -> None:
+    [prune] = [at for at, line in enumerate(job["script"]) if "cache prune" in line]
+    [check] = [at for at, line in enumerate(job["script"]) if "--check" in line]
+    assert prune < check
+    assert job["variables"]["PREWARM_INSTALL"] == "", "no name that anyone may register"
+
+
 @pytest.fixture
 def dockerfile() -> str:
     return (ROOT / "examples" / "docker" / "Dockerfile").read_text()
