@@ -19,16 +19,10 @@ from typer.core import TyperGroup
 
 from vllmc.cli.boundary import unforeseen
 from vllmc.cli.commands import Markup, make_group
+from vllmc.cli.interrupts import Interrupted
 from vllmc.core.errors import UsageError, VllmcError
 
-INTERRUPTED = 130
 PIPE_CLOSED = 141
-
-
-class _Interrupted(VllmcError):
-    """Ctrl-C; the exit code is the shells' for SIGINT."""
-
-    exit_code = INTERRUPTED
 
 
 def _print_version(wanted: bool) -> None:
@@ -174,11 +168,7 @@ def _as_vllmc_error(error: BaseException, command: str) -> VllmcError:
     if isinstance(error, VllmcError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return _Interrupted(
-            "interrupted",
-            "stopped before the end",
-            hint="what was stored is whole; run it again to carry on",
-        )
+        return Interrupted()
     if isinstance(error, typer.TyperException):
         name = command if command == "vllmc" else f"vllmc {command}"
         return UsageError("usage", error.format_message(), hint=f"see {name} --help")

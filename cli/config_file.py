@@ -14,8 +14,9 @@ from types import MappingProxyType
 from typing import Any
 
 from vllmc.cli.option_table import OPTIONS, SCOPES, Option, RawOption, Setting, option_named
+from vllmc.cli.paths import expanded
 from vllmc.cli.toml_lines import KeyPath, leaves, line_numbers
-from vllmc.core.errors import VllmcError
+from vllmc.core.errors import UsageError
 
 CONFIG_NAME = "vllmc.toml"
 CONFIG_VARIABLE = "VLLMC_CONFIG"
@@ -39,11 +40,12 @@ def read_config(
 ) -> ConfigFile | None:
     """The file that the flag, the variable or the working directory names; None where none does.
 
-    Raises `VllmcError` (`no-config-file`, `bad-config-file`, `unknown-setting`, `bad-setting`).
+    Raises `UsageError` (`no-config-file`, `bad-config-file`, `unknown-setting`, `bad-setting`),
+    and `VllmcError` (`no-home-directory`).
     """
     named = flag or (Path(text) if (text := environment.get(CONFIG_VARIABLE)) else None)
     if named:
-        path = directory / named.expanduser()
+        path = directory / expanded(named)
         text = read_text(path, "--config" if flag else CONFIG_VARIABLE)
         return _parse_config(path, text, ("tool", "vllmc") if _is_project(path) else ())
     if (path := directory / CONFIG_NAME).is_file():
@@ -62,20 +64,20 @@ def _is_project(path: Path) -> bool:
 def read_text(path: Path, named_by: str, kind: str = "config file") -> str:
     """The text of a file that `named_by` (`--config`) names, with `\\n` as its line ends.
 
-    Raises `VllmcError` (`no-config-file`, `bad-config-file`).
+    Raises `UsageError` (`no-config-file`, `bad-config-file`).
     """
     context = {"file": str(path), "named by": named_by}
     try:
         return path.read_text(encoding="utf-8").replace("\r\n", "\n")
     except FileNotFoundError:
-        raise VllmcError(
+        raise UsageError(
             "no-config-file",
             f"there is no {kind} {path}",
             context=context,
             hint=f"correct {named_by}, or leave it out",
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise VllmcError(
+        raise UsageError(
             "bad-config-file",
             f"the {kind} {path} cannot be read: {error}",
             context=context,
@@ -104,13 +106,13 @@ def _parse_config(path: Path, text: str, table: KeyPath) -> ConfigFile | None:
 def parse_toml(path: Path, text: str, kind: str) -> dict[str, Any]:
     """The contents of `path`, which is a `kind` (`config file`).
 
-    Raises `VllmcError` (`bad-config-file`).
+    Raises `UsageError` (`bad-config-file`).
     """
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         line = re.search(r"at line (\d+)", str(error))
-        raise VllmcError(
+        raise UsageError(
             "bad-config-file",
             f"the {kind} {path} is not TOML: {error}",
             context={"file": str(path), "line": int(line[1]) if line else len(text.split("\n"))},
@@ -169,18 +171,18 @@ class Reader:
         around = next(p for n in range(len(path) + 1) if (p := path[: len(path) - n]) in self.lines)
         return f"{self.file}:{self.lines[around]}"
 
-    def _unknown(self, name: str) -> VllmcError:
+    def _unknown(self, name: str) -> UsageError:
         known = [option.name for option in self.known] + list(self.others)
         near = difflib.get_close_matches(name, known, n=1)
-        return VllmcError(
+        return UsageError(
             "unknown-setting",
             f"{self.where((name,))} sets '{name}', which vllmc does not know",
             context={"origin": f"file:{self.where((name,))}", "known": known},
             hint=f"did you mean '{near[0]}'?" if near else "see the options in docs/cli.md",
         )
 
-    def _not_here(self, option: Option) -> VllmcError:
-        return VllmcError(
+    def _not_here(self, option: Option) -> UsageError:
+        return UsageError(
             "unknown-setting",
             f"{self.where((option.name,))} sets '{option.name}', which no file may set",
             context={"origin": f"file:{self.where((option.name,))}"},
@@ -211,9 +213,9 @@ def _option_text(name: str, where: str, value: object) -> str:
         raise bad_setting(name, where, expected, value) from None
 
 
-def bad_setting(name: str, where: str, expected: str, found: object) -> VllmcError:
+def bad_setting(name: str, where: str, expected: str, found: object) -> UsageError:
     """The error for the value `found` of the key `name`, which should be `expected`."""
-    return VllmcError(
+    return UsageError(
         "bad-setting",
         f"{where}: '{name}' should be {expected}, and is {found!r}",
         context={"origin": f"file:{where}"},

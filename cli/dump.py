@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
-from vllmc.core.errors import VllmcError
+from vllmc.cli.side_files import writing
 
 if TYPE_CHECKING:
     from vllmc.core.job import Job
@@ -20,7 +19,7 @@ def dump_places(directory: Path, jobs: Sequence[Job]) -> list[Path]:
 
     Raises `VllmcError` (`not-writable`) before anything is compiled for it.
     """
-    with _writing(directory):
+    with writing(directory, "--dump"):
         directory.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=directory).close()
     if len(jobs) == 1:
@@ -45,22 +44,9 @@ def write_dump(directory: Path, ready: Ready) -> None:
 
     for unit in ready.units:
         place = directory / unit.pieces[0] / unit.range.replace(":", "-")
-        with _writing(place):
+        with writing(place, "--dump"):
             place.mkdir(parents=True, exist_ok=True)
             for name in (BEFORE_TEXT, AFTER_TEXT, CODE_TEXT):
                 (place / name).unlink(missing_ok=True)
             for name, text in unit.texts:
                 (place / name).write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _writing(place: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise VllmcError(
-            "not-writable",
-            f"the dump cannot be written to {place}",
-            context={"cause": str(error)},
-            hint="give --dump a directory that this user may write to",
-        ) from error

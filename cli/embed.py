@@ -11,6 +11,7 @@ import typer
 
 from vllmc.cli.option_table import Setting, choice
 from vllmc.cli.output import Output
+from vllmc.cli.side_files import writing
 from vllmc.core.errors import UsageError, VllmcError
 from vllmc.core.models.pooling import (
     DEFAULT_POOLING,
@@ -152,20 +153,12 @@ def write_embeddings(path: Path, embeddings: torch.Tensor) -> None:
 
     In a safetensors file they are the tensor `embeddings`. Raises `VllmcError` (`not-writable`).
     """
-    try:
-        with path.open("wb") as file:
-            if path.suffix == ".npy":
-                import numpy
+    with writing(path, "--embed-output"), path.open("wb") as file:
+        if path.suffix == ".npy":
+            import numpy
 
-                numpy.save(file, embeddings.numpy())
-            else:
-                import safetensors.torch
+            numpy.save(file, embeddings.numpy())
+        else:
+            import safetensors.torch
 
-                file.write(safetensors.torch.save({"embeddings": embeddings}))
-    except OSError as error:
-        raise VllmcError(
-            "not-writable",
-            f"the embeddings cannot be written to {path}",
-            context={"cause": str(error)},
-            hint="give another --embed-output FILE",
-        ) from error
+            file.write(safetensors.torch.save({"embeddings": embeddings}))

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from vllmc.cli.prewarm import Place, Result
+from vllmc.cli.prewarm import Place, Result, told_rows
 from vllmc.cli.render import names, plain_value
 from vllmc.cli.side_files import write_text
+from vllmc.cli.warm_rows import Row
 from vllmc.core.cache.redaction import scrub
 
 _SHOWN_CHANGES: Final = 3
@@ -46,21 +47,18 @@ class Finding:
 
 def find(results: Sequence[Result]) -> tuple[Finding, ...]:
     """What is wrong in the results (errors), and what moved or had to be tried again (warnings)."""
-    keys = {result.row["key"] for result in results}
-    return tuple(found for result in results if (found := _finding(result, keys)) is not None)
+    rows = told_rows(results)
+    found = (_finding(result, row) for result, row in zip(results, rows, strict=True))
+    return tuple(finding for finding in found if finding is not None)
 
 
-def _finding(result: Result, keys: Container[str]) -> Finding | None:
-    row = result.row
+def _finding(result: Result, row: Row) -> Finding | None:
     if result.exit_code:
         return _made("error", row["outcome"], result, reason(row))
     if result.error is not None:
         return _made("warning", "retried", result, scrub(result.error.message))
-    # What differs from another entry is what the matrix file asks for.
-    anew = row["counts"]["compiled"] + row["counts"]["dup"]
-    if anew and row["miss"] and row["miss"]["nearest_key"] not in keys:
-        changes = changes_of(row)
-        return _made("warning", "missed", result, changes) if changes else None
+    if row["counts"]["compiled"] + row["counts"]["dup"] and (changes := changes_of(row)):
+        return _made("warning", "missed", result, changes)
     return None
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C that cannot get lost: Python drops a KeyboardInterrupt raised within a finalizer."""
+"""Ctrl-C: what is told of it, and that it cannot get lost. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,29 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from vllmc.core.errors import VllmcError
+
+
+class Interrupted(VllmcError):
+    """Ctrl-C; the exit code is the shells' for SIGINT."""
+
+    exit_code = 130
+
+    def __init__(self) -> None:
+        super().__init__(
+            "interrupted",
+            "stopped before the end",
+            hint="what was stored is whole; run it again to carry on",
+        )
+
 
 @contextmanager
 def remembered_interrupts() -> Iterator[Callable[[], None]]:
     """Yields a check that raises `KeyboardInterrupt` if one was raised in the block and lost.
 
-    A finalizer or a weak reference's callback runs anywhere, often while compiling. What it raises
-    is printed and forgotten, so the block checks between its steps, and once more at its end.
+    Python drops one that is raised within a finalizer or a weak reference's callback, which run
+    anywhere, often while compiling. So the block checks between its steps, and once more at its
+    end.
     """
     seen: list[int] = []
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +28,7 @@ from typing import Any, Final
 from vllmc.cli.config_file import ConfigFile, Reader, bad_setting, parse_toml, read_text
 from vllmc.cli.option_table import OPTIONS, SCOPES
 from vllmc.cli.toml_lines import KeyPath, line_numbers
-from vllmc.core.errors import VllmcError
+from vllmc.core.errors import UsageError
 
 _KIND: Final = "matrix file"
 _TABLE: Final = "warm"
@@ -50,7 +51,7 @@ class Entry:
 def read_matrix(path: Path) -> tuple[Entry, ...]:
     """The entries of the matrix file `path`, at least one, each with a name of its own.
 
-    Raises `VllmcError`: `no-config-file`, `bad-config-file`, `unknown-setting`, `bad-setting`.
+    Raises `UsageError`: `no-config-file`, `bad-config-file`, `unknown-setting`, `bad-setting`.
     """
     text = read_text(path, "--from", _KIND)
     contents = parse_toml(path, text, _KIND)
@@ -58,7 +59,7 @@ def read_matrix(path: Path) -> tuple[Entry, ...]:
     for key, value in contents.items():
         where = f"{path.name}:{lines[key,]}"
         if key != _TABLE:
-            raise VllmcError(
+            raise UsageError(
                 "unknown-setting",
                 f"{where} sets '{key}', and a matrix file holds [[{_TABLE}]] tables alone",
                 context={"origin": f"file:{where}"},
@@ -68,7 +69,7 @@ def read_matrix(path: Path) -> tuple[Entry, ...]:
             raise bad_setting(key, where, f"a list of tables, each begun by [[{key}]]", value)
     tables = contents.get(_TABLE, [])
     if not tables:
-        raise VllmcError(
+        raise UsageError(
             "bad-config-file",
             f"the {_KIND} {path} has no [[{_TABLE}]] table",
             context={"file": str(path)},
@@ -78,7 +79,7 @@ def read_matrix(path: Path) -> tuple[Entry, ...]:
     for number, table in enumerate(tables):
         entry = _entry(path, table, _below(lines, (_TABLE, str(number)), lines[_TABLE,]))
         if (first := entries.setdefault(entry.name, entry)) is not entry:
-            raise VllmcError(
+            raise UsageError(
                 "bad-setting",
                 f"{path.name}:{entry.line}: '{entry.name}' is what the entry in line {first.line} "
                 "is called",
@@ -105,7 +106,7 @@ def _entry(path: Path, table: Mapping[str, Any], lines: Mapping[KeyPath, int]) -
             raise bad_setting(key, reader.where((key,)), "a text in one line", value)
     if _MODEL not in own:
         where = reader.where(())
-        raise VllmcError(
+        raise UsageError(
             "bad-setting",
             f"{where}: this entry names no model",
             context={"origin": f"file:{where}"},
@@ -121,5 +122,7 @@ def _entry(path: Path, table: Mapping[str, Any], lines: Mapping[KeyPath, int]) -
 
 def _located(model: str, directory: Path) -> str:
     """The MODEL to resolve: a directory that is given relative to the file's is found there."""
-    beside = directory / Path(model).expanduser()
-    return str(beside) if beside.is_dir() else model
+    with suppress(RuntimeError):  # a home that nobody has
+        if (beside := directory / Path(model).expanduser()).is_dir():
+            return str(beside)
+    return model

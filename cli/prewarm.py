@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from vllmc.cli.boundary import unforeseen
+from vllmc.cli.interrupts import Interrupted
 from vllmc.cli.job import make
 from vllmc.cli.matrix import Entry
 from vllmc.cli.options import CompileFlags, CompileRequest, compile_request
@@ -65,6 +66,20 @@ class Result:
         return PREDICTED_CODES.get(self.row["outcome"], 0)
 
 
+def told_rows(results: Sequence[Result]) -> list[Row]:
+    """The rows without the changes that were asked for: from another of these results.
+
+    Where one would miss they stay, as they are all that is known of it.
+    """
+    keys = {result.row["key"] for result in results}
+    return [
+        result.row
+        if result.exit_code or not (miss := result.row["miss"]) or miss["nearest_key"] not in keys
+        else result.row | {"miss": miss | {"nearest_key": None, "changes": []}}
+        for result in results
+    ]
+
+
 Attempt: TypeAlias = "Callable[[Job, Head], Row]"
 """Warms or predicts; raises `VllmcError`."""
 
@@ -108,6 +123,7 @@ class Batch:
     def __init__(self, tasks: Sequence[Task]) -> None:
         self._tasks = tasks
         self._made = [_make(task) for task in tasks]
+        self._results: dict[int, Result] = {}
 
     @property
     def several(self) -> bool:
@@ -119,11 +135,17 @@ class Batch:
         """The jobs that could be made."""
         return tuple(job for job in self._made if not isinstance(job, VllmcError))
 
-    def run(
-        self, attempt: Attempt, observer: Observer, output: Output, *, retries: int
-    ) -> tuple[Result, ...]:
-        """Attempts each task once, then up to `retries` times what failed; in the tasks' order."""
-        results: dict[int, Result] = {}
+    @property
+    def results(self) -> tuple[Result, ...]:
+        """What became of the tasks, in their order; of those that had no turn, an interrupt."""
+        return tuple(
+            self._results.get(index) or self._failed(index, 0, Interrupted())
+            for index in range(len(self._tasks))
+        )
+
+    def run(self, attempt: Attempt, observer: Observer, output: Output, *, retries: int) -> None:
+        """Attempts each task once, then up to `retries` times what failed."""
+        results = self._results
         todo: Sequence[int] = range(len(self._tasks))
         for attempts in range(1, retries + 2):
             for index in todo:
@@ -136,7 +158,6 @@ class Batch:
                 if self.several and (error := results[index].failure) is not None:
                     output.complain(error)
             todo = [index for index in todo if _may_pass(results[index])]
-        return tuple(results[index] for index in range(len(self._tasks)))
 
     def _attempt(
         self, index: int, attempts: int, attempt: Attempt, before: VllmcError | None
@@ -151,11 +172,15 @@ class Batch:
                 raise job
             return Result(task=task, row=attempt(job, head), error=before)
         except Exception as error:  # noqa: BLE001 - the edge of one task, which is not to stop others
-            known = _known(error)
-            row = failed_row(head, task.request.model, None, known)
-            if not isinstance(job, VllmcError):
-                row = failed_row(head, job.model.name, job.key, known)
-            return Result(task=task, row=row, error=known)
+            return self._failed(index, attempts, _known(error))
+
+    def _failed(self, index: int, attempts: int, error: VllmcError) -> Result:
+        task, job = self._tasks[index], self._made[index]
+        head = Head(name=task.name, attempts=attempts)
+        row = failed_row(head, task.request.model, None, error)
+        if not isinstance(job, VllmcError):
+            row = failed_row(head, job.model.name, job.key, error)
+        return Result(task=task, row=row, error=error)
 
 
 def _make(task: Task) -> Job | VllmcError:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from vllmc.cli.config_file import ConfigFile, read_config
 from vllmc.cli.option_table import RawOption, Setting, option_named, truth
+from vllmc.cli.paths import at_home, expanded
 from vllmc.core.cache.signing import load_signing_key
 from vllmc.core.cache.trust import Trust
-from vllmc.core.errors import VllmcError
 
 if TYPE_CHECKING:
     from vllmc.core.cache.store import Store
@@ -110,13 +110,13 @@ def load_settings(
     return Settings(
         environment=variables,
         config=file,
-        cache_dirs=tuple(here / _expanded(path) for path in paths or [_default_cache_dir()]),
+        cache_dirs=tuple(here / expanded(path) for path in paths or [_default_cache_dir()]),
         cache_dir_origin=place.origin if place else "default",
         trust=Trust(
-            keys=None if keys is None else here / _expanded(Path(keys.value)),
+            keys=None if keys is None else here / expanded(Path(keys.value)),
             unsigned=unsigned is not None and truth("trust-unsigned", unsigned),
         ),
-        sign_key=None if signing is None else here / _expanded(Path(signing.value)),
+        sign_key=None if signing is None else here / expanded(Path(signing.value)),
     )
 
 
@@ -124,19 +124,8 @@ def _default_cache_dir() -> Path:
     # Most small commands are given the directory, and spend their time on imports.
     import platformdirs
 
-    return platformdirs.user_cache_path("vllmc")
-
-
-def _expanded(path: Path) -> Path:
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise VllmcError(
-            "no-home-directory",
-            f"the '~' of {path} stands for no directory: {error}",
-            context={"path": str(path)},
-            hint="set HOME, or write the path out; VLLMC_CACHE_DIR names the cache's directory",
-        ) from error
+    with at_home("the user's cache directory"):
+        return platformdirs.user_cache_path("vllmc")
 
 
 def _find(

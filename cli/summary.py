@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from vllmc.cli.side_files import write_text
 Row = Mapping[str, Any]
 
 _SHOWN_CHANGES = 30
+# What Markdown would read as more than text; within a word an underscore is one.
+_MARKUP = re.compile(r"[\\`*<>\[\]|&~]|(?<!\w)_|_(?!\w)")
 
 
 def write_summary(path: Path, rows: Sequence[Row]) -> None:
@@ -27,7 +30,7 @@ def summary(rows: Sequence[Row]) -> str:
         "",
         "| model | outcome | hit | dup | compiled | unique pieces | size | time | saved |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
-        *(_total(row["name"], f"**{row['outcome']}**", [row]) for row in rows),
+        *(_total(_text(row["name"]), f"**{row['outcome']}**", [row]) for row in rows),
     ]
     if len(rows) > 1:
         lines.append(_total("**all**", "", rows))
@@ -57,24 +60,29 @@ def _total(name: str, outcome: str, rows: Sequence[Row]) -> str:
 
 
 def _line(*cells: object) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _text(value: str) -> str:
+    """A text in one line, all of which Markdown shows as it is."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(value.split()))
 
 
 def _reason(row: Row) -> list[str]:
     if not row.get("reason"):
         return []
     hint = row["error"]["hint"] if "error" in row else ""
-    return [f"{row['name']}: {row['reason']}{f' (hint: {hint})' if hint else ''}"]
+    return [_text(f"{row['name']}: {row['reason']}{f' (hint: {hint})' if hint else ''}")]
 
 
 def _units(row: Row) -> list[str]:
     compiled = [unit for unit in row["units"] if unit["outcome"] != "hit"]
     if not compiled:
         return []
-    table = [f"#### {row['name']}: compiled", "", "| pieces | range | size | time |"]
+    table = [f"#### {_text(row['name'])}: compiled", "", "| pieces | range | size | time |"]
     table.append("|---|---|---:|---:|")
     table += [
-        _line(names(u["pieces"]), u["range"], size(u["bytes"]), duration(u["seconds"]))
+        _line(_text(names(u["pieces"])), u["range"], size(u["bytes"]), duration(u["seconds"]))
         for u in compiled
     ]
     return table
@@ -84,9 +92,9 @@ def _layer_names(row: Row) -> list[str]:
     found = row["layer_names"]
     if found is None:
         return []
-    lines = [f"{row['name']}: {name_cost(found)}"]
+    lines = [_text(f"{row['name']}: {name_cost(found)}")]
     for fix, ops in itertools.groupby(found["ops"], key=lambda op: op["fix"]):
-        lines += ["", *(f"- {named_argument(op)}" for op in ops)]
+        lines += ["", *(f"- {_text(named_argument(op))}" for op in ops)]
         lines += ["", "```", *fix.splitlines(), "```"]
     return lines
 
@@ -95,14 +103,14 @@ def _changes(row: Row) -> list[str]:
     changes = row["miss"]["changes"] if row["miss"] else []
     if not changes:
         return []
-    table = [f"#### {row['name']}: what differs from the nearest program", ""]
+    table = [f"#### {_text(row['name'])}: what differs from the nearest program", ""]
     table += ["| factor | before | after | origin |", "|---|---|---|---|"]
     table += [
         _line(
-            f"{change['group']}.{change['name']}",
-            plain_value(change["before"]),
-            plain_value(change["after"]),
-            change["origin_after"] or change["origin_before"],
+            _text(f"{change['group']}.{change['name']}"),
+            _text(plain_value(change["before"])),
+            _text(plain_value(change["after"])),
+            _text(change["origin_after"] or change["origin_before"]),
         )
         for change in changes[:_SHOWN_CHANGES]
     ]

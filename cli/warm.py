@@ -17,7 +17,8 @@ from vllmc.cli.matrix import read_matrix
 from vllmc.cli.option_table import choice
 from vllmc.cli.options import CommonFlags, CompileFlags, RemoteFlags, WorkerFlags, command
 from vllmc.cli.output import Output
-from vllmc.cli.prewarm import Attempt, Batch, Result, Task, matrix_tasks, named_tasks
+from vllmc.cli.paths import expanded
+from vllmc.cli.prewarm import Attempt, Batch, Result, Task, matrix_tasks, named_tasks, told_rows
 from vllmc.cli.settings import Settings
 from vllmc.cli.warm_reports import ReportFlags
 from vllmc.cli.warm_rows import Head, Row, predicted_row, ready_row
@@ -157,24 +158,30 @@ def warm(
             hint="name the models in one: --from FILE",
         )
     again = _times(retries)
+    reports.check(settings)
     store = settings.store()
     started = time.time()
     # All of them first, so that a mistake in the last is found before anything is compiled.
     batch = Batch(_tasks(settings, compilation, models, matrix))
-    if check:
-        with output.progress() as observer:
-            results = batch.run(_predicting(store), observer, output, retries=again)
-    else:
-        pooled = workers.pool(settings, [job.spec for job in batch.jobs])
-        with pooled as pool, output.progress() as observer:
-            jobs = () if dump is None else batch.jobs
-            places = () if dump is None else dump_places(dump, jobs)
-            dumps = {id(job): place for job, place in zip(jobs, places, strict=True)}
-            how = _How(weights=kind, force=force, dumps=dumps, remote=remotes.find(settings))
-            warming = _warming(store, observer, pool, how)
-            results = batch.run(warming, observer, output, retries=again)
-    reports.write(settings, output, results, started=started)
-    return _report(output, results, several=batch.several, verbose=common.verbose > 0)
+    try:
+        if check:
+            with output.progress() as observer:
+                batch.run(_predicting(store), observer, output, retries=again)
+        else:
+            pooled = workers.pool(settings, [job.spec for job in batch.jobs])
+            with pooled as pool, output.progress() as observer:
+                jobs = () if dump is None else batch.jobs
+                places = () if dump is None else dump_places(dump, jobs)
+                dumps = {id(job): place for job, place in zip(jobs, places, strict=True)}
+                how = _How(weights=kind, force=force, dumps=dumps, remote=remotes.find(settings))
+                warming = _warming(store, observer, pool, how)
+                batch.run(warming, observer, output, retries=again)
+    except KeyboardInterrupt:
+        reports.write(settings, output, batch.results, started=started)
+        raise
+    written = reports.write(settings, output, batch.results, started=started)
+    done = _report(output, batch.results, several=batch.several, verbose=common.verbose > 0)
+    return max(written, done)
 
 
 def _refuse(name: str, given: object, others: Mapping[str, object]) -> None:
@@ -205,7 +212,7 @@ def _tasks(
 ) -> tuple[Task, ...]:
     if matrix is None:
         return named_tasks(settings, flags, models or [DEFAULT_PRESET])
-    return matrix_tasks(settings, flags, read_matrix(matrix.expanduser()))
+    return matrix_tasks(settings, flags, read_matrix(expanded(matrix)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +261,8 @@ def _report(output: Output, results: Sequence[Result], *, several: bool, verbose
     if not several and (error := results[0].failure) is not None:
         raise error
     output.data(
-        {"results": rows} if several else rows[0], lambda: report.warm(rows, verbose=verbose)
+        {"results": rows} if several else rows[0],
+        lambda: report.warm(told_rows(results), verbose=verbose),
     )
     if any(row["outcome"] == "unsafe" for row in rows):
         output.note(

@@ -11,7 +11,8 @@ from typing import Any
 from pages import publish
 from typer.core import TyperGroup
 
-from vllmc.cli.app import INTERRUPTED, PIPE_CLOSED, build_app
+from vllmc.cli.app import PIPE_CLOSED, build_app
+from vllmc.cli.interrupts import Interrupted
 from vllmc.cli.option_table import OPTIONS, Option
 from vllmc.cli.options import COMMON_PANEL, SHAPING_PANEL
 from vllmc.core.errors import CheckFailed, UnsafeCacheError, UsageError, VllmcError
@@ -33,7 +34,7 @@ with its `code`, `message`, `context` and `hint`.
 | {UsageError.exit_code} | wrong usage |
 | {CheckFailed.exit_code} | what you asked to be checked does not hold |
 | {UnsafeCacheError.exit_code} | unsafe: the cache holds something corrupt or not trusted |
-| {INTERRUPTED} | interrupted with Ctrl-C |
+| {Interrupted.exit_code} | interrupted with Ctrl-C |
 | {PIPE_CLOSED} | nobody reads the output any more |
 
 ## Settings

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path, PurePath
@@ -38,7 +41,7 @@ def check_place(facts: Facts) -> Iterator[Finding]:
     """Whether what is written to the cache is there at the next start."""
     layer = facts.layers[0]
     path, mount = layer.place.path, layer.place.mount
-    elsewhere = _elsewhere(layer)
+    elsewhere = _elsewhere(facts, layer)
     if mount is not None and mount.kind in IN_MEMORY:
         where = f"{path} lies on {mount.kind}, mounted at {mount.point}"
         yield found("cache-in-memory", where, elsewhere)
@@ -128,7 +131,7 @@ def check_name(facts: Facts) -> Iterator[Finding]:
             yield found("cache-path-unexpanded", what, "write the path out")
         elif given and not given.startswith("~") and not Path(given).is_absolute():
             what = f"{_source(layer)} says {given}, which is {layer.place.path} here"
-            yield found("cache-path-relative", what, _setting(layer, layer.place.path))
+            yield found("cache-path-relative", what, _setting(facts, layer, layer.place.path))
 
 
 def check_user(facts: Facts) -> Iterator[Finding]:
@@ -140,15 +143,16 @@ def check_user(facts: Facts) -> Iterator[Finding]:
     named = f"export VLLMC_CACHE_DIR={shlex.quote(path)}"
     if user.home is None:
         yield found("home-unset", f"HOME is not set; the cache is {path}", named)
+        return
     if user.sudo_user and user.uid == 0:
         yield found(
             "cache-of-root-by-sudo",
             f"{user.sudo_user} runs this by sudo, and the cache is {path}",
-            f"run it without sudo, or {_setting(layer, 'DIR')}",
+            f"run it without sudo, or {_setting(facts, layer, 'DIR')}",
         )
     elif layer.origin == "default":
         name = user.name or f"user id {user.uid}"
-        what = f"{path} is the default for {name} with HOME={user.home or ''}"
+        what = f"{path} is the default for {name} with HOME={user.home}"
         yield found("cache-by-default", what, f"{named}, where it is warmed and where it is used")
 
 
@@ -158,13 +162,15 @@ def check_access(facts: Facts) -> Iterator[Finding]:
         place = layer.place
         if place.state == "not-a-directory":
             what = f"{place.path} is {place.reason}"
-            yield found("cache-not-a-directory", what, _elsewhere(layer))
+            yield found("cache-not-a-directory", what, _elsewhere(facts, layer))
         elif place.state == "unreachable" or (place.state == "directory" and not place.readable):
             what = f"{place.path}: {place.reason or 'this user may not list it'}"
-            yield found("cache-not-readable", what, _as_owner(layer))
+            closed = place.state == "directory" or place.reason == os.strerror(errno.EACCES)
+            fix = _as_owner(facts, layer) if closed else _elsewhere(facts, layer)
+            yield found("cache-not-readable", what, fix)
         elif place.state == "directory" and layer.unreadable:
             what = f"{_files(layer.unreadable)} below {place.path} cannot be read by this user"
-            yield found("cache-not-readable", what, _as_owner(layer))
+            yield found("cache-not-readable", what, _as_owner(facts, layer))
         elif place.state == "missing" and layer.role == "read":
             what = f"{place.path}, named by {_source(layer)}, does not exist"
             yield found("cache-layer-missing", what, f"mount it, or correct {_source(layer)}")
@@ -181,7 +187,8 @@ def _unwritable(facts: Facts, layer: Layer) -> Finding:
         what = f"{place.existing} is mounted read-only"
     if _programs(facts):
         return found("cache-read-only", what, "")
-    return found("cache-not-writable", what, _elsewhere(layer) if read_only else _as_owner(layer))
+    fix = _elsewhere(facts, layer) if read_only else _as_owner(facts, layer)
+    return found("cache-not-writable", what, fix)
 
 
 def check_trust(facts: Facts) -> Iterator[Finding]:
@@ -248,7 +255,7 @@ def check_room(facts: Facts) -> Iterator[Finding]:
         left = f"{space.free_bytes // 10**6} MB are left"
     for kind, least in (("cache-disk-full", FULL), ("cache-disk-low", LOW)):
         if _is_below(space, least):
-            yield found(kind, f"{layer.place.path}: {left}", _elsewhere(layer))
+            yield found(kind, f"{layer.place.path}: {left}", _elsewhere(facts, layer))
             return
 
 
@@ -278,21 +285,23 @@ def _source(layer: Layer) -> str:
     return {"flag": "--cache-dir", "default": "the default"}.get(kind, name)
 
 
-def _setting(layer: Layer, path: str) -> str:
-    """How to name another directory where this one was named."""
+def _setting(facts: Facts, layer: Layer, path: str) -> str:
+    """How to name another directory where this one was named, the layers beside it as they are."""
     kind, _, name = layer.origin.partition(":")
-    path = path if path == "DIR" else shlex.quote(path)
-    match kind:
-        case "flag":
-            return f"--cache-dir {path}"
-        case "file":
-            return f'cache-dir = "{path}" in {name}'
-    return f"export VLLMC_CACHE_DIR={path}"
+    paths = [path if other is layer else other.place.path for other in facts.layers]
+    if kind == "file":
+        listed = json.dumps(paths if len(paths) > 1 else path)
+        return f"cache-dir = {listed} in {name}"
+    words = [shlex.quote(text) for text in paths]
+    if kind == "flag":
+        return " ".join(f"--cache-dir {word}" for word in words)
+    return f"export VLLMC_CACHE_DIR={':'.join(words)}"
 
 
-def _elsewhere(layer: Layer) -> str:
-    return f"{_setting(layer, 'DIR')}, with DIR on a disk or a volume that this user can write to"
+def _elsewhere(facts: Facts, layer: Layer) -> str:
+    named = _setting(facts, layer, "DIR")
+    return f"{named}, with DIR on a disk or a volume that this user can write to"
 
 
-def _as_owner(layer: Layer) -> str:
-    return f"run it as the owner of {layer.place.existing}, or {_setting(layer, 'DIR')}"
+def _as_owner(facts: Facts, layer: Layer) -> str:
+    return f"run it as the owner of {layer.place.existing}, or {_setting(facts, layer, 'DIR')}"

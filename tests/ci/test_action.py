@@ -71,6 +71,11 @@ def test_warm_then_check_and_nothing_to_save_the_second_time(
     assert (workplace / "summary.md").read_text().count("### vllmc warm") == 2
     [case] = ElementTree.parse(workplace / ".vllmc-reports" / "check.xml").iter("testcase")
     assert list(case) == []
+    programs = workplace / ".vllmc-cache" / "v1" / "programs"
+    for size, left in (("2GB", True), ("1B", False)):
+        pruned, _ = step("Prune", max_size=size)
+        assert pruned.code == 0, pruned.err
+        assert any(path.is_file() for path in programs.rglob("*")) == left
 
 
 @pytest.mark.thorough
@@ -94,6 +99,15 @@ def test_models_are_given_by_name_too(step: Callable[..., Any]) -> None:
     assert "error[unknown-model]: there is no model 'nonesuch'" in done.err
     check, _ = step("Check", model="tiny-llama", options="--layers 1")
     assert check.code == 3
+
+
+def test_a_warm_that_is_killed_fails_the_step_without_a_traceback(
+    step: Callable[..., Any], workplace: Path
+) -> None:
+    (workplace / "killed.py").write_text("import os\n\nos.kill(os.getpid(), 9)\n")
+    done, outputs = step("Warm", model="killed:Model")
+    assert (done.code, outputs) == (137, {"compiled": "0"})
+    assert "Traceback" not in done.err
 
 
 def test_a_mistake_is_found_before_anything_is_restored(step: Callable[..., Any]) -> None:
@@ -130,9 +144,10 @@ def test_each_expression_names_an_input_or_an_earlier_step() -> None:
         if "id" in step:
             results = {"key": ["digest"], "warm": ["compiled"], "restore": ["cache-primary-key"]}
             known |= {f"steps.{step['id']}.outputs.{name}" for name in results[step["id"]]}
-    assert set(STEPS) == {
-        "Install vllmc", "Name the programs", "Restore", "Warm", "Check", "Save"
-    }  # fmt: skip
+    # What pruning took is checked for, and what is saved was pruned.
+    assert list(STEPS) == [
+        "Install vllmc", "Name the programs", "Restore", "Warm", "Prune", "Check", "Save"
+    ]  # fmt: skip
 
 
 def test_what_is_saved_is_found_by_the_restore_keys() -> None:

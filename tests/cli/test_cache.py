@@ -238,7 +238,7 @@ def test_path_tells_where_the_cache_lies_and_why(
 def test_a_bad_config_file_is_an_error_of_the_command(vllmc: Run, workplace: Path) -> None:
     (workplace / "vllmc.toml").write_text("compile-rnage = []\n")
     done = vllmc("cache", "ls", "--json")
-    assert done.code == 1
+    assert done.code == 2
     assert done.json["error"]["code"] == "unknown-setting"
     assert "compile-range" in done.json["error"]["hint"]
 

@@ -144,7 +144,7 @@ def test_a_config_file_counts_as_found_or_as_named(vllmc: Run, workplace: Path) 
 def test_a_broken_config_file_is_an_error_as_for_every_command(vllmc: Run, workplace: Path) -> None:
     (workplace / "vllmc.toml").write_text("dtype = \n")
     done = vllmc("doctor")
-    assert done.code == 1
+    assert done.code == 2
     assert "error[bad-config-file]" in done.err
 
 

@@ -83,6 +83,16 @@ def test_a_miss_lists_what_differs_and_no_value_breaks_the_table() -> None:
     ]
 
 
+def test_markdown_shows_every_text_as_it_is() -> None:
+    changes = [change("TOKEN", "<redacted>", "*a*\n`b`")]
+    miss = {"nearest_key": "00", "changes": changes}
+    failed = row(name="<b>_x_</b>", units=[], miss=miss, reason="no <class 'a_b.C'> & no more")
+    lines = summary([failed]).splitlines()
+    assert lines[4].startswith(r"| \<b\>\_x\_\</b\> | **compiled** |")
+    assert r"\<b\>\_x\_\</b\>: no \<class 'a_b.C'\> \& no more" in lines
+    assert lines[-1] == r"| inductor.TOKEN | \<redacted\> | \*a\* \`b\` | flag |"
+
+
 def test_what_layer_names_cost_is_told_with_a_fix_to_copy() -> None:
     op = {
         "op": "myops::kv_update",

@@ -313,5 +313,16 @@ def test_an_option_that_no_command_has_is_wrong_usage(eager: Run, command: str) 
     assert "--nope" in json.dumps(done.json)
 
 
+@pytest.mark.parametrize("flag", ["--config", "--from", "--summary", "--cache-dir"])
+def test_a_home_that_nobody_has_is_refused_by_name(eager: Run, flag: str) -> None:
+    done = eager("warm", "--check", flag, "~nonesuch/file")
+    refused(done, 1, "no-home-directory", "~nonesuch/file")
+
+
+def test_a_model_below_a_home_that_nobody_has_is_unknown(eager: Run, workplace: Path) -> None:
+    (workplace / "warm.toml").write_text('[[warm]]\nmodel = "~nonesuch/model"\n')
+    refused(eager("warm", "--check", "--from", "warm.toml"), 1, "unknown-model", "~nonesuch/model")
+
+
 def test_a_config_file_that_is_not_there_is_refused(eager: Run) -> None:
-    refused(eager("warm", "--config", "none.toml"), 1, "no-config-file", "none.toml")
+    refused(eager("warm", "--config", "none.toml"), 2, "no-config-file", "none.toml")

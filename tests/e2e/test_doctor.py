@@ -56,6 +56,16 @@ def test_a_cache_on_a_tmpfs_is_found_in_memory(spawn: Run, cache: Path) -> None:
 
 
 @in_a_namespace
+def test_a_user_that_nobody_knows_and_no_home_are_told_what_to_set(spawn: Run) -> None:
+    """As in a pod that runs as any user id: there is no place that could be the default."""
+    unknown = ("unshare", "--user", "--map-user=4321", "env", "-u", "HOME")
+    done = spawn("doctor", env={"VLLMC_CACHE_DIR": ""}, before=unknown)
+    assert (done.code, done.error) == (1, "no-home-directory")
+    assert "VLLMC_CACHE_DIR names" in done.err
+    assert "home-unset" not in ids(spawn("doctor", "--json", before=unknown))
+
+
+@in_a_namespace
 def test_a_read_only_cache_is_a_problem_when_empty_and_none_when_warm(
     spawn: Run, cache: Path
 ) -> None:

@@ -44,6 +44,40 @@ class Model(torch.nn.Module):
 """
 
 
+# Interrupted when it is built to be captured, not when its name is looked up.
+STOPPED = """
+from transformers import LlamaForCausalLM
+from factory import config
+
+built = []
+
+
+def make():
+    built.append(1)
+    if len(built) == 2:
+        raise KeyboardInterrupt
+    return LlamaForCausalLM(config())
+"""
+
+# Puts a file where the directory of a report was.
+TAKEN = """
+import shutil
+from pathlib import Path
+from transformers import LlamaForCausalLM
+from factory import config
+
+built = []
+
+
+def make():
+    built.append(1)
+    if len(built) == 2:
+        shutil.rmtree("reports")
+        Path("reports").touch()
+    return LlamaForCausalLM(config())
+"""
+
+
 @pytest.fixture(scope="session")
 def schema() -> Any:
     contents = json.loads(SCHEMA.read_text())
@@ -184,6 +218,9 @@ def test_a_mistake_in_one_entry_stops_all_before_anything_is_compiled(
     option = TWO + "\n[[warm]]\nname = 'bad'\nmodel = 'tiny-llama'\ninductor.max_autotoon = true\n"
     done = eager("warm", "--from", matrix(option))
     assert (done.code, done.error) == (2, "unknown-option")
+    for text in ("[[warm]]\nmodel = \n", "[[warm]]\nmodel = 'a'\ndtpye = 'b'\n", TWO + TWO, ""):
+        assert eager("warm", "--from", matrix(text)).code == 2
+    assert eager("warm", "--from", "nonesuch.toml").code == 2
     assert not (cache / "v1").exists()
 
 
@@ -277,6 +314,64 @@ def test_a_single_model_that_fails_is_reported_too(eager: Run, workplace: Path) 
     assert "**failed**" in (workplace / "warm.md").read_text()
 
 
+def test_an_interrupt_leaves_reports_of_what_was_done(
+    warmed: Any, factory: Path, matrix: Any, eager: Run, workplace: Path
+) -> None:
+    (workplace / "stopped.py").write_text(STOPPED)
+    path = matrix(
+        '[[warm]]\nmodel = "tiny-llama"\n[[warm]]\nmodel = "stopped:make"\n'
+        '[[warm]]\nname = "last"\nmodel = "tiny-llama"\nlayers = 1\n'
+    )
+    done = eager("warm", "--from", path, "--junit", "warm.xml", "--summary", "warm.md")
+    assert (done.code, done.error, done.out) == (130, "interrupted", "")
+    cases = ElementTree.parse(workplace / "warm.xml").getroot().iter("testcase")
+    found = [(case.get("name"), [failure.get("type") for failure in case]) for case in cases]
+    assert found == [
+        ("tiny-llama", []),
+        ("stopped:make", ["interrupted"]),
+        ("last", ["interrupted"]),
+    ]
+    page = (workplace / "warm.md").read_text()
+    assert "| tiny-llama | **hit** |" in page
+    assert "last: stopped before the end" in page
+
+
+def test_a_report_that_cannot_be_written_is_found_before_anything_is_compiled(
+    matrix: Any, eager: Run, workplace: Path, cache: Path
+) -> None:
+    path = matrix(TWO)
+    for flag in ("--summary", "--junit", "--code-quality"):
+        done = eager("warm", "--from", path, flag, path / "report")
+        assert (done.code, done.error) == (1, "not-writable")
+        assert f"{flag} cannot be written to {path}/report" in done.err
+    assert not (cache / "v1").exists()
+    assert sorted(workplace.iterdir()) == [path], "nothing is left behind"
+
+
+def test_a_report_that_cannot_be_written_at_the_end_costs_no_other(
+    factory: Path, matrix: Any, eager: Run, workplace: Path
+) -> None:
+    (workplace / "taken.py").write_text(TAKEN)
+    path = matrix('[[warm]]\nmodel = "taken:make"\n')
+    words = ("--summary", "reports/warm.md", "--junit", "warm.xml", "--json")
+    done = eager("warm", "--from", path, *words)
+    assert (done.code, done.error) == (1, "not-writable")
+    assert done.json["results"][0]["outcome"] == "compiled"
+    assert (workplace / "warm.xml").is_file()
+
+
+def test_what_differs_from_another_entry_was_asked_for_and_is_not_told(
+    warmed: Any, matrix: Any, eager: Run, workplace: Path
+) -> None:
+    path = matrix('[[warm]]\nmodel = "tiny-llama"\n[[warm]]\nname = "own"\n'
+                  'model = "tiny-llama"\nlayers = 3\n')  # fmt: skip
+    done = eager("warm", "--from", path, "--summary", "warm.md")
+    assert done.code == 0
+    told = done.out + (workplace / "warm.md").read_text()
+    assert "differs" not in told
+    assert "to have it as it was" not in told
+
+
 def test_gitlab_s_report_is_of_a_matrix_file(warmed: Any, matrix: Any, eager: Run) -> None:
     page = matrix(TWO).parent / "quality.json"
     done = eager("warm", "--from", "warm.toml", "--check", "--code-quality", page)
@@ -302,39 +397,36 @@ def test_what_cannot_be_meant_together_is_refused(
     assert eager("warm", *words).code == 2
 
 
+# Of each the generated code is another.
 STATES = {
     "plain": "",
-    "narrow": "cpp.simdlen = 256",
-    "unfused": "epilogue_fusion = false\npattern_matcher = false",
-    "random": "fallback_random = true\ncpp.threads = 2",
-    "tuned": "max_autotune = true",
+    "unasserted": "size_asserts = false",
+    "named": 'cpp.descriptive_names = "inductor_node"',
 }
 
 
 @pytest.mark.slow
 @pytest.mark.thorough
-def test_what_one_process_compiles_under_many_options_is_what_a_fresh_one_does(
+def test_what_is_compiled_depends_on_no_entry_before_it(
     matrix: Any, spawn: Run, tmp_path: Path
 ) -> None:
-    def artifacts(names: list[str]) -> dict[str, list[str]]:
+    """The first of a process is what a fresh one compiles, and each end is first once."""
+
+    def artifacts(*names: str) -> dict[str, list[str]]:
         path = matrix(
             "".join(
-                f'[[warm]]\nname = "{name}"\nmodel = "tiny-llama"\n'
+                f'[[warm]]\nname = "{name}"\nmodel = "tiny-llama"\nlayers = 1\n'
                 f"[warm.inductor]\n{STATES[name]}\n"
                 for name in names
             )
         )
         place = tmp_path / "-".join(names)
-        done = spawn(
-            "warm", "--from", path, "--json", "--jobs", "1", "--cache-dir", place / "cache",
-            env={"TORCHINDUCTOR_CACHE_DIR": str(place / "inductor")},
-        )  # fmt: skip
+        done = spawn("warm", "--from", path, "--json", "--jobs", "1", "--cache-dir", place)
         assert done.code == 0, done.err
         return {
             row["name"]: [unit["artifact"] for unit in row["units"]] for row in done.json["results"]
         }
 
-    every = list(STATES)
-    alone = {name: artifacts([name])[name] for name in every}
-    assert artifacts(every) == alone
-    assert artifacts(every[::-1]) == alone
+    forwards = artifacts(*STATES)
+    assert len({str(found) for found in forwards.values()}) == len(STATES)
+    assert artifacts(*reversed(STATES)) == forwards

@@ -105,7 +105,7 @@ CASES: list[tuple[str, Facts, set[str]]] = [
     (
         "no-home",
         machine(layers=(layer(given="", origin="default"),), user=replace(ADA, home=None)),
-        {"home-unset", "cache-by-default"},
+        {"home-unset"},
     ),
     ("no-home-no-matter", machine(user=replace(ADA, home=None)), set()),
     (
@@ -336,6 +336,28 @@ def test_another_directory_is_to_be_named_where_this_one_was() -> None:
     assert elsewhere("env:VLLMC_CACHE_DIR") == "export VLLMC_CACHE_DIR=DIR"
     assert elsewhere("default") == "export VLLMC_CACHE_DIR=DIR"
     assert elsewhere("file:vllmc.toml:3") == 'cache-dir = "DIR" in vllmc.toml:3'
+
+
+@pytest.mark.parametrize(
+    ("origin", "fix"),
+    [
+        ("flag", "--cache-dir {} --cache-dir '/my data'"),
+        ("env:VLLMC_CACHE_DIR", "export VLLMC_CACHE_DIR={}:'/my data'"),
+        ("file:vllmc.toml:3", 'cache-dir = ["{}", "/my data"] in vllmc.toml:3'),
+    ],
+)
+def test_the_layers_beside_a_directory_stay_where_it_is_named_anew(origin: str, fix: str) -> None:
+    first = layer(at=place(mount=mount("tmpfs")), origin=origin)
+    below = layer(at=place("/my data"), given="data", origin=origin, role="read")
+    facts = machine(layers=(first, below))
+    assert fix_of(facts, "cache-in-memory").partition(", with DIR")[0] == fix.format("DIR")
+    assert fix_of(facts, "cache-path-relative") == fix.format(PATH)
+
+
+def test_running_as_the_owner_cures_a_closed_directory_and_no_broken_path() -> None:
+    for reason, cure in (("Permission denied", "run it as"), ("File name too long", "export ")):
+        facts = with_place(state="unreachable", reason=reason, owner=None, mode=None)
+        assert fix_of(facts, "cache-not-readable").startswith(cure)
 
 
 def test_the_fix_of_a_containers_layer_is_that_of_its_kind() -> None:
