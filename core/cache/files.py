@@ -6,6 +6,7 @@ Foreign errors (`OSError`) are mapped here and nowhere else. Imports no torch.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
 import stat
@@ -134,19 +135,50 @@ def open_plain(path: Path) -> Iterator[BufferedReader]:
     Raises `FileNotFoundError`, `IrregularFile` for a link, directory, pipe or device, and
     `VllmcError` for what `reading` maps.
     """
+    with reading(path), _open_plain(path, os.O_RDONLY) as file:
+        yield file
+
+
+def open_to_lock(path: Path) -> BufferedReader:
+    """Opens a plain file as `try_lock` takes it; raises what `open_plain` raises."""
     with reading(path):
         try:
-            # O_NONBLOCK: a pipe in place of a file must be refused, not waited for.
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            # Over NFS an exclusive lock takes a file that is open for writing.
+            return _open_plain(path, os.O_RDWR)
         except OSError as error:
-            if error.errno == errno.ELOOP:
-                raise IrregularFile("a symbolic link") from None
-            raise
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise IrregularFile("not a plain file")
-        with os.fdopen(fd, "rb") as file:
-            yield file
+            if error.errno not in _DENIED:
+                raise
+            return _open_plain(path, os.O_RDONLY)
+
+
+def try_lock(fd: int, kind: int) -> bool:
+    """Locks an open file (`fcntl.LOCK_SH`, `LOCK_EX`) until it is closed; false where others have.
+
+    On a file system without locks everybody has them.
+    """
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _open_plain(path: Path, access: int) -> BufferedReader:
+    try:
+        # O_NONBLOCK: a pipe in place of a file must be refused, not waited for.
+        fd = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except IsADirectoryError:
+        raise IrregularFile("not a plain file") from None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise IrregularFile("a symbolic link") from None
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise IrregularFile("not a plain file")
+    return os.fdopen(fd, "rb")
 
 
 def read_plain(path: Path) -> bytes:

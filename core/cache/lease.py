@@ -5,11 +5,15 @@ what is published is published whole (`files.write_plain`) whoever else does the
 may be taken over from a holder that is dead, and, where that cannot be known, from one that has
 not touched its file for `STALE_SECONDS` of the waiter's own monotonic clock. Clocks of different
 hosts are never compared, and none is asked what time it is.
+
+A lease is made by one process only, and removed by one that has a lock on its very file: so of
+many that would succeed a holder one does.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -21,7 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vllmc.core.cache.files import IrregularFile, make_directory, open_plain, writing
+from vllmc.core.cache.files import (
+    IrregularFile,
+    make_directory,
+    open_plain,
+    open_to_lock,
+    try_lock,
+    writing,
+)
 from vllmc.core.errors import VllmcError
 
 STALE_SECONDS: Final = 30.0
@@ -130,10 +141,9 @@ def _status(pid: int) -> tuple[str, str]:
 class Lease:
     """A lease that is held, and kept alive by a thread, until `release`."""
 
-    def __init__(self, path: Path, contents: bytes, temporary: Path) -> None:
+    def __init__(self, path: Path, contents: bytes) -> None:
         self._path = path
         self._contents = contents
-        self._temporary = temporary
         self._process = os.getpid()
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name=f"lease {path.name}", daemon=True)
@@ -154,7 +164,7 @@ class Lease:
         self._ended.set()
         self._heart.join()
         with suppress(OSError, VllmcError, IrregularFile):
-            _withdraw(self._path, self._contents, self._temporary)
+            _withdraw(self._path, self._contents)
 
 
 class Request:
@@ -178,17 +188,17 @@ class Request:
         with writing(self.path):
             make_directory(self.path.parent)
             make_directory(self._temporary)
-            while not _create(self.path, contents, self._temporary):
+            while True:
                 try:
                     theirs = _read(self.path)
                 except FileNotFoundError:
-                    continue  # released meanwhile
+                    if _create(self.path, contents, self._temporary):
+                        return Lease(self.path, contents)
+                    continue  # another was faster
                 except IrregularFile as error:
                     raise _in_the_way(self.path, error) from None
-                if not self._given_up(theirs, us):
+                if not self._given_up(theirs, us) or not self._withdrawn(theirs[0]):
                     return None
-                _withdraw(self.path, theirs[0], self._temporary)
-        return Lease(self.path, contents, self._temporary)
 
     def _given_up(self, theirs: tuple[bytes, int], us: Holder) -> bool:
         now = time.monotonic()
@@ -197,6 +207,11 @@ class Request:
         holder = Holder.parse(theirs[0])
         self.holder = str(holder or "another process")
         return (holder is not None and holder.dead(us)) or now - self._since >= STALE_SECONDS
+
+    def _withdrawn(self, contents: bytes) -> bool:
+        # Who was stopped while it had the lock, or whose host died, has had its time as well.
+        waited = time.monotonic() - self._since
+        return _withdraw(self.path, contents, alone=waited < 2 * STALE_SECONDS)
 
 
 @contextmanager
@@ -274,19 +289,20 @@ def _create_without_links(path: Path, contents: bytes) -> bool:
     return True
 
 
-def _withdraw(path: Path, contents: bytes, temporary: Path) -> None:
-    """Removes the lease with these contents, and no other."""
-    try:
-        if _read(path)[0] != contents:
-            return
-        aside = temporary / f"{os.getpid()}.{secrets.token_hex(8)}"
-        path.rename(aside)
-    except FileNotFoundError:
-        return
-    # Between the look and the renaming, others may have withdrawn it and made their own.
-    if (other := _read(aside)[0]) != contents:
-        _create(path, other, temporary)
-    aside.unlink()
+def _withdraw(path: Path, contents: bytes, *, alone: bool = True) -> bool:
+    """Removes the lease with these contents, and no other; false while another does just that.
+
+    Unless it is `alone` in that, it does not mind the other.
+    """
+    with suppress(FileNotFoundError), open_to_lock(path) as file:
+        if file.read(_LONGEST) != contents:
+            return True
+        if not try_lock(file.fileno(), fcntl.LOCK_EX) and alone:
+            return False
+        # Before it was locked, others may have withdrawn it and made their own.
+        if _read(path)[0] == contents:
+            path.unlink()
+    return True
 
 
 def _in_the_way(path: Path, error: IrregularFile) -> VllmcError:

@@ -378,10 +378,22 @@ def test_a_cache_that_cannot_be_written_is_not_pruned(store, three, start):
         assert len(Store(target).entries()) == 3
 
 
+def test_what_another_user_stored_goes_where_directories_allow_it(store, three, start):
+    with tempfile.TemporaryDirectory() as root:
+        Path(root).chmod(0o755)
+        target = Path(root) / "cache"
+        store.root.rename(target)
+        for path in (target, *target.rglob("*")):
+            path.chmod(0o777 if path.is_dir() else 0o644)
+        out, _ = start(UNPRIVILEGED, target).communicate()
+        assert out == ""
+        assert Store(target).entries() == ()
+
+
 UNPRIVILEGED = """
 import os, sys
 from pathlib import Path
-from vllmc.core.cache.prune import plan_prune
+from vllmc.core.cache.prune import execute, plan_prune
 from vllmc.core.cache.retention import Criteria
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import VllmcError
@@ -390,7 +402,7 @@ if os.getuid() == 0:
     os.setgid(65534)
     os.setuid(65534)
 try:
-    plan_prune(Store(Path(sys.argv[1])), Criteria(max_count=0))
+    execute(plan_prune(Store(Path(sys.argv[1])), Criteria(max_count=0)))
 except VllmcError as error:
     print(error.code)
 """
