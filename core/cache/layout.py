@@ -7,6 +7,7 @@ v1/codes/ab/<code digest>          which artifact holds this generated code
 v1/used/<key>                      the uses of a program, and who holds it (`usage`)
 v1/locks/<name>.lock               the lease of who compiles this program or unit
 v1/imports/<bundle>.json           where programs came from that were not compiled here
+v1/facts/<name>                    answers that were slow to find (`facts`)
 v1/tmp/                            files on their way to one of the above
 """
 
@@ -22,7 +23,7 @@ from typing import Literal, TypeAlias
 from vllmc.core.cache.files import reading
 
 Section: TypeAlias = Literal[
-    "blobs", "units", "programs", "codes", "used", "locks", "imports", "tmp", "foreign"
+    "blobs", "units", "programs", "codes", "used", "locks", "imports", "facts", "tmp", "foreign"
 ]
 
 _FORMS: tuple[tuple[Section, re.Pattern[str]], ...] = (
@@ -36,10 +37,11 @@ _FORMS: tuple[tuple[Section, re.Pattern[str]], ...] = (
     ("used", re.compile(r"used/(?P<key>[0-9a-f]{64})")),
     ("locks", re.compile(r"locks/(?P<key>[\w.-]+)\.lock")),
     ("imports", re.compile(r"imports/(?P<key>[0-9a-f]{64})\.json")),
+    ("facts", re.compile(r"facts/(?P<key>[\w.-]+)")),
     ("tmp", re.compile(r"tmp/(?P<key>[\w.-]+)")),
 )
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_LOCK_NAME = re.compile(r"[\w.-]+")
+_NAME = re.compile(r"[\w.-]+")
 
 
 def section_of(relative: str) -> tuple[Section, str, str]:
@@ -115,9 +117,14 @@ class Layout:
         assert _DIGEST.fullmatch(bundle), bundle
         return self.top / "imports" / f"{bundle}.json"
 
+    def fact(self, name: str) -> Path:
+        """The path of the fact of this name."""
+        assert _NAME.fullmatch(name), name
+        return self.top / "facts" / name
+
     def lock(self, name: str) -> Path:
         """The path of the lock of this name."""
-        assert _LOCK_NAME.fullmatch(name), name
+        assert _NAME.fullmatch(name), name
         return self.top / "locks" / f"{name}.lock"
 
     def relative(self, path: Path) -> str:
