@@ -69,6 +69,7 @@ class CorruptRecordError(UnsafeCacheError):
             hint=_REPAIR,
         )
         self.path = path
+        self.reason = reason
 
 
 @contextmanager

@@ -40,6 +40,10 @@ _FORMS: tuple[tuple[Section, re.Pattern[str]], ...] = (
     ("facts", re.compile(r"facts/(?P<key>[\w.-]+)")),
     ("tmp", re.compile(r"tmp/(?P<key>[\w.-]+)")),
 )
+_DIRECTORY = re.compile(
+    r"used|locks|imports|facts|tmp|(blobs|units|programs|codes)(/[0-9a-f]{2})?"
+    r"|programs/([0-9a-f]{2})/\3[0-9a-f]{62}"
+)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[\w.-]+")
 
@@ -130,6 +134,10 @@ class Layout:
     def relative(self, path: Path) -> str:
         """`path` as problems and plans name it: relative to the cache directory, with `/`."""
         return path.relative_to(self.root).as_posix()
+
+    def is_directory_name(self, path: Path) -> bool:
+        """Whether `path` is where a directory of the cache lies."""
+        return _DIRECTORY.fullmatch(path.relative_to(self.top).as_posix()) is not None
 
     def walk(self, below: str = "") -> Iterator[Found]:
         """Every file below `v1/<below>`, in the order of names; nothing where there is none.

@@ -310,5 +310,5 @@ def _in_the_way(path: Path, error: IrregularFile) -> VllmcError:
         "not-writable",
         f"the cache path {path} cannot be written: {error} is in its place",
         context={"path": str(path)},
-        hint="remove it: vllmc did not make it",
+        hint="vllmc did not make it: vllmc cache verify --repair removes it",
     )

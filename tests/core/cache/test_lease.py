@@ -244,7 +244,7 @@ def test_what_is_no_file_is_an_error_and_left_alone(ask, path, kind):
     before = path.lstat()
     error = caught_by(ask().attempt)
     assert (error.code, str(path) in error.message) == ("not-writable", True)
-    assert "remove it" in error.hint
+    assert "removes it" in error.hint
     assert path.lstat() == before
 
 
