@@ -187,10 +187,24 @@ def read_plain(path: Path) -> bytes:
     return read_with_status(path)[0]
 
 
-def read_with_status(path: Path) -> tuple[bytes, os.stat_result]:
-    """As `read_plain`, with what the open file says of itself: its owner and mode."""
+def read_with_status(path: Path, limit: int = -1) -> tuple[bytes, os.stat_result]:
+    """As `read_plain`, with what the open file says of itself: its owner and mode.
+
+    Of a file that is larger than `limit` no more than that is read.
+    """
+    for _ in range(_ATTEMPTS):
+        try:
+            return _read_once(path, limit)
+        except VllmcError as error:
+            # Over NFS it was removed or replaced on another host while it was open.
+            if error.context.get("errno") != "ESTALE":
+                raise
+    return _read_once(path, limit)
+
+
+def _read_once(path: Path, limit: int) -> tuple[bytes, os.stat_result]:
     with open_plain(path) as file:
-        return file.read(), os.fstat(file.fileno())
+        return file.read(limit), os.fstat(file.fileno())
 
 
 def plain_size(path: Path) -> int | None:

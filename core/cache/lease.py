@@ -28,8 +28,8 @@ from typing import Final
 from vllmc.core.cache.files import (
     IrregularFile,
     make_directory,
-    open_plain,
     open_to_lock,
+    read_with_status,
     try_lock,
     writing,
 )
@@ -250,8 +250,8 @@ def _read(path: Path) -> tuple[bytes, int]:
 
     Opening it is what makes a client of NFS ask the server, rather than what it remembers.
     """
-    with open_plain(path) as file:
-        return file.read(_LONGEST), os.fstat(file.fileno()).st_mtime_ns
+    contents, status = read_with_status(path, _LONGEST)
+    return contents, status.st_mtime_ns
 
 
 def _create(path: Path, contents: bytes, temporary: Path) -> bool:
@@ -295,8 +295,11 @@ def _withdraw(path: Path, contents: bytes, *, alone: bool = True) -> bool:
     Unless it is `alone` in that, it does not mind the other.
     """
     with suppress(FileNotFoundError), open_to_lock(path) as file:
-        if file.read(_LONGEST) != contents:
-            return True
+        try:
+            if file.read(_LONGEST) != contents:
+                return True
+        except OSError:
+            return True  # over NFS it is gone by now, or the next look says what it is
         if not try_lock(file.fileno(), fcntl.LOCK_EX) and alone:
             return False
         # Before it was locked, others may have withdrawn it and made their own.

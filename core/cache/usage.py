@@ -33,6 +33,7 @@ FOLD_AT: Final = 16 * 1024
 
 _READ_AT_MOST: Final = 8 * FOLD_AT
 _ATTEMPTS: Final = 50
+_CLAIM_ATTEMPTS: Final = 4
 _PAUSE_SECONDS: Final = 0.005
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _LINE = re.compile(rb"((\d{1,18}) (\d{1,18}) (\d{1,18}) (\d{1,15}\.\d{3})) ([0-9a-f]{8})")
@@ -134,7 +135,16 @@ def claimed(path: Path) -> Iterator[bool]:
         yield True
         return
     with file:
-        yield try_lock(file.fileno(), fcntl.LOCK_EX)
+        yield _claim(file.fileno())
+
+
+def _claim(fd: int) -> bool:
+    # Another prune that asks the same has it for a moment only.
+    for _ in range(_CLAIM_ATTEMPTS):
+        if try_lock(fd, fcntl.LOCK_EX):
+            return True
+        time.sleep(_PAUSE_SECONDS)
+    return False
 
 
 def _open(path: Path) -> int:

@@ -61,6 +61,27 @@ def test_a_missing_file_is_left_to_the_reader(tmp_path):
     assert plain_size(tmp_path / "none") is None
 
 
+def test_a_file_that_was_replaced_on_another_host_is_read_anew(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    path.write_text("new")
+    calls: list[Path] = []
+    opened, times = os.open, [1]
+
+    def stale(name, *rest):
+        calls.append(name)
+        if len(calls) <= times[0]:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return opened(name, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", stale)
+        assert read_plain(path) == b"new"
+        times[0] = 1000  # a stale mount is an error
+        with pytest.raises(VllmcError) as caught:
+            read_plain(path)
+    assert (caught.value.code, len(calls) < 30) == ("cache-io-error", True)
+
+
 def test_a_link_a_directory_and_a_pipe_are_no_plain_files(tmp_path):
     (tmp_path / "file").write_bytes(b"data")
     (tmp_path / "link").symlink_to(tmp_path / "file")
