@@ -216,24 +216,25 @@ class Request:
 
 @contextmanager
 def held(request: Request, on_wait: Callable[[str], None], timeout: float | None) -> Iterator[None]:
-    """Holds the lease; if others do, calls `on_wait` once with who it is, and waits.
+    """Holds the lease; while others do, waits, and tells `on_wait` of each who it is.
 
     Raises what `Request.attempt` raises, and `lock-timeout` after `timeout` seconds (None: waits
     for ever).
     """
-    lease = request.attempt()
-    if lease is None:
-        on_wait(request.holder)
-        lease = _wait(request, timeout)
+    lease = _obtain(request, on_wait, timeout)
     try:
         yield
     finally:
         lease.release()
 
 
-def _wait(request: Request, timeout: float | None) -> Lease:
+def _obtain(request: Request, on_wait: Callable[[str], None], timeout: float | None) -> Lease:
     started = time.monotonic()
+    told = ""
     while (lease := request.attempt()) is None:
+        if request.holder != told:
+            told = request.holder
+            on_wait(told)
         if timeout is not None and time.monotonic() - started >= timeout:
             raise VllmcError(
                 "lock-timeout",

@@ -106,6 +106,21 @@ def test_it_is_waited_for_until_its_holder_lets_go_or_dies(store, start, end):
     assert holder.wait() == (-signal.SIGKILL if end == "killed" else 0)
 
 
+def test_who_waits_is_told_of_each_holder(ask, left_by, path):
+    waits = []
+    left_by(ELSEWHERE)
+
+    def on_wait(who):
+        waits.append(who)
+        if len(waits) == 1:
+            left_by(dataclasses.replace(ELSEWHERE, pid=8))
+        else:
+            path.unlink()
+
+    with held(ask(), on_wait, None):
+        assert waits == ["process 7 on elsewhere", "process 8 on elsewhere"]
+
+
 def test_it_can_be_waited_for_too_long(store, start):
     holder = hold(start, store)
     waits = []
