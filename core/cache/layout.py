@@ -153,13 +153,14 @@ class Layout:
         except FileNotFoundError:
             return
         for name, is_directory in children:
-            found = self._classify(directory / name)
+            found = self.classify(directory / name)
             if is_directory and found.section == "foreign":
                 yield from self._walk(found.path)
             else:
                 yield found
 
-    def _classify(self, path: Path) -> Found:
+    def classify(self, path: Path) -> Found:
+        """What the file at `path` is, which need not be there."""
         section, key, record_id = section_of(path.relative_to(self.top).as_posix())
         return Found(section=section, key=key, id=record_id, path=path)
 

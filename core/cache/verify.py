@@ -102,9 +102,14 @@ def verify(store: Store) -> tuple[Problem, ...]:
 def plan_repair(store: Store, problems: Iterable[Problem]) -> RepairPlan:
     """Removes what is corrupt, and every record that names a corrupt or missing artifact.
 
-    That is, of the first layer: what lies below it is only read.
+    That is, of the first layer: what lies below it is only read. Each is looked at once more, as
+    others may have mended it since.
     """
-    damage = tuple(p for p in problems if p.kind in _REMOVED and not Path(p.path).is_absolute())
+    ours = (p for p in problems if p.kind in _REMOVED and not Path(p.path).is_absolute())
+    again = (
+        _check(store, store.layout, store.layout.classify(store.root / p.path), set()) for p in ours
+    )
+    damage = tuple(p for p in again if p is not None and p.kind in _REMOVED)
     store = replace(store, below=())
     removals = {p.path: p.detail for p in damage}
     corrupt = {p.path for p in damage if p.kind == "corrupt-artifact"}

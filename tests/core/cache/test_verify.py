@@ -173,3 +173,17 @@ def test_a_directory_in_the_place_of_any_file_is_told_and_removed(store, caches,
     assert (problem.kind, problem.path) == ("corrupt-record", f"v1/{name}")
     store.plan_repair([problem]).execute()
     assert store.verify() == ()
+
+
+@pytest.mark.parametrize("what", ["blob", "unit", "program"])
+def test_what_was_mended_since_is_not_removed(store, caches, where, what, files):
+    one = caches[0].units[1]
+    path = store.root / getattr(where, what)(caches[0].program if what == "program" else one)
+    data = path.read_bytes()
+    path.write_bytes(b"damaged")
+    found = store.verify()
+    assert found
+    path.write_bytes(data)
+    before = files(store.root)
+    store.plan_repair(found).execute()
+    assert files(store.root) == before
