@@ -237,11 +237,14 @@ def make_directory(path: Path) -> None:
     if path.is_dir():
         return
     make_directory(path.parent)
-    with suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    if not path.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-    _sync_directory(path.parent)
+    # One that another process made may be removed again by a prune, before it is looked at.
+    for _ in range(_ATTEMPTS):
+        with suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        if path.is_dir():
+            _sync_directory(path.parent)
+            return
+    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
 
 
 def write_plain(path: Path, data: bytes, *, temporary: Path) -> None:

@@ -130,6 +130,19 @@ def test_drafts_of_dead_processes_are_swept_after_a_day(tmp_path):
     assert [path.name for path in temporary.iterdir()] == ["young"]
 
 
+def test_a_directory_that_comes_and_goes_is_made_again(tmp_path, monkeypatch):
+    mkdir = Path.mkdir
+
+    def made_and_removed_by_others(path, mode=0o777):
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(Path, "mkdir", made_and_removed_by_others)
+    write_plain(tmp_path / "x" / "y", b"it", temporary=tmp_path / "tmp")
+    assert read_plain(tmp_path / "x" / "y") == b"it"
+
+
 def test_a_path_below_a_file_is_not_writable(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(VllmcError) as caught:
