@@ -70,9 +70,9 @@ def prune(
     directories only the first is pruned.
 
     With --json, plan has a row for each file that is to go, in this order (kind: program, use,
-    unit, code, artifact or temporary; key, path, model, program, bytes, reason), removed those
-    that did, and kept those that would have gone but for their reason. bytes_before and
-    bytes_after are the sizes of all files. program and model are those that a file goes with,
+    import, unit, code, artifact, fact or temporary; key, path, model, program, bytes, reason),
+    removed those that did, and kept those that would have gone but for their reason. bytes_before
+    and bytes_after are the sizes of all files. program and model are those that a file goes with,
     empty where nothing refers to it.
     """
     criteria = Criteria(

@@ -58,7 +58,8 @@ class Census:
 
     `programs` come the least recently used first. Of the units and the notes of generated code
     `artifact_of` tells the artifact, by path; those that cannot be read are not in it. `mentioned`
-    holds every digest in a record that a later vllmc wrote, and those `elsewhere`.
+    holds every digest in a record that a later vllmc wrote, and those `elsewhere`. `programs_of`
+    tells the programs of a note of an import, by path. `temporary` are drafts and leases.
     """
 
     programs: tuple[StoredProgram, ...]
@@ -66,8 +67,11 @@ class Census:
     codes: Mapping[str, CacheFile]
     blobs: Mapping[str, CacheFile]
     used: Mapping[str, CacheFile]
+    imports: Mapping[str, CacheFile]
+    facts: Mapping[str, CacheFile]
     temporary: tuple[CacheFile, ...]
     artifact_of: Mapping[Path, str]
+    programs_of: Mapping[Path, frozenset[str]]
     mentioned: frozenset[str]
 
     @property
@@ -81,7 +85,7 @@ class Census:
         ]
         keys = {program.key for program in self.programs}
         orphans = (file for key, file in self.used.items() if key not in keys)
-        tables = (self.units, self.codes, self.blobs)
+        tables = (self.imports, self.units, self.codes, self.blobs, self.facts)
         return (*own, *orphans, *(f for table in tables for f in table.values()), *self.temporary)
 
 
@@ -94,6 +98,7 @@ def take_census(layout: Layout, elsewhere: Iterable[str] = ()) -> Census:
     files: defaultdict[Section, dict[str, CacheFile]] = defaultdict(dict)
     outlines: defaultdict[str, list[tuple[CacheFile, Outline]]] = defaultdict(list)
     artifact_of: dict[Path, str] = {}
+    programs_of: dict[Path, frozenset[str]] = {}
     mentioned = set(elsewhere)
     for found in layout.walk():
         file = _look_at(found)
@@ -110,6 +115,8 @@ def take_census(layout: Layout, elsewhere: Iterable[str] = ()) -> Census:
                 artifact_of[file.path] = summarize_unit(data, file.key).artifact
         elif found.section == "codes" and (match := _NOTE.fullmatch(_read(file.path))):
             artifact_of[file.path] = match[1].decode("ascii")
+        elif found.section == "imports":
+            programs_of[file.path] = _digests(_read(file.path))
     used = files["used"]
     programs = (_program(key, rows, used.get(key)) for key, rows in outlines.items())
     return Census(
@@ -118,8 +125,11 @@ def take_census(layout: Layout, elsewhere: Iterable[str] = ()) -> Census:
         codes=files["codes"],
         blobs=files["blobs"],
         used=used,
-        temporary=tuple(files["tmp"].values()),
+        imports=files["imports"],
+        facts=files["facts"],
+        temporary=(*files["locks"].values(), *files["tmp"].values()),
         artifact_of=artifact_of,
+        programs_of=programs_of,
         mentioned=frozenset(mentioned),
     )
 
@@ -133,7 +143,11 @@ def _later_formats(file: CacheFile, mentioned: set[str]) -> Iterator[bytes]:
     except CorruptRecord:
         pass
     except FormatTooNew:
-        mentioned.update(digest.decode("ascii") for digest in _DIGEST.findall(data))
+        mentioned |= _digests(data)
+
+
+def _digests(data: bytes) -> frozenset[str]:
+    return frozenset(digest.decode("ascii") for digest in _DIGEST.findall(data))
 
 
 def _read(path: Path) -> bytes:

@@ -1,54 +1,56 @@
-"""Slow answers, remembered below the cache directory in `facts/`. Imports no torch.
+"""Slow answers, remembered below the cache directory in `v1/facts`. Imports no torch.
 
 A fact is named by the digest of what it follows from, so it never becomes wrong, and begins with
 its own SHA-256. It is never worth an error: one that is damaged or cannot be read is found again,
 and where none can be written, so is it every time. One that another user may have
-written is not believed.
+written is not believed. Its modification time is its last use, give or take a day.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
-from vllmc.core.cache.files import IrregularFile, make_directory, read_with_status
+from vllmc.core.cache.files import IrregularFile, read_with_status, refresh, write_plain
 from vllmc.core.cache.key import sha256_hex
+from vllmc.core.cache.layout import Layout
 from vllmc.core.cache.trust import Trust
 from vllmc.core.errors import VllmcError
+
+_DAY_SECONDS: Final = 86400
 
 
 def recall(cache: Path | None, name: str) -> str | None:
     """The fact of this name; None where there is none that is whole, or no `cache`."""
     if cache is None:
         return None
+    file = Layout(cache).fact(name)
     try:
-        data, status = read_with_status(_file(cache, name))
+        data, status = read_with_status(file)
         text = data.decode("utf-8")
     except (FileNotFoundError, IrregularFile, VllmcError, UnicodeDecodeError):
         return None
     if Trust().doubt(status) is not None:
         return None
     digest, _, fact = text.partition("\n")
-    return fact if digest == sha256_hex(fact) else None
+    if digest != sha256_hex(fact):
+        return None
+    if time.time() - status.st_mtime > _DAY_SECONDS:
+        refresh(file)
+    return fact
 
 
 def remember(cache: Path | None, name: str, fact: str) -> None:
     """Writes a fact, in place of any of its name."""
     if cache is None:
         return
-    file = _file(cache, name)
-    with contextlib.suppress(OSError):
-        make_directory(file.parent)
-        draft = file.with_name(f".{os.getpid()}.{secrets.token_hex(8)}")
-        try:
-            draft.touch(mode=0o644, exist_ok=False)
-            draft.write_text(f"{sha256_hex(fact)}\n{fact}", encoding="utf-8")
-            draft.replace(file)
-        finally:
-            draft.unlink(missing_ok=True)
+    layout = Layout(cache)
+    data = f"{sha256_hex(fact)}\n{fact}".encode()
+    with contextlib.suppress(VllmcError):
+        write_plain(layout.fact(name), data, temporary=layout.temporary)
 
 
 def remembered(cache: Path | None, name: str, compute: Callable[[], str]) -> str:
@@ -58,7 +60,3 @@ def remembered(cache: Path | None, name: str, compute: Callable[[], str]) -> str
     fact = compute()
     remember(cache, name, fact)
     return fact
-
-
-def _file(cache: Path, name: str) -> Path:
-    return cache / "facts" / name

@@ -6,6 +6,7 @@ Foreign errors (`OSError`) are mapped here and nowhere else. Imports no torch.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
 import stat
@@ -68,6 +69,7 @@ class CorruptRecordError(UnsafeCacheError):
             hint=_REPAIR,
         )
         self.path = path
+        self.reason = reason
 
 
 @contextmanager
@@ -134,19 +136,50 @@ def open_plain(path: Path) -> Iterator[BufferedReader]:
     Raises `FileNotFoundError`, `IrregularFile` for a link, directory, pipe or device, and
     `VllmcError` for what `reading` maps.
     """
+    with reading(path), _open_plain(path, os.O_RDONLY) as file:
+        yield file
+
+
+def open_to_lock(path: Path) -> BufferedReader:
+    """Opens a plain file as `try_lock` takes it; raises what `open_plain` raises."""
     with reading(path):
         try:
-            # O_NONBLOCK: a pipe in place of a file must be refused, not waited for.
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            # Over NFS an exclusive lock takes a file that is open for writing.
+            return _open_plain(path, os.O_RDWR)
         except OSError as error:
-            if error.errno == errno.ELOOP:
-                raise IrregularFile("a symbolic link") from None
-            raise
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise IrregularFile("not a plain file")
-        with os.fdopen(fd, "rb") as file:
-            yield file
+            if error.errno not in _DENIED:
+                raise
+            return _open_plain(path, os.O_RDONLY)
+
+
+def try_lock(fd: int, kind: int) -> bool:
+    """Locks an open file (`fcntl.LOCK_SH`, `LOCK_EX`) until it is closed; false where others have.
+
+    On a file system without locks everybody has them.
+    """
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _open_plain(path: Path, access: int) -> BufferedReader:
+    try:
+        # O_NONBLOCK: a pipe in place of a file must be refused, not waited for.
+        fd = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except IsADirectoryError:
+        raise IrregularFile("not a plain file") from None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise IrregularFile("a symbolic link") from None
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise IrregularFile("not a plain file")
+    return os.fdopen(fd, "rb")
 
 
 def read_plain(path: Path) -> bytes:
@@ -154,10 +187,24 @@ def read_plain(path: Path) -> bytes:
     return read_with_status(path)[0]
 
 
-def read_with_status(path: Path) -> tuple[bytes, os.stat_result]:
-    """As `read_plain`, with what the open file says of itself: its owner and mode."""
+def read_with_status(path: Path, limit: int = -1) -> tuple[bytes, os.stat_result]:
+    """As `read_plain`, with what the open file says of itself: its owner and mode.
+
+    Of a file that is larger than `limit` no more than that is read.
+    """
+    for _ in range(_ATTEMPTS):
+        try:
+            return _read_once(path, limit)
+        except VllmcError as error:
+            # Over NFS it was removed or replaced on another host while it was open.
+            if error.context.get("errno") != "ESTALE":
+                raise
+    return _read_once(path, limit)
+
+
+def _read_once(path: Path, limit: int) -> tuple[bytes, os.stat_result]:
     with open_plain(path) as file:
-        return file.read(), os.fstat(file.fileno())
+        return file.read(limit), os.fstat(file.fileno())
 
 
 def plain_size(path: Path) -> int | None:
@@ -190,11 +237,14 @@ def make_directory(path: Path) -> None:
     if path.is_dir():
         return
     make_directory(path.parent)
-    with suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    if not path.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-    _sync_directory(path.parent)
+    # One that another process made may be removed again by a prune, before it is looked at.
+    for _ in range(_ATTEMPTS):
+        with suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        if path.is_dir():
+            _sync_directory(path.parent)
+            return
+    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
 
 
 def write_plain(path: Path, data: bytes, *, temporary: Path) -> None:

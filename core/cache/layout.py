@@ -7,6 +7,7 @@ v1/codes/ab/<code digest>          which artifact holds this generated code
 v1/used/<key>                      the uses of a program, and who holds it (`usage`)
 v1/locks/<name>.lock               the lease of who compiles this program or unit
 v1/imports/<bundle>.json           where programs came from that were not compiled here
+v1/facts/<name>                    answers that were slow to find (`facts`)
 v1/tmp/                            files on their way to one of the above
 """
 
@@ -22,7 +23,7 @@ from typing import Literal, TypeAlias
 from vllmc.core.cache.files import reading
 
 Section: TypeAlias = Literal[
-    "blobs", "units", "programs", "codes", "used", "locks", "imports", "tmp", "foreign"
+    "blobs", "units", "programs", "codes", "used", "locks", "imports", "facts", "tmp", "foreign"
 ]
 
 _FORMS: tuple[tuple[Section, re.Pattern[str]], ...] = (
@@ -36,10 +37,15 @@ _FORMS: tuple[tuple[Section, re.Pattern[str]], ...] = (
     ("used", re.compile(r"used/(?P<key>[0-9a-f]{64})")),
     ("locks", re.compile(r"locks/(?P<key>[\w.-]+)\.lock")),
     ("imports", re.compile(r"imports/(?P<key>[0-9a-f]{64})\.json")),
+    ("facts", re.compile(r"facts/(?P<key>[\w.-]+)")),
     ("tmp", re.compile(r"tmp/(?P<key>[\w.-]+)")),
 )
+_DIRECTORY = re.compile(
+    r"used|locks|imports|facts|tmp|(blobs|units|programs|codes)(/[0-9a-f]{2})?"
+    r"|programs/([0-9a-f]{2})/\3[0-9a-f]{62}"
+)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_LOCK_NAME = re.compile(r"[\w.-]+")
+_NAME = re.compile(r"[\w.-]+")
 
 
 def section_of(relative: str) -> tuple[Section, str, str]:
@@ -115,14 +121,23 @@ class Layout:
         assert _DIGEST.fullmatch(bundle), bundle
         return self.top / "imports" / f"{bundle}.json"
 
+    def fact(self, name: str) -> Path:
+        """The path of the fact of this name."""
+        assert _NAME.fullmatch(name), name
+        return self.top / "facts" / name
+
     def lock(self, name: str) -> Path:
         """The path of the lock of this name."""
-        assert _LOCK_NAME.fullmatch(name), name
+        assert _NAME.fullmatch(name), name
         return self.top / "locks" / f"{name}.lock"
 
     def relative(self, path: Path) -> str:
         """`path` as problems and plans name it: relative to the cache directory, with `/`."""
         return path.relative_to(self.root).as_posix()
+
+    def is_directory_name(self, path: Path) -> bool:
+        """Whether `path` is where a directory of the cache lies."""
+        return _DIRECTORY.fullmatch(path.relative_to(self.top).as_posix()) is not None
 
     def walk(self, below: str = "") -> Iterator[Found]:
         """Every file below `v1/<below>`, in the order of names; nothing where there is none.
@@ -138,13 +153,14 @@ class Layout:
         except FileNotFoundError:
             return
         for name, is_directory in children:
-            found = self._classify(directory / name)
+            found = self.classify(directory / name)
             if is_directory and found.section == "foreign":
                 yield from self._walk(found.path)
             else:
                 yield found
 
-    def _classify(self, path: Path) -> Found:
+    def classify(self, path: Path) -> Found:
+        """What the file at `path` is, which need not be there."""
         section, key, record_id = section_of(path.relative_to(self.top).as_posix())
         return Found(section=section, key=key, id=record_id, path=path)
 

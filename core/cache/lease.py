@@ -5,11 +5,15 @@ what is published is published whole (`files.write_plain`) whoever else does the
 may be taken over from a holder that is dead, and, where that cannot be known, from one that has
 not touched its file for `STALE_SECONDS` of the waiter's own monotonic clock. Clocks of different
 hosts are never compared, and none is asked what time it is.
+
+A lease is made by one process only, and removed by one that has a lock on its very file: so of
+many that would succeed a holder one does.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -21,7 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vllmc.core.cache.files import IrregularFile, make_directory, open_plain, writing
+from vllmc.core.cache.files import (
+    IrregularFile,
+    make_directory,
+    open_to_lock,
+    read_with_status,
+    try_lock,
+    writing,
+)
 from vllmc.core.errors import VllmcError
 
 STALE_SECONDS: Final = 30.0
@@ -130,10 +141,9 @@ def _status(pid: int) -> tuple[str, str]:
 class Lease:
     """A lease that is held, and kept alive by a thread, until `release`."""
 
-    def __init__(self, path: Path, contents: bytes, temporary: Path) -> None:
+    def __init__(self, path: Path, contents: bytes) -> None:
         self._path = path
         self._contents = contents
-        self._temporary = temporary
         self._process = os.getpid()
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name=f"lease {path.name}", daemon=True)
@@ -154,7 +164,7 @@ class Lease:
         self._ended.set()
         self._heart.join()
         with suppress(OSError, VllmcError, IrregularFile):
-            _withdraw(self._path, self._contents, self._temporary)
+            _withdraw(self._path, self._contents)
 
 
 class Request:
@@ -178,17 +188,17 @@ class Request:
         with writing(self.path):
             make_directory(self.path.parent)
             make_directory(self._temporary)
-            while not _create(self.path, contents, self._temporary):
+            while True:
                 try:
                     theirs = _read(self.path)
                 except FileNotFoundError:
-                    continue  # released meanwhile
+                    if _create(self.path, contents, self._temporary):
+                        return Lease(self.path, contents)
+                    continue  # another was faster
                 except IrregularFile as error:
                     raise _in_the_way(self.path, error) from None
-                if not self._given_up(theirs, us):
+                if not self._given_up(theirs, us) or not self._withdrawn(theirs[0]):
                     return None
-                _withdraw(self.path, theirs[0], self._temporary)
-        return Lease(self.path, contents, self._temporary)
 
     def _given_up(self, theirs: tuple[bytes, int], us: Holder) -> bool:
         now = time.monotonic()
@@ -198,27 +208,33 @@ class Request:
         self.holder = str(holder or "another process")
         return (holder is not None and holder.dead(us)) or now - self._since >= STALE_SECONDS
 
+    def _withdrawn(self, contents: bytes) -> bool:
+        # Who was stopped while it had the lock, or whose host died, has had its time as well.
+        waited = time.monotonic() - self._since
+        return _withdraw(self.path, contents, alone=waited < 2 * STALE_SECONDS)
+
 
 @contextmanager
 def held(request: Request, on_wait: Callable[[str], None], timeout: float | None) -> Iterator[None]:
-    """Holds the lease; if others do, calls `on_wait` once with who it is, and waits.
+    """Holds the lease; while others do, waits, and tells `on_wait` of each who it is.
 
     Raises what `Request.attempt` raises, and `lock-timeout` after `timeout` seconds (None: waits
     for ever).
     """
-    lease = request.attempt()
-    if lease is None:
-        on_wait(request.holder)
-        lease = _wait(request, timeout)
+    lease = _obtain(request, on_wait, timeout)
     try:
         yield
     finally:
         lease.release()
 
 
-def _wait(request: Request, timeout: float | None) -> Lease:
+def _obtain(request: Request, on_wait: Callable[[str], None], timeout: float | None) -> Lease:
     started = time.monotonic()
+    told = ""
     while (lease := request.attempt()) is None:
+        if request.holder != told:
+            told = request.holder
+            on_wait(told)
         if timeout is not None and time.monotonic() - started >= timeout:
             raise VllmcError(
                 "lock-timeout",
@@ -235,8 +251,8 @@ def _read(path: Path) -> tuple[bytes, int]:
 
     Opening it is what makes a client of NFS ask the server, rather than what it remembers.
     """
-    with open_plain(path) as file:
-        return file.read(_LONGEST), os.fstat(file.fileno()).st_mtime_ns
+    contents, status = read_with_status(path, _LONGEST)
+    return contents, status.st_mtime_ns
 
 
 def _create(path: Path, contents: bytes, temporary: Path) -> bool:
@@ -274,19 +290,23 @@ def _create_without_links(path: Path, contents: bytes) -> bool:
     return True
 
 
-def _withdraw(path: Path, contents: bytes, temporary: Path) -> None:
-    """Removes the lease with these contents, and no other."""
-    try:
-        if _read(path)[0] != contents:
-            return
-        aside = temporary / f"{os.getpid()}.{secrets.token_hex(8)}"
-        path.rename(aside)
-    except FileNotFoundError:
-        return
-    # Between the look and the renaming, others may have withdrawn it and made their own.
-    if (other := _read(aside)[0]) != contents:
-        _create(path, other, temporary)
-    aside.unlink()
+def _withdraw(path: Path, contents: bytes, *, alone: bool = True) -> bool:
+    """Removes the lease with these contents, and no other; false while another does just that.
+
+    Unless it is `alone` in that, it does not mind the other.
+    """
+    with suppress(FileNotFoundError), open_to_lock(path) as file:
+        try:
+            if file.read(_LONGEST) != contents:
+                return True
+        except OSError:
+            return True  # over NFS it is gone by now, or the next look says what it is
+        if not try_lock(file.fileno(), fcntl.LOCK_EX) and alone:
+            return False
+        # Before it was locked, others may have withdrawn it and made their own.
+        if _read(path)[0] == contents:
+            path.unlink()
+    return True
 
 
 def _in_the_way(path: Path, error: IrregularFile) -> VllmcError:
@@ -294,5 +314,5 @@ def _in_the_way(path: Path, error: IrregularFile) -> VllmcError:
         "not-writable",
         f"the cache path {path} cannot be written: {error} is in its place",
         context={"path": str(path)},
-        hint="remove it: vllmc did not make it",
+        hint="vllmc did not make it: vllmc cache verify --repair removes it",
     )

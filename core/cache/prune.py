@@ -25,6 +25,7 @@ from vllmc.core.cache.retention import (
     Choice,
     Criteria,
     choose,
+    fresh_facts,
     needed_files,
     parts_of,
     total_bytes,
@@ -36,7 +37,9 @@ from vllmc.core.cache.usage import claimed
 if TYPE_CHECKING:
     from vllmc.core.cache.store import Store
 
-Kind: TypeAlias = Literal["program", "use", "unit", "code", "artifact", "temporary"]
+Kind: TypeAlias = Literal[
+    "program", "use", "import", "unit", "code", "artifact", "fact", "temporary"
+]
 
 _HELD: Final = "a process holds it"
 _YOUNG: Final = "it may be of a model that is being compiled now"
@@ -45,14 +48,23 @@ _NEEDED: Final = "a program that is stored by now needs it"
 _FREED: Final = "no program that stays needs it"
 _UNREFERENCED: Final = "nothing refers to it"
 _ABANDONED: Final = "a process that died left it"
+_FORGOTTEN: Final = "it was not asked for in 30 days"
 
 _KINDS: Final[Mapping[Section, Kind]] = {
     "programs": "program",
     "used": "use",
+    "imports": "import",
     "units": "unit",
     "codes": "code",
     "blobs": "artifact",
+    "facts": "fact",
+    "locks": "temporary",
     "tmp": "temporary",
+}
+_REASONS: Final[Mapping[Section, str]] = {
+    "locks": _ABANDONED,
+    "tmp": _ABANDONED,
+    "facts": _FORGOTTEN,
 }
 
 
@@ -120,10 +132,11 @@ def plan_prune(store: Store, criteria: Criteria) -> PrunePlan:
     now_ns = _now_ns(layout) if census.files else 0
     held = frozenset(p.key for p in census.programs if _is_held(layout.used(p.key)))
     young = young_files(census, now_ns)
-    choice = choose(census, criteria, held, young, now_ns)
-    stays = needed_files(census, choice.staying, young)
+    facts = fresh_facts(census, now_ns)
+    choice = choose(census, criteria, held, young | facts, now_ns)
+    stays = needed_files(census, choice.staying, young | facts)
     describe = _Describer(layout, census, choice)
-    spared = stays - needed_files(census, choice.staying, frozenset())
+    spared = stays - needed_files(census, choice.staying, facts)
     return PrunePlan(
         root=store.root,
         removals=tuple(describe.removal(f) for f in census.files if f.path not in stays),
@@ -231,7 +244,7 @@ class _Describer:
         """A file that goes."""
         owner = self._owners.get(file.path)
         if owner is None:
-            reason = _ABANDONED if file.section == "tmp" else _UNREFERENCED
+            reason = _REASONS.get(file.section, _UNREFERENCED)
         elif file.section in ("programs", "used"):
             reason = self._reasons[owner.key]
         else:

@@ -19,6 +19,9 @@ from vllmc.core.cache.census import CacheFile, Census, StoredProgram
 GRACE_SECONDS: Final = 3600.0
 """What nothing refers to and is younger may be of a program that is being compiled now."""
 
+FACT_SECONDS: Final = 30 * 86400.0
+"""A fact that nobody has asked for in this time is found anew if it is needed again."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Criteria:
@@ -53,7 +56,7 @@ def choose(
 ) -> Choice:
     """The fewest programs whose going meets all criteria; all that may go where none suffice.
 
-    `held` are the keys of programs that stay, whatever is asked; `young` are `young_files`.
+    `held` are the keys of programs that stay, whatever is asked; `young` are files that do.
     """
     programs = census.programs
     ages = [now_ns / 1e9 - program.last_used for program in programs]
@@ -117,9 +120,20 @@ def young_files(census: Census, now_ns: int) -> frozenset[Path]:
     after = now_ns - int(GRACE_SECONDS * 1e9)
     programs = {program.key for program in census.programs}
     orphans = (file for key, file in census.used.items() if key not in programs)
-    tables = (census.units.values(), census.codes.values(), census.blobs.values())
+    tables = (
+        census.imports.values(),
+        census.units.values(),
+        census.codes.values(),
+        census.blobs.values(),
+    )
     candidates = (*orphans, *chain.from_iterable(tables), *census.temporary)
     return frozenset(f.path for f in candidates if f.mtime_ns > max(after, stored[f.path]))
+
+
+def fresh_facts(census: Census, now_ns: int) -> frozenset[Path]:
+    """The facts that somebody may ask for again."""
+    after = now_ns - int(FACT_SECONDS * 1e9)
+    return frozenset(fact.path for fact in census.facts.values() if fact.mtime_ns > after)
 
 
 def parts_of(program: StoredProgram, census: Census) -> Iterator[CacheFile]:
@@ -155,6 +169,11 @@ def needed_files(
         units,
         (record.path for program in staying for record in program.records),
         (file.path for key, file in census.used.items() if key in used),
+        (
+            f.path
+            for f in census.imports.values()
+            if not used.isdisjoint(census.programs_of[f.path])
+        ),
         (blob.path for digest, blob in census.blobs.items() if digest in digests),
         (f.path for f in census.codes.values() if readable.get(f.path) in digests),
     )

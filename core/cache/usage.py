@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vllmc.core.cache.files import IrregularFile, open_plain, plain_size, writing
+from vllmc.core.cache.files import IrregularFile, open_plain, open_to_lock, try_lock
 from vllmc.core.errors import VllmcError
 
 FOLD_AT: Final = 16 * 1024
@@ -33,6 +33,7 @@ FOLD_AT: Final = 16 * 1024
 
 _READ_AT_MOST: Final = 8 * FOLD_AT
 _ATTEMPTS: Final = 50
+_CLAIM_ATTEMPTS: Final = 4
 _PAUSE_SECONDS: Final = 0.005
 _FLAGS: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _LINE = re.compile(rb"((\d{1,18}) (\d{1,18}) (\d{1,18}) (\d{1,15}\.\d{3})) ([0-9a-f]{8})")
@@ -125,20 +126,25 @@ def read_counts(path: Path) -> Counts:
 def claimed(path: Path) -> Iterator[bool]:
     """Whether nobody holds the program whose file is `path`; while the block runs nobody can.
 
-    Where there is no such file, or the file system has no locks, nobody does. Raises
-    `not-writable`.
+    Where there is no such file, or the file system has no locks, nobody does. Raises what
+    `files.open_to_lock` does.
     """
-    fd = None
-    if plain_size(path) is not None:
-        with writing(path), suppress(FileNotFoundError):
-            fd = os.open(path, os.O_RDWR | _FLAGS)
-    if fd is None:
+    try:
+        file = open_to_lock(path)
+    except (FileNotFoundError, IrregularFile):
         yield True
         return
-    try:
-        yield _lock(fd, fcntl.LOCK_EX)
-    finally:
-        os.close(fd)
+    with file:
+        yield _claim(file.fileno())
+
+
+def _claim(fd: int) -> bool:
+    # Another prune that asks the same has it for a moment only.
+    for _ in range(_CLAIM_ATTEMPTS):
+        if try_lock(fd, fcntl.LOCK_EX):
+            return True
+        time.sleep(_PAUSE_SECONDS)
+    return False
 
 
 def _open(path: Path) -> int:
@@ -156,23 +162,12 @@ def _open(path: Path) -> int:
 
 def _is_lasting(fd: int, path: Path) -> bool:
     """Locks the open file, and makes sure that `path` still leads to it."""
-    if not _lock(fd, fcntl.LOCK_SH):
+    if not try_lock(fd, fcntl.LOCK_SH):
         return False
     try:
         return os.path.samestat(os.fstat(fd), path.lstat())
     except OSError:
         return False
-
-
-def _lock(fd: int, kind: int) -> bool:
-    try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        # A file system without locks.
-        return True
-    return True
 
 
 def _append(fd: int, counts: Counts) -> None:

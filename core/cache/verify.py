@@ -5,13 +5,22 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllmc.core.cache.files import IrregularFile, open_plain, read_plain, writing
+from vllmc.core.cache.files import (
+    CorruptRecordError,
+    IrregularFile,
+    open_plain,
+    read_plain,
+    reading,
+    writing,
+)
 from vllmc.core.cache.key import JsonValue
 from vllmc.core.cache.layout import Found, Layout
 from vllmc.core.cache.record import ProgramRecord, UnitRecord, noted_artifact
@@ -29,9 +38,9 @@ class Problem:
     """One thing that is wrong. `path` is relative to the cache's first directory, or absolute.
 
     `kind` is the code of the error that using it would raise (`corrupt-artifact`,
-    `corrupt-record`, `not-readable`, `format-too-new`, `untrusted`; for `missing-artifact` the path
-    is that of the record that names it), or `foreign-file`: vllmc did not write it, and never reads
-    it.
+    `corrupt-record`, `not-readable`, `bad-cache-dir`, `format-too-new`, `untrusted`; for
+    `missing-artifact` the path is that of the record that names it), or `foreign-file`: vllmc did
+    not write it, and never reads it.
     """
 
     path: str
@@ -93,9 +102,14 @@ def verify(store: Store) -> tuple[Problem, ...]:
 def plan_repair(store: Store, problems: Iterable[Problem]) -> RepairPlan:
     """Removes what is corrupt, and every record that names a corrupt or missing artifact.
 
-    That is, of the first layer: what lies below it is only read.
+    That is, of the first layer: what lies below it is only read. Each is looked at once more, as
+    others may have mended it since.
     """
-    damage = tuple(p for p in problems if p.kind in _REMOVED and not Path(p.path).is_absolute())
+    ours = (p for p in problems if p.kind in _REMOVED and not Path(p.path).is_absolute())
+    again = (
+        _check(store, store.layout, store.layout.classify(store.root / p.path), set()) for p in ours
+    )
+    damage = tuple(p for p in again if p is not None and p.kind in _REMOVED)
     store = replace(store, below=())
     removals = {p.path: p.detail for p in damage}
     corrupt = {p.path for p in damage if p.kind == "corrupt-artifact"}
@@ -103,7 +117,7 @@ def plan_repair(store: Store, problems: Iterable[Problem]) -> RepairPlan:
     records: Iterator[UnitRecord | ProgramRecord] = chain(
         store.readable_programs(), store.readable_units()
     )
-    for record in records:
+    for record in records if corrupt else ():
         names = (layout.relative(layout.blob(digest)) for digest in _artifacts(record))
         if broken := corrupt.intersection(names):
             path = (
@@ -123,6 +137,9 @@ def plan_repair(store: Store, problems: Iterable[Problem]) -> RepairPlan:
 def _check(store: Store, layout: Layout, found: Found, present: set[str]) -> Problem | None:
     own = layout.root == store.root
     path = layout.relative(found.path) if own else str(found.path)
+    if found.section == "foreign" and layout.is_directory_name(found.path):
+        detail = "it is in the place of a directory: what lies or belongs there is not checked"
+        return Problem(path=path, kind="bad-cache-dir", detail=detail)
     if found.section == "foreign":
         return Problem(path=path, kind="foreign-file", detail="vllmc did not write this file")
     try:
@@ -130,9 +147,12 @@ def _check(store: Store, layout: Layout, found: Found, present: set[str]) -> Pro
             return _check_blob(found, path)
         if found.section == "codes":
             return _check_note(found, path)
+        if found.section not in ("programs", "units"):
+            return _check_plain(found, path)
         record = store.check(found, layout)
     except VllmcError as error:
-        return Problem(path=path, kind=error.code, detail=error.message)
+        detail = error.reason if isinstance(error, CorruptRecordError) else error.message
+        return Problem(path=path, kind=error.code, detail=detail)
     if record is None:
         return None
     # An artifact that came since the walk, as its record did, is there.
@@ -170,6 +190,14 @@ def _check_note(found: Found, path: str) -> Problem | None:
     except IrregularFile as error:
         detail = f"it is {error}"
     return Problem(path=path, kind="corrupt-record", detail=detail)
+
+
+def _check_plain(found: Found, path: str) -> Problem | None:
+    """Of a file whose contents harm nobody: whether it is one."""
+    with suppress(FileNotFoundError), reading(found.path):
+        if not stat.S_ISREG(found.path.lstat().st_mode):
+            return Problem(path=path, kind="corrupt-record", detail="it is not a plain file")
+    return None
 
 
 def _artifacts(record: UnitRecord | ProgramRecord) -> tuple[str, ...]:

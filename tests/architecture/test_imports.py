@@ -30,6 +30,7 @@ LEAVES = (
     "vllmc.core.cache.key",
     "vllmc.core.cache.facts",
     "vllmc.core.cache.files",
+    "vllmc.core.cache.layout",
     "vllmc.core.cache.signing",
     "vllmc.core.cache.trust",
     "vllmc.core.cache.trust_store",

@@ -210,7 +210,7 @@ def imported_by(*words: str) -> list[str]:
 def test_a_first_prediction_imports_no_compiler_and_no_modeling_code(
     warmed: Any, workplace: Path
 ) -> None:
-    for fact in (warmed.root / "facts").glob("model-*"):
+    for fact in (warmed.root / "v1" / "facts").glob("model-*"):
         fact.unlink()
     code, *modules = imported_by("warm", "--check", "tiny-llama")
     assert code == "0"

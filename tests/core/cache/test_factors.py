@@ -285,7 +285,7 @@ def test_torchs_key_is_what_inductor_says_it_is() -> None:
 def test_torchs_key_is_remembered_and_a_broken_memory_mended(tmp_path: Path) -> None:
     key = system.torch_key_hex(tmp_path)
     assert system.torch_key_hex(None) == key
-    [memory] = (tmp_path / "facts").iterdir()
+    [memory] = (tmp_path / "v1" / "facts").iterdir()
     intact = memory.read_bytes()
     assert intact.decode() == f"{sha256_hex(key)}\n{key}"
     # What is remembered is what is answered.

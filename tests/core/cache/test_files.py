@@ -61,6 +61,27 @@ def test_a_missing_file_is_left_to_the_reader(tmp_path):
     assert plain_size(tmp_path / "none") is None
 
 
+def test_a_file_that_was_replaced_on_another_host_is_read_anew(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    path.write_text("new")
+    calls: list[Path] = []
+    opened, times = os.open, [1]
+
+    def stale(name, *rest):
+        calls.append(name)
+        if len(calls) <= times[0]:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return opened(name, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", stale)
+        assert read_plain(path) == b"new"
+        times[0] = 1000  # a stale mount is an error
+        with pytest.raises(VllmcError) as caught:
+            read_plain(path)
+    assert (caught.value.code, len(calls) < 30) == ("cache-io-error", True)
+
+
 def test_a_link_a_directory_and_a_pipe_are_no_plain_files(tmp_path):
     (tmp_path / "file").write_bytes(b"data")
     (tmp_path / "link").symlink_to(tmp_path / "file")
@@ -107,6 +128,19 @@ def test_drafts_of_dead_processes_are_swept_after_a_day(tmp_path):
         os.utime(temporary / name, (now - age, now - age))
     write_plain(tmp_path / "target", b"data", temporary=temporary)
     assert [path.name for path in temporary.iterdir()] == ["young"]
+
+
+def test_a_directory_that_comes_and_goes_is_made_again(tmp_path, monkeypatch):
+    mkdir = Path.mkdir
+
+    def made_and_removed_by_others(path, mode=0o777):
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(Path, "mkdir", made_and_removed_by_others)
+    write_plain(tmp_path / "x" / "y", b"it", temporary=tmp_path / "tmp")
+    assert read_plain(tmp_path / "x" / "y") == b"it"
 
 
 def test_a_path_below_a_file_is_not_writable(tmp_path):

@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import os
 import signal
+import threading
 import time
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllmc.core.cache import lease
+from vllmc.core.cache.files import open_to_lock, try_lock
 from vllmc.core.cache.lease import STALE_SECONDS, Holder, Request, held
 from vllmc.core.errors import VllmcError
 
@@ -101,6 +104,21 @@ def test_it_is_waited_for_until_its_holder_lets_go_or_dies(store, start, end):
     with store.lock("x", on_wait):
         assert waits == [f"process {holder.pid} on {os.uname().nodename}"]
     assert holder.wait() == (-signal.SIGKILL if end == "killed" else 0)
+
+
+def test_who_waits_is_told_of_each_holder(ask, left_by, path):
+    waits = []
+    left_by(ELSEWHERE)
+
+    def on_wait(who):
+        waits.append(who)
+        if len(waits) == 1:
+            left_by(dataclasses.replace(ELSEWHERE, pid=8))
+        else:
+            path.unlink()
+
+    with held(ask(), on_wait, None):
+        assert waits == ["process 7 on elsewhere", "process 8 on elsewhere"]
 
 
 def test_it_can_be_waited_for_too_long(store, start):
@@ -241,7 +259,7 @@ def test_what_is_no_file_is_an_error_and_left_alone(ask, path, kind):
     before = path.lstat()
     error = caught_by(ask().attempt)
     assert (error.code, str(path) in error.message) == ("not-writable", True)
-    assert "remove it" in error.hint
+    assert "removes it" in error.hint
     assert path.lstat() == before
 
 
@@ -279,21 +297,49 @@ def test_giving_up_what_is_gone_is_no_error(ask, path, tmp_path, gone):
     assert not path.exists()
 
 
-def test_a_lease_made_while_another_was_withdrawn_is_put_back(ask, left_by, path, monkeypatch):
-    left_by(dataclasses.replace(Holder.this(), pid=999_999_999))
-    rename = Path.rename
+DEAD = dataclasses.replace(Holder.this(), pid=999_999_999)
 
-    def overtaken(source, target):
-        left_by(ELSEWHERE)  # between the look and the renaming
-        monkeypatch.undo()
-        return rename(source, target)
 
-    monkeypatch.setattr(Path, "rename", overtaken)
+def test_who_is_removing_a_dead_holders_lease_is_not_disturbed(ask, left_by, clock, path):
+    left_by(DEAD)
     request = ask()
+    with open_to_lock(path) as other:
+        assert try_lock(other.fileno(), fcntl.LOCK_EX)
+        assert request.attempt() is None
+        clock.now += 2 * STALE_SECONDS - 1
+        assert request.attempt() is None
+        clock.now += 1
+        request.attempt().release()  # the other was stopped
+
+
+def test_a_lease_that_was_replaced_since_it_was_looked_at_stays(ask, left_by, path, monkeypatch):
+    left_by(DEAD)
+    request = ask()
+
+    def replaced_first(fd, kind):
+        path.unlink()
+        left_by(ELSEWHERE)
+        monkeypatch.undo()
+        return try_lock(fd, kind)
+
+    monkeypatch.setattr(lease, "try_lock", replaced_first)
     assert request.attempt() is None
     assert Holder.parse(path.read_bytes()) == ELSEWHERE
     assert request.holder == "process 7 on elsewhere"
-    assert list((path.parents[1] / "tmp").iterdir()) == []
+
+
+def test_one_of_many_threads_succeeds_a_dead_holder(ask, left_by):
+    def succeed():
+        request = ask()
+        start.wait()
+        return next((taken for _ in range(4) if (taken := request.attempt())), None)
+
+    with ThreadPoolExecutor(6) as pool:
+        start = threading.Barrier(6)
+        for _ in range(100):
+            left_by(DEAD)
+            [taken] = filter(None, [f.result() for f in [pool.submit(succeed) for _ in range(6)]])
+            taken.release()
 
 
 TAKERS = """
@@ -309,19 +355,19 @@ for name in sys.stdin:
 """
 
 
-def test_one_of_two_succeeds_a_dead_holder(store, start):
-    takers = [start(TAKERS, store.root) for _ in range(2)]
+def test_one_of_three_processes_succeeds_a_dead_holder(store, start):
+    takers = [start(TAKERS, store.root) for _ in range(3)]
     for taker in takers:
         assert taker.stdout.readline() == "ready\n"
     for index in range(50):
         path = store.layout.lock(str(index))
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(dataclasses.replace(Holder.this(), pid=999_999_999).contents())
+        path.write_bytes(DEAD.contents())
         for taker in takers:
             taker.stdin.write(f"{index}\n")
             taker.stdin.flush()
         answers = [taker.stdout.readline() for taker in takers]
-        assert sorted(answers) == ["False\n", "True\n"]
+        assert sorted(answers) == ["False\n", "False\n", "True\n"]
 
 
 FORKED = """

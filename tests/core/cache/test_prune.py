@@ -10,6 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vllmc.core.cache import facts
+from vllmc.core.cache.exchange import Vouched, note_import
 from vllmc.core.cache.key import Factor, sha256_hex
 from vllmc.core.cache.prune import execute, plan_prune
 from vllmc.core.cache.record import decode, encode
@@ -378,10 +380,62 @@ def test_a_cache_that_cannot_be_written_is_not_pruned(store, three, start):
         assert len(Store(target).entries()) == 3
 
 
+def test_what_dead_processes_left_goes_after_an_hour(store, three):
+    path = store.layout.lock("x")
+    path.parent.mkdir()
+    path.write_text("of a process that died")
+    draft = store.layout.temporary / "1.ab"
+    draft.write_text("half a fi")
+    for age, removed in ((3000, []), (4000, [("temporary", "x"), ("temporary", "1.ab")])):
+        for left_behind in (path, draft):
+            os.utime(left_behind, (time.time() - age,) * 2)
+        done = prune(store, GARBAGE)
+        assert kinds(done.removed) == removed
+    assert {item.reason for item in done.removed} == {"a process that died left it"}
+
+
+def test_a_lease_that_is_held_stays(store, three):
+    with store.lock("x", pytest.fail):
+        assert prune(store, GARBAGE).removed == ()
+        assert store.request("x").attempt() is None
+
+
+def test_a_note_of_an_import_goes_with_the_last_of_its_programs(store, three):
+    keys = [three[name].program.key for name in ("old", "new")]
+    note_import(store, "ab" * 32, keys, Vouched(name="", key=""), "a.vllmc")
+    os.utime(store.layout.imported("ab" * 32), (LONG_AGO, LONG_AGO))
+    assert "import" not in {item.kind for item in prune(store, Criteria(max_count=1)).removed}
+    done = prune(store, ALL)
+    assert "import" in {item.kind for item in done.removed}
+    assert left(store) == []
+
+
+def test_facts_that_nobody_asks_for_go_after_a_month(store, three):
+    for name, days in (("asked-for", 40), ("fresh", 20), ("forgotten", 40)):
+        facts.remember(store.root, name, "it")
+        os.utime(store.layout.fact(name), (time.time() - days * 86400,) * 2)
+    assert facts.recall(store.root, "asked-for") == "it"
+    done = prune(store, GARBAGE)
+    assert kinds(done.removed) == [("fact", "forgotten")]
+    assert done.kept == ()
+
+
+def test_what_another_user_stored_goes_where_directories_allow_it(store, three, start):
+    with tempfile.TemporaryDirectory() as root:
+        Path(root).chmod(0o755)
+        target = Path(root) / "cache"
+        store.root.rename(target)
+        for path in (target, *target.rglob("*")):
+            path.chmod(0o777 if path.is_dir() else 0o644)
+        out, _ = start(UNPRIVILEGED, target).communicate()
+        assert out == ""
+        assert Store(target).entries() == ()
+
+
 UNPRIVILEGED = """
 import os, sys
 from pathlib import Path
-from vllmc.core.cache.prune import plan_prune
+from vllmc.core.cache.prune import execute, plan_prune
 from vllmc.core.cache.retention import Criteria
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import VllmcError
@@ -390,7 +444,7 @@ if os.getuid() == 0:
     os.setgid(65534)
     os.setuid(65534)
 try:
-    plan_prune(Store(Path(sys.argv[1])), Criteria(max_count=0))
+    execute(plan_prune(Store(Path(sys.argv[1])), Criteria(max_count=0)))
 except VllmcError as error:
     print(error.code)
 """

@@ -173,7 +173,7 @@ def test_what_we_make_is_ours_alone_whatever_the_umask(store, warm):
 def test_a_fact_that_others_may_have_written_is_found_anew(tmp_path):
     facts.remember(tmp_path, "torch_key-x", "right")
     assert facts.recall(tmp_path, "torch_key-x") == "right"
-    (tmp_path / "facts" / "torch_key-x").chmod(0o666)
+    (tmp_path / "v1" / "facts" / "torch_key-x").chmod(0o666)
     assert facts.recall(tmp_path, "torch_key-x") is None
 
 

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllmc.core.cache.files import open_to_lock, try_lock
 from vllmc.core.cache.usage import (
     FOLD_AT,
     Counts,
@@ -278,6 +281,14 @@ def test_a_use_waits_for_a_removal_no_longer_than_a_moment(path):
         assert free
         assert note(path, MISS) is None
     assert read_counts(path) == HIT
+
+
+def test_another_prunes_look_is_not_taken_for_a_hold(path, monkeypatch):
+    noted(path, HIT).release()
+    other = open_to_lock(path)
+    assert try_lock(other.fileno(), fcntl.LOCK_EX)
+    monkeypatch.setattr(time, "sleep", lambda _: other.close())
+    assert is_free(path)
 
 
 def test_noting_imports_no_torch():

@@ -152,3 +152,38 @@ def test_a_repair_of_what_is_gone_already_is_no_error(store, caches):
     plan.execute()
     plan.execute()
     assert store.verify() == ()
+
+
+def test_a_link_in_the_place_of_a_directory_is_told_and_left_alone(store, caches):
+    blobs = store.layout.top / "blobs"
+    elsewhere = blobs.rename(store.root.parent / "elsewhere")
+    blobs.symlink_to(elsewhere)
+    for directory in (store.layout.top / "units" / "zz", store.layout.top / "codes" / "0"):
+        directory.write_text("")
+    problems = store.verify()
+    assert [(p.kind, p.path) for p in problems if p.unsafe] == [("bad-cache-dir", "v1/blobs")]
+    assert store.plan_repair(problems).removals == ()
+
+
+@pytest.mark.parametrize("name", ["used/" + "ab" * 32, "locks/x.lock", "facts/x", "tmp/x"])
+def test_a_directory_in_the_place_of_any_file_is_told_and_removed(store, caches, name):
+    path = store.layout.top / name
+    path.mkdir(parents=True)
+    [problem] = store.verify()
+    assert (problem.kind, problem.path) == ("corrupt-record", f"v1/{name}")
+    store.plan_repair([problem]).execute()
+    assert store.verify() == ()
+
+
+@pytest.mark.parametrize("what", ["blob", "unit", "program"])
+def test_what_was_mended_since_is_not_removed(store, caches, where, what, files):
+    one = caches[0].units[1]
+    path = store.root / getattr(where, what)(caches[0].program if what == "program" else one)
+    data = path.read_bytes()
+    path.write_bytes(b"damaged")
+    found = store.verify()
+    assert found
+    path.write_bytes(data)
+    before = files(store.root)
+    store.plan_repair(found).execute()
+    assert files(store.root) == before

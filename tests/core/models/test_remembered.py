@@ -118,7 +118,7 @@ def editable(tmp_path: Path) -> Path:
 
 
 def fact_of(cache: Path) -> Path:
-    [file] = (cache / "facts").glob("model-*")
+    [file] = (cache / "v1" / "facts").glob("model-*")
     return file
 
 
@@ -223,13 +223,13 @@ def test_a_cache_that_cannot_be_written_only_costs_time(
 @pytest.mark.thorough
 def test_a_memory_in_a_read_only_cache_is_used(ask: Ask, directory: Path, tmp_path: Path) -> None:
     first, cache = ask(directory), tmp_path / "cache"
-    for place in (cache / "facts", cache):
+    for place in (cache / "v1" / "facts", cache):
         place.chmod(0o555)
     try:
         assert ask(directory) == first | {"remembered": True}
         assert not ask(directory, layers=5)["remembered"]
     finally:
-        for place in (cache, cache / "facts"):
+        for place in (cache, cache / "v1" / "facts"):
             place.chmod(0o755)
 
 
@@ -340,7 +340,9 @@ resolving.remembered_model = replacing
 def test_a_fact_begins_with_its_digest(tmp_path: Path) -> None:
     assert facts.recall(tmp_path, "a") is None
     facts.remember(tmp_path, "a", "b\nc")
-    assert (tmp_path / "facts" / "a").read_text() == f"{sha256_hex('b' + chr(10) + 'c')}\nb\nc"
+    assert (
+        tmp_path / "v1" / "facts" / "a"
+    ).read_text() == f"{sha256_hex('b' + chr(10) + 'c')}\nb\nc"
     assert facts.recall(tmp_path, "a") == "b\nc"
     assert facts.recall(None, "a") is None
-    assert [file.name for file in (tmp_path / "facts").iterdir()] == ["a"]
+    assert [file.name for file in (tmp_path / "v1" / "facts").iterdir()] == ["a"]

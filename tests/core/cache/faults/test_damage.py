@@ -159,6 +159,7 @@ def test_something_else_in_the_place_of_any_file_is_mended(tmp_path, publish, co
             path.symlink_to(intact.root / name)
         counts = name.parts[1] != "used"
         assert wrong(store, publication) in ((ALL - 1, ALL - 2) if counts else (ALL,))
+        assert store.verify() or kind == "nothing"
         store.plan_repair(store.verify()).execute()
         publication.into(store)
         assert wrong(store, publication) == ALL
@@ -192,13 +193,12 @@ def test_a_file_in_the_place_of_a_directory_is_an_error(store, publish, section)
     directory = store.layout.top / section
     shutil.rmtree(directory)
     directory.write_bytes(b"")
-    if section not in ("used", "tmp"):
-        problems = [p for p in store.verify() if p.kind == "foreign-file"]
-        assert [p.path for p in problems] == [f"v1/{section}"]
-    if section != "used":
-        with pytest.raises(VllmcError) as caught:
-            publication.into(store)
-        assert caught.value.code in ("bad-cache-dir", "not-writable")
+    [problem] = [p for p in store.verify() if p.kind == "bad-cache-dir"]
+    assert (problem.path, problem.unsafe) == (f"v1/{section}", True)
+    assert f"v1/{section}" not in {r.path for r in store.plan_repair([problem]).removals}
+    with pytest.raises(VllmcError) as caught:
+        publication.into(store)
+    assert caught.value.code in ("bad-cache-dir", "not-writable")
     directory.unlink()
     publication.into(store)
     assert wrong(store, publication) == ALL
