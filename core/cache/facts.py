@@ -1,9 +1,9 @@
 """Slow answers, remembered below the cache directory in `facts/`. Imports no torch.
 
 A fact is named by the digest of what it follows from, so it never becomes wrong, and begins with
-its own SHA-256. It is never worth an error: one that is damaged or cannot be read is found again,
-and where none can be written, so is it every time. One that another user may have
-written is not believed.
+the SHA-256 of its name and itself. It is never worth an error: one that is damaged, lies under
+another name or cannot be read is found again, and where none can be written, so is it every time.
+One that another user may have written is not believed.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from vllmc.core.cache.files import IrregularFile, make_directory, read_with_status
 from vllmc.core.cache.key import sha256_hex
 from vllmc.core.cache.trust import Trust
 from vllmc.core.errors import VllmcError
+
+_NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
 def recall(cache: Path | None, name: str) -> str | None:
@@ -31,8 +34,8 @@ def recall(cache: Path | None, name: str) -> str | None:
         return None
     if Trust().doubt(status) is not None:
         return None
-    digest, _, fact = text.partition("\n")
-    return fact if digest == sha256_hex(fact) else None
+    _, _, fact = text.partition("\n")
+    return fact if text == _sealed(name, fact) else None
 
 
 def remember(cache: Path | None, name: str, fact: str) -> None:
@@ -44,8 +47,9 @@ def remember(cache: Path | None, name: str, fact: str) -> None:
         make_directory(file.parent)
         draft = file.with_name(f".{os.getpid()}.{secrets.token_hex(8)}")
         try:
-            draft.touch(mode=0o644, exist_ok=False)
-            draft.write_text(f"{sha256_hex(fact)}\n{fact}", encoding="utf-8")
+            # Written to what was made here, not to what another may have put in its place.
+            with os.fdopen(os.open(draft, _NEW, 0o644), "w", encoding="utf-8") as opened:
+                opened.write(_sealed(name, fact))
             draft.replace(file)
         finally:
             draft.unlink(missing_ok=True)
@@ -58,6 +62,10 @@ def remembered(cache: Path | None, name: str, compute: Callable[[], str]) -> str
     fact = compute()
     remember(cache, name, fact)
     return fact
+
+
+def _sealed(name: str, fact: str) -> str:
+    return f"{sha256_hex(f'{name} {fact}')}\n{fact}"
 
 
 def _file(cache: Path, name: str) -> Path:

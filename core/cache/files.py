@@ -80,14 +80,14 @@ def reading(path: Path) -> Iterator[None]:
     except NotADirectoryError as error:
         raise VllmcError(
             "bad-cache-dir",
-            f"the cache path {path} leads through something that is not a directory",
+            f"{path} leads through something that is not a directory",
             context={"path": str(path)},
             hint=_ELSEWHERE,
         ) from error
     except PermissionError as error:
         raise VllmcError(
             "not-readable",
-            f"the cache path {path} cannot be read: {error.strerror}",
+            f"{path} cannot be read: {error.strerror}",
             context={"path": str(path)},
             hint=f"make it readable for this user, or {_ELSEWHERE}",
         ) from error
@@ -96,8 +96,11 @@ def reading(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns the `OSError`s of writing `path` into `VllmcError`s."""
+def writing(path: Path, *, elsewhere: str = _ELSEWHERE) -> Iterator[None]:
+    """Turns the `OSError`s of writing `path` into `VllmcError`s.
+
+    `elsewhere` is how to have it written to another place.
+    """
     try:
         yield
     except OSError as error:
@@ -106,24 +109,24 @@ def writing(path: Path) -> Iterator[None]:
                 "disk-full",
                 f"there is no room to write {path}: {error.strerror}",
                 context={"path": str(path)},
-                hint=f"free some space, or {_ELSEWHERE}",
+                hint=f"free some space, or {elsewhere}",
             ) from error
         if error.errno in _DENIED:
             raise VllmcError(
                 "not-writable",
-                f"the cache path {path} cannot be written: {error.strerror}",
+                f"{path} cannot be written: {error.strerror}",
                 context={"path": str(path)},
-                hint=_ELSEWHERE,
+                hint=elsewhere,
             ) from error
-        raise _io_error(path, error) from error
+        raise _io_error(path, error, elsewhere) from error
 
 
-def _io_error(path: Path, error: OSError) -> VllmcError:
+def _io_error(path: Path, error: OSError, elsewhere: str = _ELSEWHERE) -> VllmcError:
     return VllmcError(
         "cache-io-error",
-        f"the cache path {path} cannot be used: {error.strerror}",
+        f"{path} cannot be used: {error.strerror}",
         context={"path": str(path), "errno": errno.errorcode.get(error.errno or 0, "")},
-        hint=f"check the file system, or {_ELSEWHERE}",
+        hint=f"check the file system, or {elsewhere}",
     )
 
 

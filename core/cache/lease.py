@@ -292,7 +292,7 @@ def _withdraw(path: Path, contents: bytes, temporary: Path) -> None:
 def _in_the_way(path: Path, error: IrregularFile) -> VllmcError:
     return VllmcError(
         "not-writable",
-        f"the cache path {path} cannot be written: {error} is in its place",
+        f"{path} cannot be written: {error} is in its place",
         context={"path": str(path)},
         hint="remove it: vllmc did not make it",
     )

@@ -44,6 +44,7 @@ from vllmc.core.cache.record import (
 )
 from vllmc.core.cache.remote import Connection, CorruptRemote, Reading, Remote
 from vllmc.core.cache.store import Store
+from vllmc.core.cache.trust import Untrusted
 from vllmc.core.errors import UnsafeCacheError, VllmcError
 from vllmc.core.events import Observer
 
@@ -210,7 +211,7 @@ class _Puller:
         sizes: dict[str, int | None] = {unit.artifact: None for unit in record.units}
         for key in sorted({unit.key for unit in record.units}):
             # Programs that were here already name the artifact of theirs.
-            unit: object = store.readable_unit(key)
+            unit: object = store.usable_unit(key)
             if unit is None:
                 unit, _ = self._record(unit_path(key))
                 assert isinstance(unit, UnitRecord)
@@ -231,7 +232,7 @@ class _Puller:
         for unit in units:
             store.put_unit(unit)
             self._bytes.append(len(encode(unit)))
-        if store.readable_program(record.key, record.id) is None or missing:
+        if missing or not _is_usable(store, record):
             store.put_program(record)
             self._bytes.append(len(encode(record)))
             source = self._connection.remote.name
@@ -356,6 +357,12 @@ def _locked(path: Path) -> BufferedRandom | None:
                 return file
         file.close()
     return None
+
+
+def _is_usable(store: Store, record: ProgramRecord) -> bool:
+    with suppress(Untrusted):
+        return store.program(record.key, record.id) is not None
+    return False
 
 
 def _holds(store: Store, digest: str) -> bool:

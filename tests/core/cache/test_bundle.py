@@ -182,7 +182,7 @@ def repacked(first: list[tuple[str, bytes]], original: bytes) -> bytes:
     with tarfile.open(fileobj=io.BytesIO(original)) as archive:
         rest = [(m.name, archive.extractfile(m).read()) for m in archive.getmembers()[1:]]
     for name, data in first + rest:
-        out.write(bundle._header(name, len(data)) + data + bytes(-len(data) % 512))
+        bundle.write_member(out, name, data)
     out.write(bytes(1024))
     return out.getvalue()
 
@@ -331,8 +331,9 @@ def test_a_manifest_that_is_nested_without_end_is_refused(packed, target):
 
 
 def test_a_manifest_of_a_size_that_no_memory_holds_is_refused(packed, target):
-    data = packed.read_bytes()
-    packed.write_bytes(bundle._header("vllmc-bundle.json", 1 << 32) + data[512:])
+    info = tarfile.TarInfo("vllmc-bundle.json")
+    info.size = 1 << 32
+    packed.write_bytes(info.tobuf(tarfile.USTAR_FORMAT) + packed.read_bytes()[512:])
     refused(packed, target, "would have 4294967296 bytes")
 
 

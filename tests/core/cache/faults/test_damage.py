@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from vllmc.core.cache.files import CorruptArtifact, CorruptRecordError, MissingArtifact
-from vllmc.core.cache.record import FormatTooNew, _checksum
+from vllmc.core.cache.record import FormatTooNew, seal
 from vllmc.core.cache.store import Store
 from vllmc.core.errors import VllmcError
 
@@ -170,10 +170,7 @@ def test_something_else_in_the_place_of_any_file_is_mended(tmp_path, publish, co
 
 def of_version_2(data):
     body = data.partition(b',"body":')[2].removesuffix(b"}\n")
-    form = json.loads(data)["format"]
-    checksum = _checksum(form, 2, body)
-    header = f'{{"format":"{form}","version":2,"checksum":"{checksum}","body":'
-    return header.encode() + body + b"}\n"
+    return seal(json.loads(data)["format"], 2, body)
 
 
 def test_a_record_of_a_future_format_is_an_error_and_stays(store, publish, counted):
