@@ -325,7 +325,7 @@ def note_import(
 
 
 def _write(target: Path, raw: bytes, files: dict[str, bytes]) -> None:
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    draft = target.parent / f".{target.name}.{secrets.token_hex(8)}"
     with writing(target, elsewhere="write to another file with -o"):
         try:
             with draft.open("xb") as file:

@@ -117,7 +117,9 @@ class Store:
         """
         digest = sha256_hex(data)
         if not any(_holds(layout.blob(digest), data) for layout in self.layouts[1:]):
-            self._put(self.layout.blob(digest), data)
+            path = self.layout.blob(digest)
+            if not (_holds(path, data) and refresh(path)):
+                write_plain(path, data, temporary=self.layout.temporary)
         return digest
 
     def put_unit(self, record: UnitRecord) -> None:
@@ -143,7 +145,8 @@ class Store:
             write_plain(path, data, temporary=self.layout.temporary)
 
     def _put(self, path: Path, data: bytes) -> None:
-        if not (_holds(path, data) and refresh(path)):
+        """Writes a record or note, also over one that says the same and is another's."""
+        if not (_holds(path, data, self.trust) and refresh(path)):
             write_plain(path, data, temporary=self.layout.temporary)
 
     def read_artifact(self, digest: str) -> bytes:
@@ -465,10 +468,11 @@ class Store:
         return verify.plan_repair(self, problems)
 
 
-def _holds(path: Path, data: bytes) -> bool:
-    """Whether a file is there, and just this."""
+def _holds(path: Path, data: bytes, trust: Trust | None = None) -> bool:
+    """Whether a file is there, just this, and with `trust` nobody else's."""
     with suppress(FileNotFoundError, IrregularFile, VllmcError):
-        return read_plain(path) == data
+        there, status = read_with_status(path)
+        return there == data and (trust is None or trust.doubt(status) is None)
     return False
 
 

@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import random
+import subprocess
+import sys
 import tarfile
 from contextlib import suppress
 from pathlib import Path
@@ -282,6 +284,26 @@ def test_a_manifest_that_does_not_fit_is_refused(change, packed, target):
     refused(packed, target)
 
 
+def test_python_s_optimisation_leaves_no_check_out(packed, tmp_path):
+    """Under -O assertions are not looked at."""
+    original = packed.read_bytes()
+    for number, change in enumerate([negative, no_number, more_said, another_format, no_list]):
+        (tmp_path / f"odd{number}").write_bytes(with_manifest(original, change))
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from vllmc.core.cache.bundle import BadBundle\n"
+        "from vllmc.core.cache.exchange import read_manifest\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: read_manifest(Path(path))\n"
+        "    except BadBundle as error: print(error.reason)\n"
+    )
+    paths = sorted(map(str, tmp_path.glob("odd*")))
+    words = [sys.executable, "-O", "-c", script, *paths]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["its manifest says nothing that vllmc writes"] * len(paths)
+
+
 def test_a_bundle_of_a_later_version_says_so(packed, target):
     packed.write_bytes(with_manifest(packed.read_bytes(), lambda v: v.update(version=2)))
     with pytest.raises(VllmcError) as caught:
@@ -482,6 +504,24 @@ def test_a_unit_that_is_here_already_keeps_the_artifact_that_programs_name(
     import_bundle(target, packed)
     assert target.unit(mine.key) == mine
     assert target.verify() == ()
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_unit_that_is_not_trusted_is_replaced(below, packed, make_unit, tmp_path):
+    unit = make_unit(b"one")
+    other = Store(tmp_path / "other")
+    other.put_unit(unit)
+    other.layout.unit(unit.key).chmod(0o666)
+    own = Store(tmp_path / "own") if below else other
+    export_from = Store(tmp_path / "source", trust=ANY)
+    done = import_bundle(export_from, packed)
+    sealed = tmp_path / "sealed"
+    export(dataclasses.replace(export_from, signing=KEY), done.programs, sealed)
+    trust = Trust(keys=tmp_path / "trust")
+    add_key(trust, public_text(KEY.public, "ci"), "ci", "ci.pub")
+    store = Store(own.root, (other.root,) if below else (), trust)
+    import_bundle(store, sealed)
+    assert store.unit(unit.key) is not None
 
 
 def test_what_a_manifest_says_can_be_read_without_trust(packed):
