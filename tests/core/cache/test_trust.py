@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from vllmc.core.cache import facts
 from vllmc.core.cache.signing import generate, public_text
@@ -181,6 +183,14 @@ def test_a_fact_is_no_answer_to_another_question(tmp_path):
     facts.remember(tmp_path, "model-a", "right")
     (tmp_path / "facts" / "model-a").rename(tmp_path / "facts" / "model-b")
     assert facts.recall(tmp_path, "model-b") is None
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=200))
+def test_what_is_no_fact_is_found_anew(tmp_path, data):
+    (tmp_path / "facts").mkdir(exist_ok=True)
+    (tmp_path / "facts" / "model-a").write_bytes(data)
+    assert facts.recall(tmp_path, "model-a") is None
 
 
 def test_a_fact_is_not_written_to_what_another_put_in_its_place(tmp_path, monkeypatch):
