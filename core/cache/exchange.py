@@ -341,7 +341,8 @@ def _write(target: Path, raw: bytes, files: dict[str, bytes]) -> None:
 def _opened(path: Path, source: str = "") -> Iterator[Reader]:
     source = source or str(path)
     try:
-        with open_plain(path) as file:
+        # What counts is who signed it, not how it is called here: the hub's cache is full of links.
+        with open_plain(path, through_links=True) as file:
             yield Reader(file, os.fstat(file.fileno()).st_size, source)
     except FileNotFoundError:
         raise VllmcError(

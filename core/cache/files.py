@@ -131,8 +131,8 @@ def _io_error(path: Path, error: OSError, elsewhere: str = _ELSEWHERE) -> VllmcE
 
 
 @contextmanager
-def open_plain(path: Path) -> Iterator[BufferedReader]:
-    """Opens a plain file for reading.
+def open_plain(path: Path, *, through_links: bool = False) -> Iterator[BufferedReader]:
+    """Opens a plain file for reading; `through_links`, also where a link leads to one.
 
     Raises `FileNotFoundError`, `IrregularFile` for a link, directory, pipe or device, and
     `VllmcError` for what `reading` maps.
@@ -140,7 +140,8 @@ def open_plain(path: Path) -> Iterator[BufferedReader]:
     with reading(path):
         try:
             # O_NONBLOCK: a pipe in place of a file must be refused, not waited for.
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            links = 0 if through_links else os.O_NOFOLLOW
+            fd = os.open(path, os.O_RDONLY | links | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise IrregularFile("a symbolic link") from None

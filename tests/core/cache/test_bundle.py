@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -359,11 +360,15 @@ def test_a_manifest_of_a_size_that_no_memory_holds_is_refused(packed, target):
     refused(packed, target, "would have 4294967296 bytes")
 
 
-def test_a_link_or_directory_for_a_bundle_is_refused(packed, target, tmp_path):
-    link = tmp_path / "link"
-    link.symlink_to(packed)
-    refused(link, target, "a symbolic link")
-    refused(tmp_path, target)
+def test_a_directory_or_pipe_for_a_bundle_is_refused(target, tmp_path):
+    refused(tmp_path, target, "not a plain file")
+    os.mkfifo(tmp_path / "pipe")
+    refused(tmp_path / "pipe", target, "not a plain file")
+
+
+def test_a_bundle_is_read_through_a_link_as_the_hub_s_cache_has_it(packed, target, tmp_path):
+    (tmp_path / "link").symlink_to(packed)
+    assert import_bundle(target, tmp_path / "link").added == 5
 
 
 def test_a_missing_bundle_is_an_error(target, tmp_path):
