@@ -435,14 +435,15 @@ class Store:
             )
         return keys[0]
 
-    def record(self, key: str) -> tuple[ProgramRecord, ...] | UnitRecord:
-        """The records of a program, newest first, or the record of a unit, to be shown.
+    def record(self, key: str, *, to_use: bool = False) -> tuple[ProgramRecord, ...] | UnitRecord:
+        """The records of a program, newest first, or the record of a unit.
 
-        Raises `VllmcError` (`unknown-key`) where there is neither, else as `all_units` does.
+        Raises `VllmcError` (`unknown-key`) where there is neither, else as `all_units` does, and
+        `to_use` as `unit` does.
         """
-        if programs := self._programs(key, to_use=False):
+        if programs := self._programs(key, to_use=to_use):
             return programs
-        if unit := self._unit(key, to_use=False):
+        if unit := self._unit(key, to_use=to_use):
             return unit
         raise VllmcError(
             "unknown-key",
