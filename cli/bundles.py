@@ -96,7 +96,8 @@ def check_bundle(
     output = common.output("cache check-bundle")
     with tempfile.TemporaryDirectory(prefix="vllmc-bundle-") as directory:
         store = Store(Path(directory), trust=settings.trust)
-        _, done = _import(file, store, output)
+        name, done = _import(file, store, output)
+        output.note(f"{name}: {done.vouched}")
 
         from vllmc.cli import report
         from vllmc.cli.job import make

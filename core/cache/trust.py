@@ -86,8 +86,8 @@ class Trust:
         """Why the signature does not make the record a trusted one, and what would."""
         if signature is None:
             return "what it holds is not signed", (
-                "keep the cache where only this user can write, sign it (vllmc warm --sign-key), "
-                "or give --trust-unsigned"
+                "keep the cache where only this user can write (chmod -R go-w), "
+                "sign it (vllmc warm --sign-key), or give --trust-unsigned"
             )
         if not trusts(signature.key, self):
             return f"the key that signs it is not in the trust store: {signature.key.hex()}", (
