@@ -11,6 +11,7 @@ import typer
 
 from vllmc.cli import render
 from vllmc.cli.options import CommonFlags, CompileFlags, command, compile_request
+from vllmc.cli.output import Output
 from vllmc.core.cache import exchange
 from vllmc.core.cache.bundle import Manifest
 from vllmc.core.cache.exchange import Imported
@@ -69,17 +70,8 @@ def import_(
     """
     store = common.settings().store()
     output = common.output("cache import")
-    if "://" in file:
-        from vllmc.core.cache.remote import Remote
-        from vllmc.core.cache.transfer import downloaded
-
-        remote = Remote(url=file)
-        file = remote.name
-        with output.progress() as observer, downloaded(remote, store, observer) as path:
-            done = exchange.import_bundle(store, path, source=file)
-    else:
-        done = exchange.import_bundle(store, Path(file))
-    row = _imported_row(file, done)
+    name, done = _import(file, store, output)
+    row = _imported_row(name, done)
     output.data(row, lambda: render.imported(row))
 
 
@@ -87,7 +79,7 @@ def import_(
 def check_bundle(
     compilation: CompileFlags,
     common: CommonFlags,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A bundle.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A bundle, or a URL of one.")],
     model: Annotated[
         str,
         typer.Option("--for", metavar="MODEL", help="The model that would be served from it."),
@@ -101,9 +93,11 @@ def check_bundle(
     With --json: bundle (64 hex digits), vouched, and what warm --check prints of the model.
     """
     settings = common.settings()
+    output = common.output("cache check-bundle")
     with tempfile.TemporaryDirectory(prefix="vllmc-bundle-") as directory:
         store = Store(Path(directory), trust=settings.trust)
-        done = exchange.import_bundle(store, file)
+        name, done = _import(file, store, output)
+        output.note(f"{name}: {done.vouched}")
 
         from vllmc.cli import report
         from vllmc.cli.job import make
@@ -114,8 +108,20 @@ def check_bundle(
         trusting = replace(store, trust=replace(settings.trust, unsigned=True))
         row = predicted_row(Head(name=job.model.name, attempts=1), job, trusting)
     told = {"bundle": done.manifest.id, "vouched": str(done.vouched), **row}
-    common.output("cache check-bundle").data(told, lambda: report.warm([row]))
+    output.data(told, lambda: report.warm([row]))
     return PREDICTED_CODES.get(row["outcome"], 0)
+
+
+def _import(file: str, store: Store, output: Output) -> tuple[str, Imported]:
+    """Imports the bundle in a file or at a URL; what to call it, and what was done."""
+    if "://" not in file:
+        return file, exchange.import_bundle(store, Path(file))
+    from vllmc.core.cache.remote import Remote
+    from vllmc.core.cache.transfer import downloaded
+
+    remote = Remote(url=file)
+    with output.progress() as observer, downloaded(remote, store, observer) as path:
+        return remote.name, exchange.import_bundle(store, path, source=remote.name)
 
 
 def _manifest_row(manifest: Manifest) -> Row:

@@ -168,7 +168,9 @@ def _compare_foreign(a: str, b: str) -> Comparison | None:
 
 def _compare_own(a: str, b: str, given: _Given) -> Comparison:
     store = given.settings.store()
-    known = {text: _known_side(store, text) for text in (a, b)}
+    # Else two records are laid side by side, and neither says what is loaded or compiled.
+    to_use = given.proved is not None or a in WORDS or b in WORDS
+    known = {text: _known_side(store, text, to_use=to_use) for text in (a, b)}
     models = (given.model, *(side.model for side in known.values() if side), given.proved)
     whose = next((model for model in models if model), DEFAULT_PRESET)
     try:
@@ -192,13 +194,13 @@ def _variables(pairs: list[str]) -> dict[str, str]:
     return variables
 
 
-def _known_side(store: Store, text: str) -> Side | None:
+def _known_side(store: Store, text: str, *, to_use: bool) -> Side | None:
     """The side `text`, where it is a file or a stored key."""
     if text in WORDS:
         return None
     if Path(text).is_file():
         return snapshot_side(Path(text))
-    side = stored_side(store, text)
+    side = stored_side(store, text, to_use=to_use)
     if side is None:
         raise unknown_side(text)
     return side

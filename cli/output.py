@@ -3,17 +3,28 @@
 What shows to be a secret by its shape is redacted from complaints, whoever worded them.
 
 Rich adapts to a terminal's width and honours NO_COLOR; what is piped is plain and never wrapped.
+Control characters are escaped, so that no data tells a terminal what to do.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import re
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
-from rich.console import Console, RenderableType
+from rich.console import (
+    Console,
+    ConsoleOptions,
+    ConsoleRenderable,
+    RenderableType,
+    RenderHook,
+    RenderResult,
+)
+from rich.segment import Segment
 from rich.text import Text
 
 from vllmc.core.cache.redaction import scrub
@@ -22,6 +33,32 @@ from vllmc.core.events import Observer
 
 SCHEMA_VERSION = 1
 _UNWRAPPED = 100_000
+
+
+# What a terminal obeys, and what no encoding has: a cache that others write to may hold it.
+_ILLEGIBLE = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class _Legible:
+    """What is printed, with an escape for each character that is none to read."""
+
+    whole: ConsoleRenderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.whole, options):
+            if segment.control is None:
+                text = _ILLEGIBLE.sub(lambda found: ascii(found[0])[1:-1], segment.text)
+                segment = Segment(text, segment.style)
+            yield segment
+
+
+class _AllLegible(RenderHook):
+    """Has all that a console prints `_Legible`."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """See `RenderHook.process_renderables`."""
+        return [_Legible(renderable) for renderable in renderables]
 
 
 class _Console(Console):
@@ -35,6 +72,7 @@ class _Console(Console):
 def make_console(*, stderr: bool = False) -> Console:
     """A console on stdout or stderr: plain and unwrapped where that is no terminal."""
     console = _Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    console.push_render_hook(_AllLegible())
     if not console.is_terminal:
         console.width = _UNWRAPPED
     return console

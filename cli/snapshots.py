@@ -65,11 +65,14 @@ def stored_key(store: Store, text: str) -> str | None:
     return store.resolve_prefix(text) if _PREFIX.fullmatch(text.lower()) else None
 
 
-def stored_side(store: Store, text: str) -> Side | None:
-    """The stored record whose key starts with `text`, the newest of a program."""
+def stored_side(store: Store, text: str, *, to_use: bool = True) -> Side | None:
+    """The stored record whose key starts with `text`, the newest of a program.
+
+    `to_use`: what it says of model and options is followed, so it must be trusted.
+    """
     if (key := stored_key(store, text)) is None:
         return None
-    record = store.record(key)
+    record = store.record(key, to_use=to_use)
     if isinstance(record, UnitRecord):
         return Side(kind="unit", name=key[:12], model="", factors=record.factors)
     newest = record[0]

@@ -81,22 +81,21 @@ def keygen(
     makes the same. With --json, private, public (paths) and key (64 hex digits).
     """
     pair, public = generate(), file.with_name(f"{file.name}.pub")
+    for path in (file, public):
+        if os.path.lexists(path):
+            raise VllmcError(
+                "exists",
+                f"{path} is there already, and may be a key in use",
+                context={"path": str(path)},
+                hint="name another file, or remove it",
+            )
     for path, text, mode in (
         (file, pair.private_text(), 0o600),
         (public, public_text(pair.public, file.name), 0o644),
     ):
-        try:
-            with writing(path), os.fdopen(os.open(path, _NEW, mode), "w") as opened:
-                opened.write(text)
-        except VllmcError as error:
-            if path.exists():
-                raise VllmcError(
-                    "exists",
-                    f"{path} is there already, and may be a key in use",
-                    context={"path": str(path)},
-                    hint="name another file, or remove it",
-                ) from error
-            raise
+        elsewhere = writing(path, elsewhere="name another file")
+        with elsewhere, os.fdopen(os.open(path, _NEW, mode), "w") as opened:
+            opened.write(text)
     data = {"private": str(file), "public": str(public), "key": pair.public.hex()}
     common.output("trust keygen").data(
         data, lambda: f"{file} signs (--sign-key); {public} is for vllmc trust add"

@@ -13,6 +13,7 @@ from vllmc.core.cache.key import REDACTED, Factor, JsonValue, canonical_json, ke
 from vllmc.core.cache.record import UNREADABLE, ProgramRecord
 from vllmc.core.cache.sources import current, verify
 from vllmc.core.cache.store import Store
+from vllmc.core.cache.trust import Untrusted
 from vllmc.core.errors import UnsafeCacheError
 from vllmc.core.job import Job
 from vllmc.core.spec import unit_ranges
@@ -169,9 +170,12 @@ def explain_miss(job: Job, store: Store) -> Miss:
     changes = [*diff(record.factors, job.factors), *files]
     other = None if record.model == job.label else record.model
     if other is None:
-        # To read those of another model would be to import its code beside this one's.
-        guarded = job.read_guarded(tuple(record.guarded))
-        changes += diff_guarded(record.guarded, guarded, files_changed=bool(files))
+        # To read those of another model would be to import its code beside this one's. To read any
+        # is to import the modules that they name, so of what is not trusted none is.
+        with suppress(Untrusted):
+            if (used := store.program(record.key, record.id)) is not None:
+                guarded = job.read_guarded(tuple(used.guarded))
+                changes += diff_guarded(used.guarded, guarded, files_changed=bool(files))
     return Miss(nearest_key=record.key, changes=tuple(changes), nearest_model=other)
 
 
@@ -253,12 +257,15 @@ def _named(names: Iterable[str]) -> str:
 
 
 def _captured_alike(job: Job, store: Store) -> ProgramRecord | None:
-    """A program that capture made of the same model in the same way, whatever compiled it."""
+    """A program that capture made of the same model in the same way, whatever compiled it.
+
+    Raises `Untrusted`.
+    """
     wanted = _to_capture({f.identity: f.compared for f in job.factors if f.affects_key})
     for outline in store.outlines():
         known = _to_capture(outline.values)
         if known.keys() == wanted.keys() and all(alike(known[k], wanted[k]) for k in wanted):
-            record = store.readable_program(outline.key, outline.id)
+            record = store.program(outline.key, outline.id)
             if record is not None and is_current(record, job):
                 return record
     return None

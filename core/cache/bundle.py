@@ -19,7 +19,6 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import BinaryIO, Final
 
 from vllmc.core.cache.key import JsonValue, canonical_json, sha256_hex
@@ -37,6 +36,7 @@ _ORDER: Final[Mapping[Section, int]] = {"blobs": 0, "units": 1, "programs": 2}
 _PROVENANCE: Final = frozenset({"versions", "system", "code"})
 _COMPONENTS: Final = frozenset({"python_full", "torch", "transformers", "triton"})
 _SIZE = re.compile(rb"[0-7]{11}\0")
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class BadBundle(UnsafeCacheError):
@@ -105,11 +105,15 @@ def make_manifest(
 def write(target: BinaryIO, manifest: bytes, files: Mapping[str, bytes]) -> None:
     """Writes the bundle of these files to `target`."""
     for path in (MANIFEST, *sorted(files, key=_place)):
-        data = manifest if path == MANIFEST else files[path]
-        target.write(_header(path, len(data)))
-        target.write(data)
-        target.write(bytes(-len(data) % _BLOCK))
+        write_member(target, path, manifest if path == MANIFEST else files[path])
     target.write(bytes(2 * _BLOCK))
+
+
+def write_member(target: BinaryIO, path: str, data: bytes) -> None:
+    """Writes one file of a bundle with its header."""
+    target.write(_header(path, len(data)))
+    target.write(data)
+    target.write(bytes(-len(data) % _BLOCK))
 
 
 class Reader:
@@ -132,8 +136,10 @@ class Reader:
         length = int(size[:-1], 8)
         if header != _header(MANIFEST, length):
             raise self._bad("it does not begin with a manifest")
-        if length > min(_MOST_MANIFEST, self._size):
+        if length > _MOST_MANIFEST:
             raise self._bad(f"its manifest would have {length} bytes")
+        if length > self._size:
+            raise self._bad("it ends within the manifest")
         return self._data(length, "the manifest")
 
     def parse(self, raw: bytes) -> Manifest:
@@ -141,16 +147,16 @@ class Reader:
         body, signature = split(raw)
         try:
             value = json.loads(body)
-            assert canonical_json(value).encode("ascii") + b"\n" == body
-            assert isinstance(value, dict)
+            _require(canonical_json(value).encode("ascii") + b"\n" == body)
+            _require(isinstance(value, dict))
             if value["format"] == FORMAT and _number(value["version"]) > VERSION:
                 raise FormatTooNew(value["version"], self._source)
-            assert value.keys() == {"format", "version", "files", "programs", "components"}
-            assert (value["format"], value["version"]) == (FORMAT, VERSION)
+            _require(value.keys() == {"format", "version", "files", "programs", "components"})
+            _require((value["format"], value["version"]) == (FORMAT, VERSION))
             members = tuple(_member(row) for row in value["files"])
-            assert isinstance(value["programs"], list)
-            assert isinstance(value["components"], list)
-        except (ValueError, TypeError, KeyError, AssertionError, RecursionError):
+            _require(isinstance(value["programs"], list))
+            _require(isinstance(value["components"], list))
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise self._bad("its manifest says nothing that vllmc writes") from None
         lengths = (len(raw), *(member.bytes for member in members))
         if sum(map(_space, lengths)) + 2 * _BLOCK != self._size:
@@ -232,23 +238,30 @@ def _header(path: str, size: int) -> bytes:
 
 
 def _member(row: dict[str, JsonValue]) -> Member:
-    assert isinstance(row, dict)
-    assert row.keys() == {"path", "bytes", "sha256"}
-    path, digest = row["path"], row["sha256"]
-    assert isinstance(path, str)
-    assert isinstance(digest, str)
-    assert re.fullmatch("[0-9a-f]{64}", digest)
-    assert section_of(path)[0] in _ORDER
-    assert str(PurePosixPath(path)) == path
-    size = _number(row["bytes"])
-    assert size >= 0
+    _require(isinstance(row, dict) and row.keys() == {"path", "bytes", "sha256"})
+    path, digest, size = _text(row["path"]), _text(row["sha256"]), _number(row["bytes"])
+    _require(section_of(path)[0] in _ORDER)
+    _require(_DIGEST.fullmatch(digest) is not None)
+    _require(size >= 0)
     return Member(path=path, bytes=size, sha256=digest)
 
 
 def _number(value: JsonValue) -> int:
-    assert isinstance(value, int)
-    assert not isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(value)
     return value
+
+
+def _text(value: JsonValue) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
+
+
+def _require(holds: bool) -> None:
+    """Raises `ValueError` unless it holds; an assertion would not under `python -O`."""
+    if not holds:
+        raise ValueError
 
 
 def _provenance(record: ProgramRecord) -> JsonValue:

@@ -12,7 +12,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +21,13 @@ from vllmc.core.cache.bundle import BadBundle, Manifest, Reader
 from vllmc.core.cache.files import (
     IrregularFile,
     open_plain,
-    read_plain,
+    read_with_status,
     write_plain,
     writing,
 )
 from vllmc.core.cache.key import canonical_json
-from vllmc.core.cache.layout import Layout
-from vllmc.core.cache.record import ProgramRecord, UnitRecord, encode
+from vllmc.core.cache.layout import Found, Layout
+from vllmc.core.cache.record import ProgramRecord, UnitRecord, encode, seconds_in
 from vllmc.core.cache.signing import split
 from vllmc.core.cache.store import Store
 from vllmc.core.cache.trust import Trust, Untrusted
@@ -201,7 +201,7 @@ def import_bundle(store: Store, path: Path, *, source: str = "") -> Imported:
                 store.put_artifact(data)
             elif isinstance(record, ProgramRecord):
                 store.put_program(record)
-            elif store.readable_unit(record.key) is None:
+            elif store.usable_unit(record.key) is None:
                 # Programs that were here already name the artifact of theirs.
                 store.put_unit(record)
     keys = {program.key for program in programs}
@@ -259,22 +259,36 @@ class Imprint:
 
 
 def imports_of(store: Store, key: str) -> tuple[Imprint, ...]:
-    """The bundles that a program came in, the oldest first; notes that are damaged are left out."""
+    """The bundles that a program came in, the oldest first.
+
+    Notes that are damaged are left out, and those that others may have written.
+    """
     notes = []
-    for found in store.walk("imports"):
-        with suppress(FileNotFoundError, IrregularFile, ValueError, KeyError, TypeError):
-            row = json.loads(read_plain(found.path))
-            note = Imprint(
-                bundle=found.key,
-                source=str(row["source"]),
-                at=float(row["at"]),
-                signed_by=str(row["signed_by"]),
-                key=str(row["key"]),
-                programs=tuple(row["programs"]),
-            )
-            if key in note.programs:
+    for layout in store.layouts:
+        for found in layout.walk("imports"):
+            note = _imprint(found, store.trust, layout.root)
+            if note is not None and key in note.programs:
                 notes.append(note)
     return tuple(sorted(notes, key=lambda note: note.at))
+
+
+def _imprint(found: Found, trust: Trust, root: Path) -> Imprint | None:
+    try:
+        data, status = read_with_status(found.path)
+        trust.check(found.path, data, status, root)
+        row = json.loads(data)
+        return Imprint(
+            bundle=found.key,
+            source=str(row["source"]),
+            at=seconds_in(row, "at"),
+            signed_by=str(row["signed_by"]),
+            key=str(row["key"]),
+            programs=tuple(row["programs"]),
+        )
+    except (FileNotFoundError, IrregularFile, VllmcError):
+        return None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def _check_whole(
@@ -311,8 +325,8 @@ def note_import(
 
 
 def _write(target: Path, raw: bytes, files: dict[str, bytes]) -> None:
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    with writing(target):
+    draft = target.parent / f".{target.name}.{secrets.token_hex(8)}"
+    with writing(target, elsewhere="write to another file with -o"):
         try:
             with draft.open("xb") as file:
                 bundle.write(file, raw, files)
@@ -327,7 +341,8 @@ def _write(target: Path, raw: bytes, files: dict[str, bytes]) -> None:
 def _opened(path: Path, source: str = "") -> Iterator[Reader]:
     source = source or str(path)
     try:
-        with open_plain(path) as file:
+        # What counts is who signed it, not how it is called here: the hub's cache is full of links.
+        with open_plain(path, through_links=True) as file:
             yield Reader(file, os.fstat(file.fileno()).st_size, source)
     except FileNotFoundError:
         raise VllmcError(

@@ -1,9 +1,10 @@
 """Slow answers, remembered below the cache directory in `v1/facts`. Imports no torch.
 
 A fact is named by the digest of what it follows from, so it never becomes wrong, and begins with
-its own SHA-256. It is never worth an error: one that is damaged or cannot be read is found again,
-and where none can be written, so is it every time. One that another user may have
-written is not believed. Its modification time is its last use, give or take a day.
+the SHA-256 of its name and itself. It is never worth an error: one that is damaged, lies under
+another name or cannot be read is found again, and where none can be written, so is it every time.
+One that another user may have written is not believed. Its modification time is its last use, give
+or take a day.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def recall(cache: Path | None, name: str) -> str | None:
         return None
     if Trust().doubt(status) is not None:
         return None
-    digest, _, fact = text.partition("\n")
-    if digest != sha256_hex(fact):
+    _, _, fact = text.partition("\n")
+    if text != _sealed(name, fact):
         return None
     if time.time() - status.st_mtime > _DAY_SECONDS:
         refresh(file)
@@ -48,7 +49,7 @@ def remember(cache: Path | None, name: str, fact: str) -> None:
     if cache is None:
         return
     layout = Layout(cache)
-    data = f"{sha256_hex(fact)}\n{fact}".encode()
+    data = _sealed(name, fact).encode()
     with contextlib.suppress(VllmcError):
         write_plain(layout.fact(name), data, temporary=layout.temporary)
 
@@ -60,3 +61,7 @@ def remembered(cache: Path | None, name: str, compute: Callable[[], str]) -> str
     fact = compute()
     remember(cache, name, fact)
     return fact
+
+
+def _sealed(name: str, fact: str) -> str:
+    return f"{sha256_hex(f'{name} {fact}')}\n{fact}"

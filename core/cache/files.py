@@ -82,14 +82,14 @@ def reading(path: Path) -> Iterator[None]:
     except NotADirectoryError as error:
         raise VllmcError(
             "bad-cache-dir",
-            f"the cache path {path} leads through something that is not a directory",
+            f"{path} leads through something that is not a directory",
             context={"path": str(path)},
             hint=_ELSEWHERE,
         ) from error
     except PermissionError as error:
         raise VllmcError(
             "not-readable",
-            f"the cache path {path} cannot be read: {error.strerror}",
+            f"{path} cannot be read: {error.strerror}",
             context={"path": str(path)},
             hint=f"make it readable for this user, or {_ELSEWHERE}",
         ) from error
@@ -98,8 +98,11 @@ def reading(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns the `OSError`s of writing `path` into `VllmcError`s."""
+def writing(path: Path, *, elsewhere: str = _ELSEWHERE) -> Iterator[None]:
+    """Turns the `OSError`s of writing `path` into `VllmcError`s.
+
+    `elsewhere` is how to have it written to another place.
+    """
     try:
         yield
     except OSError as error:
@@ -108,35 +111,36 @@ def writing(path: Path) -> Iterator[None]:
                 "disk-full",
                 f"there is no room to write {path}: {error.strerror}",
                 context={"path": str(path)},
-                hint=f"free some space, or {_ELSEWHERE}",
+                hint=f"free some space, or {elsewhere}",
             ) from error
         if error.errno in _DENIED:
             raise VllmcError(
                 "not-writable",
-                f"the cache path {path} cannot be written: {error.strerror}",
+                f"{path} cannot be written: {error.strerror}",
                 context={"path": str(path)},
-                hint=_ELSEWHERE,
+                hint=elsewhere,
             ) from error
-        raise _io_error(path, error) from error
+        raise _io_error(path, error, elsewhere) from error
 
 
-def _io_error(path: Path, error: OSError) -> VllmcError:
+def _io_error(path: Path, error: OSError, elsewhere: str = _ELSEWHERE) -> VllmcError:
     return VllmcError(
         "cache-io-error",
-        f"the cache path {path} cannot be used: {error.strerror}",
+        f"{path} cannot be used: {error.strerror}",
         context={"path": str(path), "errno": errno.errorcode.get(error.errno or 0, "")},
-        hint=f"check the file system, or {_ELSEWHERE}",
+        hint=f"check the file system, or {elsewhere}",
     )
 
 
 @contextmanager
-def open_plain(path: Path) -> Iterator[BufferedReader]:
-    """Opens a plain file for reading.
+def open_plain(path: Path, *, through_links: bool = False) -> Iterator[BufferedReader]:
+    """Opens a plain file for reading; `through_links`, also where a link leads to one.
 
     Raises `FileNotFoundError`, `IrregularFile` for a link, directory, pipe or device, and
     `VllmcError` for what `reading` maps.
     """
-    with reading(path), _open_plain(path, os.O_RDONLY) as file:
+    links = 0 if through_links else os.O_NOFOLLOW
+    with reading(path), _open_plain(path, os.O_RDONLY | links) as file:
         yield file
 
 
@@ -145,11 +149,11 @@ def open_to_lock(path: Path) -> BufferedReader:
     with reading(path):
         try:
             # Over NFS an exclusive lock takes a file that is open for writing.
-            return _open_plain(path, os.O_RDWR)
+            return _open_plain(path, os.O_RDWR | os.O_NOFOLLOW)
         except OSError as error:
             if error.errno not in _DENIED:
                 raise
-            return _open_plain(path, os.O_RDONLY)
+            return _open_plain(path, os.O_RDONLY | os.O_NOFOLLOW)
 
 
 def try_lock(fd: int, kind: int) -> bool:
@@ -166,10 +170,10 @@ def try_lock(fd: int, kind: int) -> bool:
     return True
 
 
-def _open_plain(path: Path, access: int) -> BufferedReader:
+def _open_plain(path: Path, flags: int) -> BufferedReader:
     try:
         # O_NONBLOCK: a pipe in place of a file must be refused, not waited for.
-        fd = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     except IsADirectoryError:
         raise IrregularFile("not a plain file") from None
     except OSError as error:

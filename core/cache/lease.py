@@ -312,7 +312,7 @@ def _withdraw(path: Path, contents: bytes, *, alone: bool = True) -> bool:
 def _in_the_way(path: Path, error: IrregularFile) -> VllmcError:
     return VllmcError(
         "not-writable",
-        f"the cache path {path} cannot be written: {error} is in its place",
+        f"{path} cannot be written: {error} is in its place",
         context={"path": str(path)},
         hint="vllmc did not make it: vllmc cache verify --repair removes it",
     )

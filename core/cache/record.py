@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
@@ -66,6 +66,8 @@ _HEADER = re.compile(
 )
 _NOTE = re.compile(rb"([0-9a-f]{64}) ([0-9a-f]{64})\n")
 _TRAILER = b"}\n"
+# Before the year 5000: a date that every platform can tell.
+_MOST_SECONDS = 95e9
 
 _Row: TypeAlias = "dict[str, JsonValue]"
 
@@ -204,13 +206,16 @@ def encode(record: UnitRecord | ProgramRecord) -> bytes:
         name, body = UNIT_FORMAT, canonical_json(_unit_body(record)).encode("ascii")
     else:
         name, body = PROGRAM_FORMAT, canonical_json(_program_body(record)).encode("ascii")
-    header = (
-        f'{{"format":"{name}","version":{VERSION},"checksum":"{_checksum(name, VERSION, body)}",'
-        '"body":'
-    )
-    data = header.encode("ascii") + body + _TRAILER
+    data = seal(name, VERSION, body)
     assert decode(data) == record, "a record holds something that its file cannot"
     return data
+
+
+def seal(name: str, version: int, body: bytes) -> bytes:
+    """The file of a record whose body is spelled so, in the format `name`."""
+    checksum = _checksum(name, version, body)
+    header = f'{{"format":"{name}","version":{version},"checksum":"{checksum}","body":'
+    return header.encode("ascii") + body + _TRAILER
 
 
 def decode(data: bytes) -> UnitRecord | ProgramRecord:
@@ -220,16 +225,19 @@ def decode(data: bytes) -> UnitRecord | ProgramRecord:
     an intact record of a later version.
     """
     name, value = _open(data)
-    return _read_unit(value) if name == UNIT_FORMAT else _read_program(value)
+    try:
+        return _read_unit(value) if name == UNIT_FORMAT else _read_program(value)
+    except RecursionError:
+        raise CorruptRecord("it is nested too deep") from None
 
 
 def outline(data: bytes, id: str) -> Outline:
     """As `decode`, for the outline of a program's record, in a tenth of the time."""
     name, value = _open(data)
+    if name != PROGRAM_FORMAT:
+        raise CorruptRecord("it is the record of something else")
+    body: Any = value
     try:
-        assert name == PROGRAM_FORMAT
-        assert isinstance(value, dict)
-        body: Any = value
         values = {
             (group, name): value
             for group, rows in body["factors"]["default"].items()
@@ -242,11 +250,11 @@ def outline(data: bytes, id: str) -> Outline:
             key=_hex(body, "key"),
             id=id,
             model=_text(body, "model"),
-            created=_seconds(body, "created"),
+            created=seconds_in(body, "created"),
             values=values,
-            units=tuple(_program_unit(item) for item in _list(body, "units")),
+            units=program_units(body),
         )
-    except (AssertionError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         raise CorruptRecord("it lacks fields that every record has") from None
 
 
@@ -270,7 +278,7 @@ def open_body(data: bytes) -> tuple[str, bytes]:
 def _open(data: bytes) -> tuple[str, JsonValue]:
     name, body = open_body(data)
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
+        value = json.loads(body, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise CorruptRecord(f"its body is not JSON: {error}") from None
     return name, value
@@ -303,8 +311,8 @@ def _read_unit(value: JsonValue) -> UnitRecord:
         format=_text(row, "format"),
         code=_hex(row, "code"),
         bytes=_count(row, "bytes"),
-        seconds=_seconds(row, "seconds"),
-        created=_seconds(row, "created"),
+        seconds=seconds_in(row, "seconds"),
+        created=seconds_in(row, "created"),
         factors=_factors(row),
     )
 
@@ -347,11 +355,11 @@ def _read_program(value: JsonValue) -> ProgramRecord:
     return ProgramRecord(
         key=_hex(row, "key"),
         model=_text(row, "model"),
-        created=_seconds(row, "created"),
+        created=seconds_in(row, "created"),
         factors=_factors(row),
         sources=sources,
         guarded=_object(row, "guarded"),
-        units=tuple(_program_unit(item) for item in _list(row, "units")),
+        units=program_units(row),
         pieces={name: _count(pieces, name) for name in PIECE_COUNTS},
         program=row["program"],
     )
@@ -368,6 +376,11 @@ def _source(value: JsonValue) -> SourceFile:
         digest=_hex(row, "digest", digits=32),
         functions=_texts(row, "functions"),
     )
+
+
+def program_units(row: Mapping[str, JsonValue]) -> tuple[ProgramUnit, ...]:
+    """The units in the body of a program's record. Raises `CorruptRecord`, and `KeyError`."""
+    return tuple(_program_unit(item) for item in _list(row, "units"))
 
 
 def _program_unit(value: JsonValue) -> ProgramUnit:
@@ -450,7 +463,7 @@ def _object(row: _Row, name: str) -> _Row:
     return value
 
 
-def _list(row: _Row, name: str) -> list[JsonValue]:
+def _list(row: Mapping[str, JsonValue], name: str) -> list[JsonValue]:
     value = row[name]
     if not isinstance(value, list):
         _refuse(name, "a list", value)
@@ -482,11 +495,12 @@ def _count(row: _Row, name: str) -> int:
     return value
 
 
-def _seconds(row: _Row, name: str) -> float:
+def seconds_in(row: Mapping[str, JsonValue], name: str) -> float:
+    """A time span or a unix time of a record's body. Raises `CorruptRecord`."""
     value = row[name]
     if isinstance(value, bool) or not isinstance(value, int | float):
         _refuse(name, "a number of seconds", value)
-    if not math.isfinite(value) or value < 0:
+    if not 0 <= value < _MOST_SECONDS:
         _refuse(name, "a number of seconds", value)
     return float(value)
 
@@ -505,3 +519,10 @@ def _refuse(name: str, expected: str, found: JsonValue) -> NoReturn:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text:.20} is larger than any number")
+    return value

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from vllmc.core.cache.files import IrregularFile, read_plain
 from vllmc.core.errors import VllmcError
 
 if TYPE_CHECKING:
@@ -100,15 +99,16 @@ def load_signing_key(path: Path) -> SigningKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     try:
-        data = read_plain(path)
+        # Secrets are mounted as links, and may come by a pipe.
+        data = path.read_bytes()
         if b"OPENSSH" in data:
             key: object = serialization.load_ssh_private_key(data, None)
         else:
             key = serialization.load_pem_private_key(data, None)
     except FileNotFoundError:
         raise _bad_key(path, "there is no such file") from None
-    except IrregularFile as error:
-        raise _bad_key(path, f"it is {error}") from None
+    except OSError as error:
+        raise _bad_key(path, str(error.strerror)) from None
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise _bad_key(path, str(error)) from None
     if not isinstance(key, Ed25519PrivateKey):

@@ -148,8 +148,8 @@ def _spec(package: str) -> ModuleSpec | None:
             return None
     try:
         return importlib.util.find_spec(package)
-    except (ValueError, ModuleNotFoundError):
-        # A loaded module whose __spec__ was removed since.
+    except (ValueError, ImportError):
+        # A loaded module whose __spec__ was removed since, or what names no package.
         return None
 
 
@@ -171,5 +171,6 @@ def _changed(file: Path) -> float:
 def _digest(file: Path) -> str | None:
     try:
         return xxhash.xxh3_128_hexdigest(file.read_bytes())
-    except OSError:
+    except (OSError, ValueError):
+        # What a record names need not be a name that a file can have.
         return None

@@ -117,7 +117,9 @@ class Store:
         """
         digest = sha256_hex(data)
         if not any(_holds(layout.blob(digest), data) for layout in self.layouts[1:]):
-            self._put(self.layout.blob(digest), data)
+            path = self.layout.blob(digest)
+            if not (_holds(path, data) and refresh(path)):
+                write_plain(path, data, temporary=self.layout.temporary)
         return digest
 
     def put_unit(self, record: UnitRecord, raw: bytes = b"") -> None:
@@ -151,7 +153,8 @@ class Store:
             write_plain(path, data, temporary=self.layout.temporary)
 
     def _put(self, path: Path, data: bytes) -> None:
-        if not (_holds(path, data) and refresh(path)):
+        """Writes a record or note, also over one that says the same and is another's."""
+        if not (_holds(path, data, self.trust) and refresh(path)):
             write_plain(path, data, temporary=self.layout.temporary)
 
     def read_artifact(self, digest: str) -> bytes:
@@ -188,24 +191,55 @@ class Store:
 
         Raises `CorruptRecordError`, `FormatTooNew` for a later vllmc's record, and `Untrusted`.
         """
+        return self._unit(key, to_use=True)
+
+    def _unit(self, key: str, *, to_use: bool) -> UnitRecord | None:
         for layout in self.layouts:
             found = Found(section="units", key=key, id="", path=layout.unit(key))
-            record = self._load(found, used_from=layout)
+            record = self._load(found, used_from=layout if to_use else None)
             assert not isinstance(record, ProgramRecord)
             if record is not None:
                 return record
         return None
 
+    def usable_unit(self, key: str) -> UnitRecord | None:
+        """As `unit`; None where there is none that may be used."""
+        with suppress(VllmcError):
+            return self.unit(key)
+        return None
+
     def programs(self, key: str) -> tuple[ProgramRecord, ...]:
         """The records of a program, to be used, newest first; raises as `unit` does."""
+        return self._programs(key, to_use=True)
+
+    def _programs(self, key: str, *, to_use: bool) -> tuple[ProgramRecord, ...]:
         records: dict[str, ProgramRecord] = {}
         for layout in self.layouts:
             for found in layout.walk(layout.programs(key).relative_to(layout.top).as_posix()):
                 if found.id not in records:
-                    record = self._load(found, used_from=layout)
+                    record = self._load(found, used_from=layout if to_use else None)
                     if isinstance(record, ProgramRecord):
                         records[found.id] = record
         return tuple(sorted(records.values(), key=lambda record: (-record.created, record.id)))
+
+    def program(self, key: str, id: str) -> ProgramRecord | None:
+        """One record of a program, to be used; None where it is gone or cannot be read.
+
+        Raises `Untrusted`.
+        """
+        for layout in self.layouts:
+            path = layout.program(key, id)
+            try:
+                record = self._load(
+                    Found(section="programs", key=key, id=id, path=path), used_from=layout
+                )
+            except Untrusted:
+                raise
+            except VllmcError:
+                continue
+            if isinstance(record, ProgramRecord):
+                return record
+        return None
 
     def walk(self, section: Section, prefix: str = "") -> Iterator[Found]:
         """The files of a section, in the order of keys: of several layers the first that has it.
@@ -246,15 +280,6 @@ class Store:
                 if isinstance(record := self.load(found), UnitRecord):
                     yield record
 
-    def readable_unit(self, key: str) -> UnitRecord | None:
-        """The record of a unit, to be shown; None where there is none that can be read."""
-        for layout in self.layouts:
-            with suppress(VllmcError):
-                found = Found(section="units", key=key, id="", path=layout.unit(key))
-                if isinstance(record := self.load(found), UnitRecord):
-                    return record
-        return None
-
     def readable_programs(self) -> Iterator[ProgramRecord]:
         """Every program's record that can be read; `verify` names the others."""
         for found in self.walk("programs"):
@@ -263,7 +288,7 @@ class Store:
                     yield record
 
     def readable_program(self, key: str, id: str) -> ProgramRecord | None:
-        """One record of a program; None where it is gone or cannot be read."""
+        """One record of a program, to be shown; None where it is gone or cannot be read."""
         for layout in self.layouts:
             path = layout.program(key, id)
             with suppress(VllmcError):
@@ -324,15 +349,17 @@ class Store:
             if to_verify and signature is not None and not signature.is_of(body):
                 raise CorruptRecord("its signature is not of what it says")
             record = decode(data)
+            name = record.id if isinstance(record, ProgramRecord) else ""
         except FileNotFoundError:
             return None
         except IrregularFile as error:
             raise CorruptRecordError(found.path, f"it is {error}") from None
         except CorruptRecord as error:
             raise CorruptRecordError(found.path, error.reason) from None
+        except RecursionError:
+            raise CorruptRecordError(found.path, "it is nested too deep") from None
         except FormatTooNew as error:
             raise FormatTooNew(error.version, str(found.path)) from None
-        name = record.id if isinstance(record, ProgramRecord) else ""
         section = "programs" if isinstance(record, ProgramRecord) else "units"
         if (section, record.key, name) != (found.section, found.key, found.id):
             raise CorruptRecordError(found.path, "it is the record of something else")
@@ -416,14 +443,15 @@ class Store:
             )
         return keys[0]
 
-    def record(self, key: str) -> tuple[ProgramRecord, ...] | UnitRecord:
+    def record(self, key: str, *, to_use: bool = False) -> tuple[ProgramRecord, ...] | UnitRecord:
         """The records of a program, newest first, or the record of a unit.
 
-        Raises `VllmcError` (`unknown-key`) where there is neither, else as `unit` does.
+        Raises `VllmcError` (`unknown-key`) where there is neither, else as `all_units` does, and
+        `to_use` as `unit` does.
         """
-        if programs := self.programs(key):
+        if programs := self._programs(key, to_use=to_use):
             return programs
-        if unit := self.unit(key):
+        if unit := self._unit(key, to_use=to_use):
             return unit
         raise VllmcError(
             "unknown-key",
@@ -449,10 +477,11 @@ class Store:
         return verify.plan_repair(self, problems)
 
 
-def _holds(path: Path, data: bytes) -> bool:
-    """Whether a file is there, and just this."""
+def _holds(path: Path, data: bytes, trust: Trust | None = None) -> bool:
+    """Whether a file is there, just this, and with `trust` nobody else's."""
     with suppress(FileNotFoundError, IrregularFile, VllmcError):
-        return read_plain(path) == data
+        there, status = read_with_status(path)
+        return there == data and (trust is None or trust.doubt(status) is None)
     return False
 
 

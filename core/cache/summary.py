@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from vllmc.core.cache.files import IrregularFile, read_plain
 from vllmc.core.cache.layout import Found, Layout
@@ -21,6 +20,8 @@ from vllmc.core.cache.record import (
     CorruptRecord,
     ProgramUnit,
     open_body,
+    program_units,
+    seconds_in,
 )
 from vllmc.core.errors import VllmcError
 
@@ -67,23 +68,14 @@ def summarize_program(data: bytes, key: str, id: str) -> ProgramSummary:
         raise CorruptRecord("it is the record of something else")
     try:
         model, _ = json.JSONDecoder().raw_decode(body, start + len(marker))
-        rows: Any = json.loads("{" + body[end + 1 :])
         return ProgramSummary(
             key=key,
             id=id,
             model=str(model),
-            created=float(created[1]),
-            units=tuple(
-                ProgramUnit(
-                    key=row["key"],
-                    artifact=row["artifact"],
-                    range=row["range"],
-                    pieces=tuple(row["pieces"]),
-                )
-                for row in rows["units"]
-            ),
+            created=_seconds(created[1]),
+            units=program_units(json.loads("{" + body[end + 1 :])),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptRecord(f"its body is not as every record's: {error}") from None
 
 
@@ -99,7 +91,7 @@ def summarize_unit(data: bytes, key: str) -> UnitSummary:
         artifact=start[1],
         code=start[3],
         bytes=int(start[2]),
-        seconds=float(end[2]),
+        seconds=_seconds(end[2]),
     )
 
 
@@ -123,6 +115,13 @@ def compile_seconds(layouts: Iterable[Layout], key: str) -> float:
         with suppress(FileNotFoundError, IrregularFile, CorruptRecord, VllmcError):
             return summarize_unit(read_plain(layout.unit(key)), key).seconds
     return 0.0
+
+
+def _seconds(number: str) -> float:
+    try:
+        return seconds_in({"seconds": json.loads(number)}, "seconds")
+    except ValueError as error:
+        raise CorruptRecord(str(error)) from None
 
 
 def _body(data: bytes, expected: str) -> str:

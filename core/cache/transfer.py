@@ -29,7 +29,7 @@ from vllmc.core.cache.exchange import (
 )
 from vllmc.core.cache.files import make_directory, publish, read_plain, writing
 from vllmc.core.cache.key import sha256_hex
-from vllmc.core.cache.layout import Found, section_of
+from vllmc.core.cache.layout import section_of
 from vllmc.core.cache.partial import beginning, copy
 from vllmc.core.cache.record import (
     CorruptRecord,
@@ -42,6 +42,7 @@ from vllmc.core.cache.record import (
 from vllmc.core.cache.remote import Connection, CorruptRemote, Remote
 from vllmc.core.cache.signing import Signature, split
 from vllmc.core.cache.store import Store
+from vllmc.core.cache.trust import Untrusted
 from vllmc.core.cache.trust_store import trusts
 from vllmc.core.errors import UnsafeCacheError, VllmcError
 from vllmc.core.events import Observer
@@ -219,13 +220,13 @@ class _Puller:
         for key in sorted({unit.key for unit in record.units}):
             path = unit_path(key)
             # Programs that were here already name the artifact of theirs.
-            unit = _usable(store, path)
+            unit = store.usable_unit(key)
             if unit is None:
-                unit, unit_came = self._record(path)
-                assert isinstance(unit, UnitRecord)
+                fetched, unit_came = self._record(path)
+                assert isinstance(fetched, UnitRecord)
+                unit = fetched
                 units.append((unit, unit_came))
             else:
-                assert isinstance(unit, UnitRecord)
                 self._here.add(path)
                 if unit.artifact not in sizes:
                     continue
@@ -241,7 +242,7 @@ class _Puller:
             store.put_unit(unit, unit_came.raw)
             self._fetched[path_of(unit)] = len(unit_came.raw)
         path = path_of(record)
-        if _usable(store, path) is None or missing:
+        if missing or not _is_usable(store, record):
             store.put_program(record, came.raw)
             self._fetched[path] = len(came.raw)
             source = self._connection.remote.name
@@ -320,15 +321,10 @@ def _holds(store: Store, digest: str) -> bool:
     return False
 
 
-def _usable(store: Store, path: str) -> UnitRecord | ProgramRecord | None:
-    """The record at this path below `v1/` that `store` would use; None where there is none."""
-    section, key, record_id = section_of(path)
-    for layout in store.layouts:
-        found = Found(section=section, key=key, id=record_id, path=layout.top / path)
-        with suppress(VllmcError):
-            if (record := store.check(found, layout)) is not None:
-                return record
-    return None
+def _is_usable(store: Store, record: ProgramRecord) -> bool:
+    with suppress(Untrusted):
+        return store.program(record.key, record.id) is not None
+    return False
 
 
 def _parsed(raw: bytes, path: str, name: str) -> UnitRecord | ProgramRecord:

@@ -47,12 +47,18 @@ class Trust:
 
     def doubt(self, status: os.stat_result) -> str | None:
         """Why a file or directory may be another's work; None where it cannot be."""
+        if (doubt := self.doubt_of_all(status)) is not None:
+            return doubt
+        if status.st_mode & stat.S_IWGRP:
+            return "its group may write to it"
+        return None
+
+    def doubt_of_all(self, status: os.stat_result) -> str | None:
+        """As `doubt`, of who is in no group with this user."""
         if status.st_uid not in (self.user, 0):
             return f"it belongs to user {status.st_uid}"
         if status.st_mode & stat.S_IWOTH:
             return "everybody may write to it"
-        if status.st_mode & stat.S_IWGRP:
-            return "its group may write to it"
         return None
 
     def doubt_of(self, directory: Path) -> str | None:
@@ -80,8 +86,8 @@ class Trust:
         """Why the signature does not make the record a trusted one, and what would."""
         if signature is None:
             return "what it holds is not signed", (
-                "keep the cache where only this user can write, sign it (vllmc warm --sign-key), "
-                "or give --trust-unsigned"
+                "keep the cache where only this user can write (chmod -R go-w), "
+                "sign it (vllmc warm --sign-key), or give --trust-unsigned"
             )
         if not trusts(signature.key, self):
             return f"the key that signs it is not in the trust store: {signature.key.hex()}", (

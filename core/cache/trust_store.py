@@ -26,6 +26,7 @@ from vllmc.core.errors import UnsafeCacheError, UsageError, VllmcError
 if TYPE_CHECKING:
     from vllmc.core.cache.trust import Trust
 
+_ELSEWHERE: Final = "name another trust store with VLLMC_TRUST_DIR"
 _NAME: Final = re.compile(r"[\w@-][\w@.+-]{0,63}")
 
 
@@ -70,13 +71,17 @@ def list_keys(trust: Trust) -> tuple[TrustedKey, ...]:
             "untrusted-key",
             f"the trust store {directory} cannot be read: {error.strerror}",
             context={"path": str(directory)},
-            hint="make it readable for this user, or name another with VLLMC_TRUST_DIR",
+            hint=f"make it readable for this user, or {_ELSEWHERE}",
         ) from error
     return tuple(_read(path, trust) for path in files)
 
 
 def add_key(trust: Trust, text: str, name: str, source: str) -> TrustedKey:
-    """Adds the public key that `text` spells. Raises `VllmcError`, and `UsageError` of the name."""
+    """Adds the public key that `text` spells; one that is there already stays under its name.
+
+    Raises `VllmcError` (`bad-public-key`, `key-name-taken`), `UsageError` of the name, and what
+    `list_keys` does.
+    """
     if not _NAME.fullmatch(name):
         raise UsageError(
             "bad-key-name",
@@ -85,18 +90,28 @@ def add_key(trust: Trust, text: str, name: str, source: str) -> TrustedKey:
             hint="letters, digits and . - _ @ +, at most 64: --name release-2026",
         )
     key = read_public_key(text, source)
+    for known in list_keys(trust):
+        if known.key == key:
+            return known
+        if known.name == name:
+            raise VllmcError(
+                "key-name-taken",
+                f"the trust store has another key called '{name}'",
+                context={"path": str(known.path), "key": known.key.hex()},
+                hint=f"give this one another name (--name), or first: vllmc trust rm {name}",
+            )
     directory = trust.keys or default_directory()
     path = directory / f"{name}.pub"
-    with writing(path):
+    with writing(path, elsewhere=_ELSEWHERE):
         make_directory(directory)
     write_plain(path, public_text(key, name).encode("ascii"), temporary=directory / ".tmp")
     return TrustedKey(name=name, key=key, path=path)
 
 
 def remove_key(trust: Trust, wanted: str) -> TrustedKey:
-    """Removes the key of this name, or whose 64 hex digits begin so.
+    """Removes the key of this name, or whose 64 hex digits begin so, under all its names.
 
-    Raises `VllmcError` (`unknown-trusted-key`, `ambiguous-key`).
+    Raises `VllmcError` (`unknown-trusted-key`, `ambiguous-key`), and what `list_keys` does.
     """
     keys = list_keys(trust)
     found = [item for item in keys if item.name == wanted]
@@ -109,16 +124,18 @@ def remove_key(trust: Trust, wanted: str) -> TrustedKey:
             context={"keys": [item.name for item in keys]},
             hint="vllmc trust ls lists them",
         )
-    if len(found) > 1:
+    if len({item.key for item in found}) > 1:
         raise VllmcError(
             "ambiguous-key",
             f"{len(found)} keys of the trust store begin with {wanted}",
             context={"candidates": [item.name for item in found]},
             hint="give its name",
         )
-    [item] = found
-    with writing(item.path):
-        item.path.unlink(missing_ok=True)
+    item = found[0]
+    for same in keys:
+        if same.key == item.key:
+            with writing(same.path, elsewhere=_ELSEWHERE):
+                same.path.unlink(missing_ok=True)
     return item
 
 

@@ -151,6 +151,10 @@ def _open(path: Path) -> int:
     """Raises `OSError` also for what is no plain file."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _FLAGS, 0o644)
+        if os.fstat(fd).st_nlink > 1:
+            # Where others may write, this may be any file of this user's: it is not written.
+            os.close(fd)
+            fd = os.open(path, os.O_RDONLY | _FLAGS)
     except OSError:
         # A shared lock takes no more.
         fd = os.open(path, os.O_RDONLY | _FLAGS)

@@ -189,8 +189,9 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
             cause="A directory of the cache can be written by its group or by everyone, and it is "
             "empty, or holds what no trusted key signed.",
             why=_REFUSED,
-            cure="`chmod go-w DIR`. Where a volume is given to a group (`fsGroup`), use a "
-            "directory of your own below it.",
+            cure="`chmod go-w DIR`. Where a volume is given to a group (`fsGroup`), leave that "
+            "out, or set `fsGroupChangePolicy: OnRootMismatch` and use a directory of your own "
+            "below it.",
         ),
         "cache-files-not-trusted": Kind(
             level="problem",

@@ -29,11 +29,13 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 from torch._inductor.ir import FlexibleLayout, get_fill_order
 from torch._inductor.output_code import CompiledFxGraph
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.standalone_compile import AOTCompiledArtifact, standalone_compile
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from vllmc.core.cache.trust import Trust, Untrusted
 from vllmc.core.syntax import parse_module
 from vllmc.core.torch_compat.cxx_calls import change_calls
 from vllmc.core.torch_compat.shapes import ShapeScope
@@ -194,7 +196,11 @@ def _with_example_values(
 
 
 def load_bundle(data: bytes) -> Callable[..., Sequence[object]]:
-    """Loads what `generate_bundle` wrote. Unpickles: the caller has verified `data`."""
+    """Loads what `generate_bundle` wrote. Unpickles: the caller has verified `data`.
+
+    Raises `Untrusted` as `call_inductor` does.
+    """
+    _check_directory()
     return AOTCompiledArtifact.deserialize(data)
 
 
@@ -228,7 +234,11 @@ def _graph_of(data: bytes) -> CompiledFxGraph | None:
 
 
 def call_inductor(call: Callable[[], Any], scope: ShapeScope) -> Any:
-    """Calls what calls Inductor. Raises `NoCompilerError` and `CompileError` for what it raises."""
+    """Calls what calls Inductor. Raises `NoCompilerError` and `CompileError` for what it raises.
+
+    Raises `Untrusted` where Inductor would run what another user may have put in its directory.
+    """
+    _check_directory()
     try:
         # AOTAutograd traces, and tracing patches modules for the whole process.
         with compile_lock, torch.no_grad(), tracing(TracingContext(scope.fake_mode)):
@@ -244,6 +254,22 @@ def call_inductor(call: Callable[[], Any], scope: ShapeScope) -> Any:
     except RuntimeError as error:
         # What AOTAutograd meets before Inductor (a data-dependent size, say) comes unwrapped.
         raise CompileError(str(error)) from error
+
+
+def _check_directory() -> None:
+    # What it finds there it runs, and below /tmp the name can be foretold. torch makes it as the
+    # umask says, so that the group may write there says nothing.
+    try:
+        directory = Path(cache_dir())
+        doubt = Trust().doubt_of_all(directory.stat())
+    except OSError:
+        return  # Inductor says what it cannot do.
+    if doubt is not None:
+        raise Untrusted(
+            directory,
+            f"{doubt}, and Inductor runs what it finds there",
+            hint="export TORCHINDUCTOR_CACHE_DIR=DIR, a directory of your own",
+        )
 
 
 def _kernels(result: CompiledFxGraph) -> tuple[Kernel, ...]:

@@ -110,6 +110,17 @@ def test_no_remote_is_wrong_usage(vllmc, stored):
     assert "error[bad-remote]" in done.err
 
 
+def test_a_bundle_at_a_url_is_checked_where_it_is(vllmc, workplace, stored):
+    assert vllmc("cache", "export", "tiny-llama", "-o", "tiny.vllmc").code == 0
+    for name, code, says in (
+        ("none", 1, "error[no-bundle]: there is no bundle file://"),
+        ("tiny.vllmc", 4, "tiny.vllmc is not trusted: it is not signed"),
+    ):
+        url = f"file://{workplace}/{name}"
+        done = vllmc("cache", "check-bundle", url, "--for", "tiny-llama")
+        assert (done.code, says in done.err) == (code, True), done.err
+
+
 def test_a_bundle_is_imported_from_a_url(vllmc, workplace, stored):
     bundle = workplace / "all.vllmc"
     assert vllmc("cache", "export", "tiny-llama", "-o", str(bundle)).code == 0

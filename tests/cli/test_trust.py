@@ -28,6 +28,16 @@ def test_a_pair_of_keys_is_made_and_never_overwritten(vllmc, key):
     assert key.read_bytes() == before
 
 
+def test_no_private_key_is_made_without_its_public_one(vllmc, workplace):
+    (workplace / "half.pub").write_text("of another pair")
+    done = vllmc("trust", "keygen", "half")
+    assert (done.code, "error[exists]: half.pub" in done.err) == (1, True)
+    assert not (workplace / "half").exists()
+    done = vllmc("trust", "keygen", "none/key")
+    assert done.code == 1
+    assert "name another file" in done.err
+
+
 def test_a_public_key_goes_in_is_listed_and_goes(vllmc, key):
     added = vllmc("trust", "add", "release.pub", "--json").json["added"]
     assert added["name"] == "release"

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from vllmc.core.cache.key import Factor, key_of, sha256_hex
 from vllmc.core.cache.record import ProgramRecord, ProgramUnit, SourceFile, UnitRecord
@@ -228,3 +230,40 @@ def test_the_program_key_ignores_where_a_value_came_from() -> None:
     moved = tuple(dataclasses.replace(f, origin="flag") for f in job.factors)
     assert Job(model=job.model, spec=job.spec, factors=moved).key == job.key
     assert make_job(hidden=65).key != job.key
+
+
+class OfCode(Named):
+    """A model made by the user's own code, whose Python values a capture depends on."""
+
+    made_by_code = True
+
+    def build(self, *args: Any, **options: Any) -> Any:
+        return torch.nn.Identity()
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_nothing_that_an_untrusted_record_names_is_imported(
+    below: bool, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "planted.py").write_text("VALUE = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    theirs = Store(tmp_path / "theirs")
+    guarded: dict[str, Any] = {"M['planted'].VALUE": 1}
+    # Of the same model: captured alike, and with another option of capture.
+    for job in (make_job(fuse=False), make_job(hidden=128)):
+        record = put(theirs, job)
+        theirs.put_program(dataclasses.replace(record, guarded=guarded))
+        theirs.layout.program(record.key, record.id).unlink()
+    theirs.root.chmod(0o777)
+    reader = Store(tmp_path / "own", (theirs.root,)) if below else theirs
+    job = dataclasses.replace(make_job(), model=OfCode("toy"))
+    explained = explain_miss(job, reader)
+    assert explained.nearest_key is not None
+    assert predict(job, reader).outcome == "unsafe"
+    assert "planted" not in sys.modules
+    # What asks for it is that it is trusted.
+    theirs.root.chmod(0o700)
+    predict(job, reader)
+    assert "planted" in sys.modules
+    del sys.modules["planted"]

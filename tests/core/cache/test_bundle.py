@@ -6,7 +6,10 @@ import dataclasses
 import gzip
 import io
 import json
+import os
 import random
+import subprocess
+import sys
 import tarfile
 from contextlib import suppress
 from pathlib import Path
@@ -182,7 +185,7 @@ def repacked(first: list[tuple[str, bytes]], original: bytes) -> bytes:
     with tarfile.open(fileobj=io.BytesIO(original)) as archive:
         rest = [(m.name, archive.extractfile(m).read()) for m in archive.getmembers()[1:]]
     for name, data in first + rest:
-        out.write(bundle._header(name, len(data)) + data + bytes(-len(data) % 512))
+        bundle.write_member(out, name, data)
     out.write(bytes(1024))
     return out.getvalue()
 
@@ -282,6 +285,26 @@ def test_a_manifest_that_does_not_fit_is_refused(change, packed, target):
     refused(packed, target)
 
 
+def test_python_s_optimisation_leaves_no_check_out(packed, tmp_path):
+    """Under -O assertions are not looked at."""
+    original = packed.read_bytes()
+    for number, change in enumerate([negative, no_number, more_said, another_format, no_list]):
+        (tmp_path / f"odd{number}").write_bytes(with_manifest(original, change))
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from vllmc.core.cache.bundle import BadBundle\n"
+        "from vllmc.core.cache.exchange import read_manifest\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: read_manifest(Path(path))\n"
+        "    except BadBundle as error: print(error.reason)\n"
+    )
+    paths = sorted(map(str, tmp_path.glob("odd*")))
+    words = [sys.executable, "-O", "-c", script, *paths]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["its manifest says nothing that vllmc writes"] * len(paths)
+
+
 def test_a_bundle_of_a_later_version_says_so(packed, target):
     packed.write_bytes(with_manifest(packed.read_bytes(), lambda v: v.update(version=2)))
     with pytest.raises(VllmcError) as caught:
@@ -331,16 +354,21 @@ def test_a_manifest_that_is_nested_without_end_is_refused(packed, target):
 
 
 def test_a_manifest_of_a_size_that_no_memory_holds_is_refused(packed, target):
-    data = packed.read_bytes()
-    packed.write_bytes(bundle._header("vllmc-bundle.json", 1 << 32) + data[512:])
+    info = tarfile.TarInfo("vllmc-bundle.json")
+    info.size = 1 << 32
+    packed.write_bytes(info.tobuf(tarfile.USTAR_FORMAT) + packed.read_bytes()[512:])
     refused(packed, target, "would have 4294967296 bytes")
 
 
-def test_a_link_or_directory_for_a_bundle_is_refused(packed, target, tmp_path):
-    link = tmp_path / "link"
-    link.symlink_to(packed)
-    refused(link, target, "a symbolic link")
-    refused(tmp_path, target)
+def test_a_directory_or_pipe_for_a_bundle_is_refused(target, tmp_path):
+    refused(tmp_path, target, "not a plain file")
+    os.mkfifo(tmp_path / "pipe")
+    refused(tmp_path / "pipe", target, "not a plain file")
+
+
+def test_a_bundle_is_read_through_a_link_as_the_hub_s_cache_has_it(packed, target, tmp_path):
+    (tmp_path / "link").symlink_to(packed)
+    assert import_bundle(target, tmp_path / "link").added == 5
 
 
 def test_a_missing_bundle_is_an_error(target, tmp_path):
@@ -481,6 +509,24 @@ def test_a_unit_that_is_here_already_keeps_the_artifact_that_programs_name(
     import_bundle(target, packed)
     assert target.unit(mine.key) == mine
     assert target.verify() == ()
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_a_unit_that_is_not_trusted_is_replaced(below, packed, make_unit, tmp_path):
+    unit = make_unit(b"one")
+    other = Store(tmp_path / "other")
+    other.put_unit(unit)
+    other.layout.unit(unit.key).chmod(0o666)
+    own = Store(tmp_path / "own") if below else other
+    export_from = Store(tmp_path / "source", trust=ANY)
+    done = import_bundle(export_from, packed)
+    sealed = tmp_path / "sealed"
+    export(dataclasses.replace(export_from, signing=KEY), done.programs, sealed)
+    trust = Trust(keys=tmp_path / "trust")
+    add_key(trust, public_text(KEY.public, "ci"), "ci", "ci.pub")
+    store = Store(own.root, (other.root,) if below else (), trust)
+    import_bundle(store, sealed)
+    assert store.unit(unit.key) is not None
 
 
 def test_what_a_manifest_says_can_be_read_without_trust(packed):

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -20,9 +20,12 @@ from vllmc.core.cache.record import (
     UnitRecord,
     decode,
     encode,
+    open_body,
     outline,
+    seal,
 )
 from vllmc.core.cache.redaction import hide
+from vllmc.core.cache.summary import summarize_program, summarize_unit
 
 json_values = st.recursive(
     st.none()
@@ -35,7 +38,7 @@ json_values = st.recursive(
 )
 names = st.text(min_size=1, max_size=12)
 digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
-seconds = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
+seconds = st.floats(0, 9e10)
 factors = st.lists(
     st.builds(
         Factor,
@@ -95,9 +98,7 @@ programs = st.builds(
 
 def sealed(body: bytes, *, name: str = "vllmc.unit", version: int = 1) -> bytes:
     """A record file of any body, under a checksum that is right for it."""
-    checksum = hashlib.sha256(f"{name} {version}\n".encode() + body).hexdigest()
-    header = f'{{"format":"{name}","version":{version},"checksum":"{checksum}","body":'
-    return header.encode() + body + b"}\n"
+    return seal(name, version, body)
 
 
 def rewritten(data: bytes, *, version: int = 1, **fields: object) -> bytes:
@@ -325,3 +326,38 @@ def test_the_id_does_not_depend_on_the_order_of_the_sources(make_program):
     forward = dataclasses.replace(record, sources=(other, *record.sources))
     backward = dataclasses.replace(record, sources=(*record.sources, other))
     assert forward.id == backward.id
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner),
+    max_leaves=6,
+)
+NUMBERS = st.sampled_from(["1e999", "-1e999", "1-2", "1" + "0" * 400, "9" * 5000, "1e308", "-1"])
+
+
+@given(data=st.data(), record=units | programs)
+def test_no_body_under_a_right_checksum_gives_its_reader_more_than_a_clean_error(data, record):
+    name, body = open_body(encode(record))
+    fields = json.loads(body)
+    field = data.draw(st.sampled_from(sorted(fields)))
+    fields[field] = data.draw(ANYTHING | st.just("@@"))
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    file = seal(name, 1, text.replace('"@@"', data.draw(NUMBERS)).encode())
+    for read in (
+        decode,
+        lambda file: encode(decode(file)),
+        lambda file: outline(file, "a" * 64),
+        lambda file: summarize_program(file, record.key, "a" * 64),
+        lambda file: summarize_unit(file, record.key),
+    ):
+        with suppress(CorruptRecord):
+            read(file)
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_give_a_reader_more_than_a_clean_error(data):
+    for file in (data, sealed(data), sealed(data, name="vllmc.program")):
+        for read in (decode, lambda file: outline(file, "a" * 64)):
+            with pytest.raises(CorruptRecord):
+                read(file)

@@ -112,9 +112,19 @@ def test_a_key_of_another_kind_is_an_error(tmp_path):
         load_signing_key(path)
 
 
-def test_a_missing_key_is_an_error(tmp_path):
+def test_a_missing_key_or_a_directory_is_an_error(tmp_path):
     with pytest.raises(VllmcError, match="there is no such file"):
         load_signing_key(tmp_path / "none")
+    with pytest.raises(VllmcError, match="Is a directory") as caught:
+        load_signing_key(tmp_path)
+    assert caught.value.code == "bad-signing-key"
+
+
+def test_a_key_is_read_through_a_link_as_a_secret_is_mounted(tmp_path):
+    (tmp_path / "..data").mkdir()
+    (tmp_path / "..data" / "key").write_text(KEY.private_text())
+    (tmp_path / "key").symlink_to("..data/key")
+    assert load_signing_key(tmp_path / "key").public == KEY.public
 
 
 def test_a_key_that_ssh_keygen_made_signs(tmp_path):

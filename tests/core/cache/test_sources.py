@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from vllmc.core.cache import key, sources
+from vllmc.core.cache import key, record, sources
 from vllmc.core.cache.record import NO_DIGEST
 
 BLOCK = """
@@ -206,3 +206,11 @@ def test_a_script_is_main_and_a_module_run_by_name_is_its_package(tmp_path: Path
     (package / "tool.py").write_text(SCRIPT)
     assert json.loads(run(tmp_path, "apackage/tool.py")) == [["__main__", "tool.py", 0]]
     assert json.loads(run(tmp_path, "-m", "apackage.tool")) == [["apackage", "tool.py", 0]]
+
+
+@pytest.mark.parametrize("package", ["..", ".x", "a..b", "\0", "json"])
+@pytest.mark.parametrize("path", ["x\0", "x" * 5000, "\ud800"])
+def test_what_no_file_can_be_called_is_not_there(package, path):
+    source = record.SourceFile(package=package, path=path, digest="1" * 32, functions=())
+    assert sources.verify([source]) == (source,)
+    assert sources.current([source]) == ()

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from vllmc.core.cache import facts
 from vllmc.core.cache.signing import generate, public_text
@@ -177,6 +179,38 @@ def test_a_fact_that_others_may_have_written_is_found_anew(tmp_path):
     assert facts.recall(tmp_path, "torch_key-x") is None
 
 
+def test_a_fact_is_no_answer_to_another_question(tmp_path):
+    facts.remember(tmp_path, "model-a", "right")
+    (tmp_path / "facts" / "model-a").rename(tmp_path / "facts" / "model-b")
+    assert facts.recall(tmp_path, "model-b") is None
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=200))
+def test_what_is_no_fact_is_found_anew(tmp_path, data):
+    (tmp_path / "facts").mkdir(exist_ok=True)
+    (tmp_path / "facts" / "model-a").write_bytes(data)
+    assert facts.recall(tmp_path, "model-a") is None
+
+
+def test_a_fact_is_not_written_to_what_another_put_in_its_place(tmp_path, monkeypatch):
+    """In a directory that others write to a file may become a link once it is made."""
+    aim = tmp_path / "aim"
+    aim.write_text("precious")
+    made = os.open
+
+    def swapped(path, flags, *rest, **more):
+        descriptor = made(path, flags, *rest, **more)
+        if flags & os.O_CREAT and Path(path).parent.name == "facts":
+            Path(path).unlink()
+            Path(path).symlink_to(aim)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", swapped)
+    facts.remember(tmp_path, "torch_key-x", "right")
+    assert aim.read_text() == "precious"
+
+
 def test_keys_are_added_listed_and_removed(trust):
     add_key(trust, public_text(OTHER.public, "x"), "laptop", "laptop.pub")
     assert [(k.name, k.key) for k in list_keys(trust)] == [
@@ -188,6 +222,32 @@ def test_keys_are_added_listed_and_removed(trust):
     assert list_keys(trust) == ()
     with pytest.raises(VllmcError, match="no key 'ci'"):
         remove_key(trust, "ci")
+
+
+def test_no_key_takes_the_place_of_another(trust):
+    with pytest.raises(VllmcError, match="another key called 'ci'") as caught:
+        add_key(trust, public_text(OTHER.public, "x"), "ci", "x.pub")
+    assert caught.value.code == "key-name-taken"
+    assert [k.key for k in list_keys(trust)] == [KEY.public]
+
+
+def test_a_key_that_is_there_keeps_its_name(trust):
+    assert add_key(trust, public_text(KEY.public, "x"), "again", "x.pub").name == "ci"
+    assert [k.name for k in list_keys(trust)] == ["ci"]
+
+
+@pytest.mark.parametrize("wanted", ["again", "ci", KEY.public.hex()])
+def test_a_key_that_is_removed_is_trusted_under_no_other_name(wanted, trust, tmp_path):
+    (tmp_path / "trust" / "again.pub").write_text(public_text(KEY.public, "again"))
+    assert remove_key(trust, wanted).key == KEY.public
+    assert list_keys(trust) == ()
+
+
+def test_no_key_is_added_to_a_trust_store_that_is_not_believed(trust, tmp_path):
+    (tmp_path / "trust").chmod(0o777)
+    with pytest.raises(UnsafeCacheError, match="everybody may write"):
+        add_key(trust, public_text(OTHER.public, "x"), "other", "x.pub")
+    assert not (tmp_path / "trust" / "other.pub").exists()
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "a b", "x" * 65, ".hidden", "a/b"])

@@ -129,6 +129,15 @@ def test_what_is_no_plain_file_is_left_alone(path, tmp_path, kind):
     assert aside.read_bytes() == b"mine"
 
 
+def test_what_has_another_name_too_is_held_and_not_written(path, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"of this user\n" * 20_000)
+    path.parent.mkdir(exist_ok=True)
+    path.hardlink_to(precious)
+    assert note(path, Counts(hits=1)) is not None
+    assert precious.read_bytes() == b"of this user\n" * 20_000
+
+
 def test_nothing_is_made_where_there_is_no_cache(tmp_path):
     assert note(tmp_path / "v1" / "used" / "key", HIT) is None
     assert list(tmp_path.iterdir()) == []

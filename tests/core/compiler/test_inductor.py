@@ -314,6 +314,24 @@ def test_a_pass_sees_each_bundle_whatever_inductor_has_in_its_own_cache(
     assert len(codes) == 1
 
 
+def test_inductor_is_not_used_where_others_may_write_what_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllmc.core.cache.trust import Untrusted
+    from vllmc.core.torch_compat.inductor import call_inductor, load_bundle
+    from vllmc.core.torch_compat.shapes import ShapeScope
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    tmp_path.chmod(0o777)
+    for use in (lambda: load_bundle(b""), lambda: call_inductor(lambda: 1, ShapeScope([]))):
+        with pytest.raises(Untrusted, match="everybody may write") as caught:
+            use()
+        assert "TORCHINDUCTOR_CACHE_DIR" in caught.value.hint
+    # As torch makes it for a user whose umask lets the group write.
+    tmp_path.chmod(0o775)
+    assert call_inductor(lambda: 1, ShapeScope([])) == 1
+
+
 def test_what_inductor_would_need_a_runtime_wrapper_for_is_refused() -> None:
     from vllmc.core.torch_compat.inductor import CompileError, generate
     from vllmc.core.torch_compat.shapes import ShapeScope

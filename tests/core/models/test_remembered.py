@@ -340,9 +340,8 @@ resolving.remembered_model = replacing
 def test_a_fact_begins_with_its_digest(tmp_path: Path) -> None:
     assert facts.recall(tmp_path, "a") is None
     facts.remember(tmp_path, "a", "b\nc")
-    assert (
-        tmp_path / "v1" / "facts" / "a"
-    ).read_text() == f"{sha256_hex('b' + chr(10) + 'c')}\nb\nc"
+    path = tmp_path / "v1" / "facts" / "a"
+    assert path.read_text() == f"{sha256_hex('a b' + chr(10) + 'c')}\nb\nc"
     assert facts.recall(tmp_path, "a") == "b\nc"
     assert facts.recall(None, "a") is None
     assert [file.name for file in (tmp_path / "v1" / "facts").iterdir()] == ["a"]
