@@ -130,7 +130,7 @@ def fill(small: Path, large: Path, key: str, records: int) -> list[str]:
     from vllmc.core.cache.store import Store
 
     source, target = Store(small), Store(large)
-    for unit in source.all_units():
+    for unit in source.readable_units():
         target.put_artifact(source.read_artifact(unit.artifact))
         target.put_unit(unit)
     [record] = source.programs(key)
@@ -163,7 +163,7 @@ def explain(cache: Path) -> dict[str, float]:
     from vllmc.core.cache.store import Store
 
     store = Store(cache)
-    given = next(store.all_programs())
+    given = next(store.readable_programs())
     wanted = tuple(
         dataclasses.replace(f, value=["1:77"]) if f.identity == ("spec", "ranges") else f
         for f in given.factors

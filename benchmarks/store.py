@@ -95,7 +95,7 @@ def fill(cache: Path, entries: int) -> None:
 
     store = Store(cache)
     places = store.layout
-    record = next(store.all_programs())
+    record = next(store.readable_programs())
     units = [unit for unit in map(store.unit, (u.key for u in record.units)) if unit is not None]
     for entry in range(entries):
         link(places.program(record.key, record.id), places.program(name(entry), record.id))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +48,7 @@ def ready_row(head: Head, job: Job, ready: Ready, store: Store) -> Row:
         }
         for unit in ready.units
     ]
+    found = [unit.key for unit in ready.units if unit.outcome == "hit"]
     return _row(head, job.model.name, job.key, ready.outcome) | {
         "program": ready.program,
         "pieces": ready.record.pieces,
@@ -60,7 +60,7 @@ def ready_row(head: Head, job: Job, ready: Ready, store: Store) -> Row:
             "compile": round(ready.seconds.compile, 4),
             "store": round(ready.seconds.store, 4),
         },
-        "saved_seconds": _saved(store, [unit.key for unit in ready.units if unit.outcome == "hit"]),
+        "saved_seconds": round(store.compile_seconds(found), 4),
         "miss": ready.miss and ready.miss.to_json(),
         "layer_names": ready.layer_names and ready.layer_names.to_json(),
         "passes": [report.to_json() for report in ready.passes],
@@ -122,17 +122,6 @@ def _row(head: Head, model: str, key: str | None, outcome: str) -> Row:
         "layer_names": None,
         "passes": [],
     }
-
-
-def _saved(store: Store, keys: list[str]) -> float:
-    """The seconds that units which were found took when they were compiled."""
-    saved = 0.0
-    for key in keys:
-        # What a program names may have been stored under another unit's key, and be gone.
-        with suppress(UnsafeCacheError):
-            record = store.unit(key)
-            saved += 0.0 if record is None else record.seconds
-    return round(saved, 4)
 
 
 def _peak_rss_mb() -> int:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllmc.core.cache.files import IrregularFile, read_plain, reading
+from vllmc.core.cache.files import IrregularFile, read_record, reading
 from vllmc.core.cache.layout import Found, Layout, Section
 from vllmc.core.cache.record import CorruptRecord, FormatTooNew, Outline, outline
 from vllmc.core.cache.summary import summarize_unit
@@ -153,7 +153,7 @@ def _digests(data: bytes) -> frozenset[str]:
 def _read(path: Path) -> bytes:
     """The contents of a file, empty where it is gone by now."""
     try:
-        return read_plain(path)
+        return read_record(path)[0]
     except (FileNotFoundError, IrregularFile):
         return b""
 

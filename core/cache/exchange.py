@@ -21,7 +21,7 @@ from vllmc.core.cache.bundle import BadBundle, Manifest, Reader
 from vllmc.core.cache.files import (
     IrregularFile,
     open_plain,
-    read_with_status,
+    read_record,
     write_plain,
     writing,
 )
@@ -274,7 +274,7 @@ def imports_of(store: Store, key: str) -> tuple[Imprint, ...]:
 
 def _imprint(found: Found, trust: Trust, root: Path) -> Imprint | None:
     try:
-        data, status = read_with_status(found.path)
+        data, status = read_record(found.path)
         trust.check(found.path, data, status, root)
         row = json.loads(data)
         return Imprint(

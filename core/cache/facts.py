@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from vllmc.core.cache.files import IrregularFile, read_with_status, refresh, write_plain
+from vllmc.core.cache.files import IrregularFile, read_record, refresh, write_plain
 from vllmc.core.cache.key import sha256_hex
 from vllmc.core.cache.layout import Layout
 from vllmc.core.cache.trust import Trust
@@ -30,7 +30,7 @@ def recall(cache: Path | None, name: str) -> str | None:
         return None
     file = Layout(cache).fact(name)
     try:
-        data, status = read_with_status(file)
+        data, status = read_record(file)
         text = data.decode("utf-8")
     except (FileNotFoundError, IrregularFile, VllmcError, UnicodeDecodeError):
         return None

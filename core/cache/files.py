@@ -19,6 +19,11 @@ from vllmc.core.errors import UnsafeCacheError, VllmcError
 
 SWEEP_AFTER_SECONDS = 24 * 3600
 
+# More than any has, those of the largest models a tenth: what others planted must not take all
+# memory before it is refused.
+MOST_RECORD = 32 << 20
+MOST_ARTIFACT = 2 << 30
+
 _ATTEMPTS = 5
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -191,24 +196,42 @@ def read_plain(path: Path) -> bytes:
     return read_with_status(path)[0]
 
 
-def read_with_status(path: Path, limit: int = -1) -> tuple[bytes, os.stat_result]:
+def read_record(path: Path) -> tuple[bytes, os.stat_result]:
+    """As `read_with_status`, of a record, note or fact."""
+    return read_with_status(path, MOST_RECORD)
+
+
+def read_with_status(path: Path, most: int = MOST_ARTIFACT) -> tuple[bytes, os.stat_result]:
     """As `read_plain`, with what the open file says of itself: its owner and mode.
 
-    Of a file that is larger than `limit` no more than that is read.
+    Raises `IrregularFile`, too, for one of more than `most` bytes.
     """
+    return _read(path, most, whole=True)
+
+
+def read_beginning(path: Path, size: int) -> tuple[bytes, os.stat_result]:
+    """As `read_with_status`, of a file of any size no more than its first `size` bytes."""
+    return _read(path, size, whole=False)
+
+
+def _read(path: Path, most: int, *, whole: bool) -> tuple[bytes, os.stat_result]:
     for _ in range(_ATTEMPTS):
         try:
-            return _read_once(path, limit)
+            return _read_once(path, most, whole)
         except VllmcError as error:
             # Over NFS it was removed or replaced on another host while it was open.
             if error.context.get("errno") != "ESTALE":
                 raise
-    return _read_once(path, limit)
+    return _read_once(path, most, whole)
 
 
-def _read_once(path: Path, limit: int) -> tuple[bytes, os.stat_result]:
+def _read_once(path: Path, most: int, whole: bool) -> tuple[bytes, os.stat_result]:
     with open_plain(path) as file:
-        return file.read(limit), os.fstat(file.fileno())
+        status = os.fstat(file.fileno())
+        if whole and status.st_size > most:
+            raise IrregularFile(f"larger than {most >> 20} MiB")
+        # Memory is taken for as much as is asked for, whatever the file holds.
+        return file.read(min(most, status.st_size + 1)), status
 
 
 def plain_size(path: Path) -> int | None:

@@ -29,7 +29,7 @@ from vllmc.core.cache.files import (
     IrregularFile,
     make_directory,
     open_to_lock,
-    read_with_status,
+    read_beginning,
     try_lock,
     writing,
 )
@@ -251,7 +251,7 @@ def _read(path: Path) -> tuple[bytes, int]:
 
     Opening it is what makes a client of NFS ask the server, rather than what it remembers.
     """
-    contents, status = read_with_status(path, _LONGEST)
+    contents, status = read_beginning(path, _LONGEST)
     return contents, status.st_mtime_ns
 
 

@@ -20,13 +20,10 @@ from types import MappingProxyType
 from typing import Any, BinaryIO, Final, TypeVar, cast
 from urllib.parse import parse_qsl, unquote
 
-from vllmc.core.cache.files import write_plain
+from vllmc.core.cache.files import MOST_RECORD, write_plain
 from vllmc.core.errors import UnsafeCacheError, UsageError, VllmcError
 
 T = TypeVar("T")
-
-MOST_RECORD: Final = 32 << 20
-"""A record of more bytes is refused; those of the largest models have a tenth."""
 
 _FANS: Final = re.compile("[0-9a-f]{2}")
 _KEY: Final = re.compile("[0-9a-f]{64}")

@@ -28,8 +28,9 @@ from vllmc.core.cache.files import (
     MissingArtifact,
     make_directory,
     plain_size,
+    read_beginning,
     read_plain,
-    read_with_status,
+    read_record,
     reading,
     refresh,
     write_plain,
@@ -260,19 +261,6 @@ class Store:
                 last = (found.key, found.id)
                 yield found
 
-    def all_units(self) -> Iterator[UnitRecord]:
-        """Every unit's record, by key, to be shown.
-
-        Raises `CorruptRecordError` and `FormatTooNew`.
-        """
-        for found in self.walk("units"):
-            if isinstance(record := self.load(found), UnitRecord):
-                yield record
-
-    def all_programs(self) -> Iterator[ProgramRecord]:
-        """Every program's records, by key, to be shown; raises as `all_units` does."""
-        return self._load_programs(self.walk("programs"))
-
     def readable_units(self) -> Iterator[UnitRecord]:
         """Every unit's record that can be read; `verify` names the others."""
         for found in self.walk("units"):
@@ -301,7 +289,7 @@ class Store:
         """The outline of every program's record that can be read, by key."""
         for found in self.walk("programs"):
             with suppress(FileNotFoundError, IrregularFile, CorruptRecord, VllmcError):
-                known = outline(read_plain(found.path), found.id)
+                known = outline(read_record(found.path)[0], found.id)
                 if known.key == found.key:
                     yield known
 
@@ -310,16 +298,11 @@ class Store:
         ranges = set()
         for found in self.walk("units"):
             with suppress(FileNotFoundError, IrregularFile, CorruptRecord, VllmcError):
-                data = read_plain(found.path)
+                data = read_record(found.path)[0]
                 # Whatever its file says elsewhere; most units are another compiler's.
                 if compiler.encode() in data and isinstance(unit := decode(data), UnitRecord):
                     ranges.add(str(unit.value("range", "tokens")))
         return frozenset(ranges)
-
-    def _load_programs(self, files: Iterable[Found]) -> Iterator[ProgramRecord]:
-        for found in files:
-            if isinstance(record := self.load(found), ProgramRecord):
-                yield record
 
     def load(self, found: Found) -> UnitRecord | ProgramRecord | None:
         """The record in a file that `Layout.walk` found, to be shown.
@@ -341,7 +324,7 @@ class Store:
         if found.section not in ("units", "programs") or found.path in self._passed_over:
             return None
         try:
-            data, status = read_with_status(found.path)
+            data, status = read_record(found.path)
             if used_from is not None:
                 # Before anything else is made of it.
                 self.trust.check(found.path, data, status, used_from.root)
@@ -373,7 +356,7 @@ class Store:
         for layout in self.layouts:
             with suppress(FileNotFoundError, IrregularFile, Untrusted):
                 path = layout.code(code)
-                note, status = read_with_status(path)
+                note, status = read_record(path)
                 self.trust.check(path, note, status, layout.root)
                 artifact = noted_artifact(note, code)
                 if artifact is not None and self.artifact_size(artifact) is not None:
@@ -446,8 +429,8 @@ class Store:
     def record(self, key: str, *, to_use: bool = False) -> tuple[ProgramRecord, ...] | UnitRecord:
         """The records of a program, newest first, or the record of a unit.
 
-        Raises `VllmcError` (`unknown-key`) where there is neither, else as `all_units` does, and
-        `to_use` as `unit` does.
+        Raises `VllmcError` (`unknown-key`) where there is neither; `CorruptRecordError` and
+        `FormatTooNew`, and `to_use` as `unit` does.
         """
         if programs := self._programs(key, to_use=to_use):
             return programs
@@ -480,7 +463,7 @@ class Store:
 def _holds(path: Path, data: bytes, trust: Trust | None = None) -> bool:
     """Whether a file is there, just this, and with `trust` nobody else's."""
     with suppress(FileNotFoundError, IrregularFile, VllmcError):
-        there, status = read_with_status(path)
+        there, status = read_beginning(path, len(data) + 1)
         return there == data and (trust is None or trust.doubt(status) is None)
     return False
 

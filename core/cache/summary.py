@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from vllmc.core.cache.files import IrregularFile, read_plain
+from vllmc.core.cache.files import IrregularFile, read_record
 from vllmc.core.cache.layout import Found, Layout
 from vllmc.core.cache.record import (
     PROGRAM_FORMAT,
@@ -99,21 +99,21 @@ def program_summaries(files: Iterable[Found]) -> Iterator[ProgramSummary]:
     """The summaries of those program's records that can be read, in their order."""
     for found in files:
         with suppress(FileNotFoundError, IrregularFile, CorruptRecord, VllmcError):
-            yield summarize_program(read_plain(found.path), found.key, found.id)
+            yield summarize_program(read_record(found.path)[0], found.key, found.id)
 
 
 def unit_summaries(files: Iterable[Found]) -> Iterator[UnitSummary]:
     """The summaries of those unit's records that can be read, in their order."""
     for found in files:
         with suppress(FileNotFoundError, IrregularFile, CorruptRecord, VllmcError):
-            yield summarize_unit(read_plain(found.path), found.key)
+            yield summarize_unit(read_record(found.path)[0], found.key)
 
 
 def compile_seconds(layouts: Iterable[Layout], key: str) -> float:
     """What compiling this unit took, as its first record that can be read says; 0 without one."""
     for layout in layouts:
         with suppress(FileNotFoundError, IrregularFile, CorruptRecord, VllmcError):
-            return summarize_unit(read_plain(layout.unit(key)), key).seconds
+            return summarize_unit(read_record(layout.unit(key))[0], key).seconds
     return 0.0
 
 

@@ -17,7 +17,7 @@ from vllmc.core.cache.files import (
     CorruptRecordError,
     IrregularFile,
     open_plain,
-    read_plain,
+    read_record,
     reading,
     writing,
 )
@@ -182,7 +182,7 @@ def _check_blob(found: Found, path: str) -> Problem | None:
 
 def _check_note(found: Found, path: str) -> Problem | None:
     try:
-        if noted_artifact(read_plain(found.path), found.key) is not None:
+        if noted_artifact(read_record(found.path)[0], found.key) is not None:
             return None
         detail = "it is no note of this generated code"
     except FileNotFoundError:

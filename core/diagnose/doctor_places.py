@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from vllmc.core.cache.files import SWEEP_AFTER_SECONDS, IrregularFile, read_plain
+from vllmc.core.cache.files import SWEEP_AFTER_SECONDS, IrregularFile, read_record
 from vllmc.core.cache.layout import Layout
 from vllmc.core.cache.trust import Trust
 from vllmc.core.diagnose.doctor_facts import Layer, Mount, Place, Role, Space, State
@@ -170,7 +170,7 @@ def _is_refused(path: Path, status: os.stat_result, root: Path, trust: Trust) ->
     if not (strict.doubt(status) or strict.doubt_of(root)):
         return False
     try:
-        strict.check(path, read_plain(path), status, root)
+        strict.check(path, read_record(path)[0], status, root)
     except (IrregularFile, FileNotFoundError):  # of no use for another reason
         return False
     except VllmcError as error:

@@ -775,7 +775,7 @@ def test_uses_are_counted_with_the_seconds_that_they_saved(job: Any, tmp_path: P
 
     warm(job(), tmp_path)
     assert uses() == (0, 3, 0, 0.0)
-    for unit in store.all_units():
+    for unit in store.readable_units():
         store.put_unit(dataclasses.replace(unit, seconds=2.5))
     warm(job(), tmp_path)
     assert uses() == (3, 3, 0, 7.5)

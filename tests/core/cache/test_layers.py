@@ -59,7 +59,7 @@ def test_what_is_in_two_layers_is_there_once(layered, warm, store):
         layer.put_unit(warmed.units[0])
         layer.put_program(warmed.program)
     assert layered.programs(warmed.program.key) == (warmed.program,)
-    assert len(list(layered.all_units())) == 1
+    assert len(list(layered.readable_units())) == 1
     assert len(layered.entries()) == 1
     assert layered.stats().units == 1
 

@@ -20,8 +20,9 @@ from serving import serving
 
 from vllmc.core.cache import partial, transfer
 from vllmc.core.cache.exchange import imports_of
+from vllmc.core.cache.files import MOST_RECORD
 from vllmc.core.cache.record import encode
-from vllmc.core.cache.remote import MOST_RECORD, Connection, CorruptRemote, Remote
+from vllmc.core.cache.remote import Connection, CorruptRemote, Remote
 from vllmc.core.cache.signing import generate, public_text
 from vllmc.core.cache.store import Store
 from vllmc.core.cache.transfer import downloaded, pull, push
@@ -101,7 +102,7 @@ def test_what_programs_share_moves_once(store, warm, remote, target, pushed):
     assert pull(remote, target, ["tiny-llama"], SILENT).files == 3
     both = pull(remote, Store(target.root.with_name("both"), trust=ANY), [], SILENT)
     assert (both.files, both.skipped) == (6, 0)
-    assert {record.model for record in target.all_programs()} == {"other", "tiny-llama"}
+    assert {record.model for record in target.readable_programs()} == {"other", "tiny-llama"}
 
 
 def test_a_remote_can_be_mounted_as_a_layer(store, pushed, place, tmp_path):
@@ -253,7 +254,7 @@ def test_a_push_that_breaks_off_leaves_nothing_that_refers_to_what_is_not_there(
     there = Store(place)
     assert len(published(there)) == writes
     assert [problem for problem in there.verify() if problem.unsafe] == []
-    for unit in there.all_units():
+    for unit in there.readable_units():
         assert there.artifact_size(unit.artifact) == unit.bytes
     done = push(remote, store, [warmed.program], SILENT)
     assert (done.files, done.skipped) == (5 - writes, writes)
@@ -511,7 +512,7 @@ def test_a_pull_that_is_killed_leaves_nothing_wrong_and_the_next_goes_on(
 ):
     assert start(PULL_AND_DIE, place, target.root, *at).wait() == -9
     assert [problem for problem in target.verify() if problem.unsafe] == []
-    assert list(target.all_programs()) == []
+    assert list(target.readable_programs()) == []
     part = target.layout.temporary / f"{pushed.units[1].artifact}.part"
     assert part.exists() == (at[0] == "read")
     done = pull(remote, target, [], SILENT)

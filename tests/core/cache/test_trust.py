@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllmc.core.cache import facts
+from vllmc.core.cache.layout import Layout
 from vllmc.core.cache.signing import generate, public_text
 from vllmc.core.cache.store import Store
 from vllmc.core.cache.trust import Trust, Untrusted
@@ -175,21 +176,23 @@ def test_what_we_make_is_ours_alone_whatever_the_umask(store, warm):
 def test_a_fact_that_others_may_have_written_is_found_anew(tmp_path):
     facts.remember(tmp_path, "torch_key-x", "right")
     assert facts.recall(tmp_path, "torch_key-x") == "right"
-    (tmp_path / "v1" / "facts" / "torch_key-x").chmod(0o666)
+    Layout(tmp_path).fact("torch_key-x").chmod(0o666)
     assert facts.recall(tmp_path, "torch_key-x") is None
 
 
 def test_a_fact_is_no_answer_to_another_question(tmp_path):
     facts.remember(tmp_path, "model-a", "right")
-    (tmp_path / "facts" / "model-a").rename(tmp_path / "facts" / "model-b")
+    path = Layout(tmp_path).fact("model-a")
+    path.rename(path.with_name("model-b"))
     assert facts.recall(tmp_path, "model-b") is None
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
 def test_what_is_no_fact_is_found_anew(tmp_path, data):
-    (tmp_path / "facts").mkdir(exist_ok=True)
-    (tmp_path / "facts" / "model-a").write_bytes(data)
+    path = Layout(tmp_path).fact("model-a")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
     assert facts.recall(tmp_path, "model-a") is None
 
 
@@ -201,13 +204,14 @@ def test_a_fact_is_not_written_to_what_another_put_in_its_place(tmp_path, monkey
 
     def swapped(path, flags, *rest, **more):
         descriptor = made(path, flags, *rest, **more)
-        if flags & os.O_CREAT and Path(path).parent.name == "facts":
+        if flags & os.O_CREAT and Path(path).parent == Layout(tmp_path).temporary:
             Path(path).unlink()
             Path(path).symlink_to(aim)
         return descriptor
 
     monkeypatch.setattr(os, "open", swapped)
     facts.remember(tmp_path, "torch_key-x", "right")
+    assert Layout(tmp_path).fact("torch_key-x").is_symlink(), "nothing was swapped"
     assert aim.read_text() == "precious"
 
 
@@ -268,3 +272,20 @@ def test_a_trust_store_that_others_write_to_is_not_believed(trust, tmp_path):
     (tmp_path / "trust" / "link.pub").symlink_to(tmp_path / "trust" / "ci.pub")
     with pytest.raises(UnsafeCacheError, match="a symbolic link"):
         list_keys(trust)
+
+
+@pytest.mark.parametrize("what", ["record", "artifact"])
+def test_a_file_without_end_is_corrupt_before_it_takes_all_memory(store, warm, what):
+    warmed = warm(b"artifact")
+    [unit] = warmed.units
+    path = store.layout.unit(unit.key) if what == "record" else store.layout.blob(unit.artifact)
+    path.chmod(0o600)
+    os.truncate(path, 1 << 40)
+    read = (
+        (lambda: store.unit(unit.key))
+        if what == "record"
+        else (lambda: store.read_artifact(unit.artifact))
+    )
+    with pytest.raises(UnsafeCacheError) as caught:
+        read()
+    assert caught.value.code == f"corrupt-{what}"

@@ -136,7 +136,7 @@ def test_what_both_sides_set_is_set_for_the_proof(
     assert proof.elsewhere == ()
     values = [
         {f"{f.group}.{f.name}": f.value for f in record.factors}
-        for record in Store(root).all_units()
+        for record in Store(root).readable_units()
     ]
     assert [v for v in values if both.items() <= v.items() and v["inductor.max_autotune"]]
 

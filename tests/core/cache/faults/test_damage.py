@@ -178,7 +178,7 @@ def test_a_record_of_a_future_format_is_an_error_and_stays(store, publish, count
             continue
         path.write_bytes(of_version_2(data))
         with pytest.raises(FormatTooNew):
-            _ = [*store.all_units(), *store.all_programs()]
+            _ = [store.load(f) for section in ("units", "programs") for f in store.walk(section)]
         assert wrong(store, publication) == ALL - 1
         assert [p.kind for p in store.verify()] == ["format-too-new"]
         assert store.plan_repair(store.verify()).removals == ()
