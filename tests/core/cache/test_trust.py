@@ -240,7 +240,7 @@ def test_a_key_that_is_there_keeps_its_name(trust):
     assert [k.name for k in list_keys(trust)] == ["ci"]
 
 
-@pytest.mark.parametrize("wanted", ["again", "ci", KEY.public.hex()])
+@pytest.mark.parametrize("wanted", ["again", "ci", KEY.public.hex()], ids=["new", "old", "key"])
 def test_a_key_that_is_removed_is_trusted_under_no_other_name(wanted, trust, tmp_path):
     (tmp_path / "trust" / "again.pub").write_text(public_text(KEY.public, "again"))
     assert remove_key(trust, wanted).key == KEY.public
