@@ -8,6 +8,7 @@ ends its workers, when the socket to that process closes.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import pickle
@@ -80,6 +81,10 @@ class _Server:
     def end(self) -> NoReturn:
         for pid in self.workers:
             kill_group(pid)
+        # Who waits for the end of this process need not look for others.
+        for pid in self.workers:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
         shutil.rmtree(self.scratch, ignore_errors=True)
         os._exit(0)
 

@@ -79,7 +79,7 @@ def test_a_cache_that_anybody_writes_to_is_not_used(vllmc, stored, key, workplac
 def test_a_file_cannot_say_that_its_directory_is_trusted(vllmc, workplace):
     (workplace / "vllmc.toml").write_text("trust-unsigned = true\n")
     done = vllmc("cache", "ls")
-    assert done.code == 1
+    assert done.code == 2
     assert "vllmc.toml:1" in done.err
     assert "VLLMC_TRUST_UNSIGNED" in done.err
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from caches import stored
 
 Run = Callable[..., Any]
 
@@ -126,7 +127,7 @@ def test_a_bundle_serves_another_user_in_another_virtual_environment(
     assert run("trust", "add", f"{made.parent / 'key'}.pub").code == 0
     foretold = run(*check)
     assert (foretold.code, foretold.json["outcome"]) == (0, "would-hit")
-    assert not (tmp_path / "theirs" / "v1").exists()
+    assert stored(tmp_path / "theirs") == []
     other = run(*check, "--dtype", "bfloat16")
     assert (other.code, other.json["outcome"]) == (3, "would-miss")
     assert [change["name"] for change in other.json["miss"]["changes"]] == ["dtype"]
