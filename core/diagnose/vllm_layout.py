@@ -3,6 +3,8 @@
     torch_compile_cache/<key>/rank_<i>_<j>/<prefix>/    one compilation: factors, graph, artifacts
     [torch_compile_cache/]torch_aot_compile/<key>/rank_<i>_<j>/model     a whole model in one file
 
+Where vllmc's plugin runs in vLLM it writes `vllmc_factors.json` beside either.
+
 Before prefixes there were, a rank's directory was that of its compilation.
 """
 

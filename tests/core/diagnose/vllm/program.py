@@ -25,6 +25,7 @@ from vllm.compilation.backends import VllmBackend  # noqa: E402
 from vllm.compilation.decorators import support_torch_compile  # noqa: E402
 from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.forward_context import set_forward_context  # noqa: E402
+from vllm.plugins import load_general_plugins  # noqa: E402
 
 LAYERS, HIDDEN, PIECEWISE = 3, 16, 3
 
@@ -77,6 +78,8 @@ def configuration() -> VllmConfig:
     setattr(compilation, "level" if is_old else "mode", PIECEWISE)
     compilation.backend = "" if is_old else "inductor"
     compilation.compile_sizes = []
+    if tokens := os.environ.get("TOY_TOKENS"):
+        config.scheduler_config.max_num_batched_tokens = int(tokens)
     for field in dataclasses.fields(compilation.pass_config):
         if getattr(compilation.pass_config, field.name) is True:
             setattr(compilation.pass_config, field.name, False)
@@ -87,6 +90,7 @@ def configuration() -> VllmConfig:
 def main() -> None:
     if hasattr(vllm.logger, "configure_logging"):
         vllm.logger.configure_logging(vllm.config.LoggingConfig())
+    load_general_plugins()
     config = configuration()
     with set_current_vllm_config(config), torch.no_grad():
         model = Model(vllm_config=config)

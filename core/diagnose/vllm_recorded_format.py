@@ -1,0 +1,9 @@
+"""What `vllmc_factors.json` is called, and how one is told from other files. Imports nothing."""
+
+from __future__ import annotations
+
+from typing import Final
+
+RECORDED: Final = "vllmc_factors.json"
+FORMAT: Final = "vllmc-vllm-factors"
+VERSION: Final = 1
