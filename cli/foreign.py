@@ -147,9 +147,7 @@ def _cache(path: Path) -> Recorded:
     if len(keyed) == 1 < len(caches):
         # A start that stores a whole model leaves one key of each kind.
         caches = keyed
-        notes.append(
-            f"{path}: its torch_aot_compile tree is not compared; name both sides' to do so"
-        )
+        notes.append(f"{path}: its torch_aot_compile tree is not compared; name that of both sides")
     if len(caches) > 1:
         names = [clean(str(cache.path.relative_to(path.resolve()))) for cache in caches]
         raise UsageError(

@@ -253,7 +253,8 @@ def _explained(change: Change) -> Change:
         change,
         klass="secret" if change.klass == "secret" else klass,
         note=_spurious_note(known),
-        restore=remedy(change.group, change.name, change.before),
+        # Of one that shapes no code, what to set it to is another matter, and said in the note.
+        restore="" if known else remedy(change.group, change.name, change.before),
     )
 
 

@@ -40,6 +40,49 @@ class Recorded:
     unread: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What a start of vLLM's would hash before it traces anything.
+
+    `trees` are those that it looks in, none where it compiles nothing by pieces or its cache is
+    off, which `reason` then says. `ranks` is the number of its processes per replica.
+    """
+
+    model: str
+    facts: KeyFacts
+    trees: tuple[Tree, ...]
+    reason: str
+    ranks: int
+    unread: tuple[str, ...]
+
+
+def read_start(text: str) -> Start:
+    """What a start that was asked about printed. Raises `Unreadable` with vLLM's own error."""
+    value = clean_json(parse_json(text))
+    if isinstance(value, dict) and "error" in value:
+        raise Unreadable(str(value["error"]))
+    recorded = read_recorded(text)
+    assert isinstance(value, dict), "read_recorded read it"
+    mode = str(_table(value, "compilation").get("mode"))
+    reason = ""
+    if mode != "VLLM_COMPILE":
+        reason = f"it compiles in mode {mode}, which does not use vLLM's cache"
+    elif value.get("disabled"):
+        reason = "VLLM_DISABLE_COMPILE_CACHE switches vLLM's cache off"
+    trees: tuple[Tree, ...] = ("aot",) if value.get("whole_model") else ("compile",)
+    if value.get("whole_model") and not value.get("with_artifacts"):
+        trees = ("aot", "compile")
+    ranks = value.get("ranks")
+    return Start(
+        model=str(value.get("model", "")),
+        facts=recorded.facts,
+        trees=() if reason else trees,
+        reason=reason,
+        ranks=ranks if isinstance(ranks, int) else 1,
+        unread=recorded.unread,
+    )
+
+
 def read_recorded(text: str) -> Recorded:
     """The file's contents. Raises `Unreadable` where it is of another format or version."""
     value = clean_json(parse_json(text))

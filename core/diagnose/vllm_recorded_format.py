@@ -1,4 +1,7 @@
-"""What `vllmc_factors.json` is called, and how one is told from other files. Imports nothing."""
+"""What `vllmc_factors.json` is called, and how one is told from other files. Imports nothing.
+
+A start that is only asked about prints the same, in a line that begins with `PRINTED`.
+"""
 
 from __future__ import annotations
 
@@ -7,3 +10,4 @@ from typing import Final
 RECORDED: Final = "vllmc_factors.json"
 FORMAT: Final = "vllmc-vllm-factors"
 VERSION: Final = 1
+PRINTED: Final = "vllmc-start: "

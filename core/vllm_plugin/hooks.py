@@ -49,10 +49,12 @@ def install() -> None:
     _install_compilation()
 
 
-def missing() -> tuple[str, ...]:
-    """The functions of vLLM's that could not be wrapped, once all were tried."""
+def missing(*, storing: bool) -> tuple[str, ...]:
+    """The functions of vLLM's that could not be wrapped, of those that hash, and store."""
     return tuple(
-        f"{module}.{name}" for module, name in _NEEDED if not hasattr(_found(module, name), _MARK)
+        f"{module}.{name}"
+        for module, name in (*_HASHING, *(_STORING if storing else ()))
+        if not hasattr(_found(module, name), _MARK)
     )
 
 
@@ -76,12 +78,14 @@ def _install_compilation() -> None:
     _wrap("vllm.compilation.backends", "VllmBackend.__call__", _compiled)
 
 
-_NEEDED: Final = (
+_HASHING: Final = (
     ("vllm.config.utils", "hash_factors"),
     ("vllm.config.vllm", "safe_hash"),
     ("vllm.envs", "compile_factors"),
     ("vllm.config.vllm", "VllmConfig.compute_hash"),
     ("vllm.compilation.compiler_interface", "get_inductor_factors"),
+)
+_STORING: Final = (
     ("vllm.compilation.caching", "aot_compile_hash_factors"),
     ("vllm.compilation.decorators", "_model_hash_key"),
     ("vllm.compilation.decorators", "_try_load_aot_compiled_fn"),
@@ -183,6 +187,7 @@ def _compiled(original: Around, backend: Any, *args: Any, **keywords: Any) -> An
         with quietly("the factors of a compilation could not be written"):
             from vllmc.core.vllm_plugin.writing import write_compilation
 
+            observation.missing = missing(storing=True)
             write_compilation(observation, backend)
 
 
@@ -214,5 +219,6 @@ def _whole_ready(original: Around, *args: Any, **keywords: Any) -> Any:
         with quietly("the factors of a whole model could not be written"):
             from vllmc.core.vllm_plugin.writing import write_whole_model
 
+            observation.missing = missing(storing=True)
             write_whole_model(observation)
     return original(*args, **keywords)

@@ -42,7 +42,8 @@ class Observation:
     """The parts of one key, filled in as vLLM makes them; None is what was not seen.
 
     `compiler` are the factors of Inductor, in vLLM's order. `traced` are the source files, and
-    `model` and `path` (of its file) are those of a whole model alone.
+    `model` and `path` (of its file) are those of a whole model alone. `missing` are functions of
+    vLLM's that could not be looked at.
     """
 
     environment: Mapping[str, Any] | None = None
@@ -52,3 +53,4 @@ class Observation:
     traced: frozenset[str] = field(default_factory=frozenset)
     model: Any = None
     path: str = ""
+    missing: tuple[str, ...] = ()

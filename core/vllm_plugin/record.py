@@ -35,7 +35,7 @@ def compile_record(observation: Observation, backend: Any, key: str) -> dict[str
         "tree": "compile",
         "key": key,
         "sources": sources(observation.traced),
-        "compilation": _compilation(backend.compilation_config)
+        "compilation": compilation(backend.compilation_config)
         | {"prefix": str(backend.prefix), "passes": _passes(backend)},
     }
 
@@ -56,7 +56,7 @@ def whole_record(
         "key": key,
         "forward": f"{forward.name}, line {forward.line}" if forward else "",
         "sources": traced,
-        "compilation": _compilation(model.compilation_config) | {"prefix": "", "passes": []},
+        "compilation": compilation(model.compilation_config) | {"prefix": "", "passes": []},
     }
 
 
@@ -124,12 +124,10 @@ def _shown(
 
 
 def _unread(observation: Observation) -> Iterator[str]:
-    from vllmc.core.vllm_plugin.hooks import missing
-
     release = ".".join(str(_version("vllm")).split(".")[:2])
     if release not in KNOWN_RELEASES:
         yield f"vLLM {release} is not known to this vllmc, which knows {', '.join(KNOWN_RELEASES)}"
-    for name in missing():
+    for name in observation.missing:
         yield f"this vLLM has no {name}"
     for name, value in (
         ("the environment", observation.environment),
@@ -177,7 +175,8 @@ def _compiler_hash(factors: Sequence[Any] | None) -> str:
     return str(digest[:10])
 
 
-def _compilation(config: Any) -> dict[str, JsonValue]:
+def compilation(config: Any) -> dict[str, JsonValue]:
+    """How a config has models compiled; what of it counts is among the hashed fields too."""
     return {
         "mode": getattr(config.mode, "name", str(config.mode)),
         "backend": str(config.backend),

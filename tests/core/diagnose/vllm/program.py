@@ -1,6 +1,7 @@
 """A model that vLLM compiles on a CPU, for the caches beside this file. `make.py` runs it.
 
 vLLM's own backend splits it at the attention, compiles the pieces and writes the cache and the log.
+With arguments of `vllm serve` the config is what vLLM makes of them.
 What is taken from vLLM's hands is what needs its C extensions: its passes over the graph, and the
 platform's refusal to compile by pieces.
 """
@@ -87,11 +88,20 @@ def configuration() -> VllmConfig:
     return config
 
 
+def served(arguments: list[str]) -> VllmConfig:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    VllmBackend.configure_post_pass = lambda self: None
+    return AsyncEngineArgs.from_cli_args(parser.parse_args(arguments)).create_engine_config()
+
+
 def main() -> None:
     if hasattr(vllm.logger, "configure_logging"):
         vllm.logger.configure_logging(vllm.config.LoggingConfig())
     load_general_plugins()
-    config = configuration()
+    config = served(sys.argv[1:]) if sys.argv[1:] else configuration()
     with set_current_vllm_config(config), torch.no_grad():
         model = Model(vllm_config=config)
         with set_forward_context({}, vllm_config=config):
