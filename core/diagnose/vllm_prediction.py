@@ -102,7 +102,10 @@ def _unequal(before: KeyFacts, after: KeyFacts) -> list[str]:
     """The parts of the key that differ by their hashes."""
     sides = [{f.group: f.value for f in side.factors} for side in (before, after)]
     names = {group: name for name, group in HASHES.items()}
-    found = [names[g] for g in _BEFORE_TRACING if sides[0].get(g) != sides[1].get(g)]
+    # The key of a whole model without its artifacts has no hash of the compiler.
+    found = [
+        names[g] for g in _BEFORE_TRACING if sides[0].get(g) and sides[0][g] != sides[1].get(g)
+    ]
     return ["environment", *found] if before.env_hash != after.env_hash else found
 
 

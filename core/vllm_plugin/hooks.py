@@ -118,21 +118,22 @@ def _found(module: str, name: str) -> Any:
 
 def _environment(original: Around, *args: Any, **keywords: Any) -> Any:
     result = original(*args, **keywords)
-    if _NOW.open:
+    # A key is made first; what is hashed while its pieces are compiled is no part of it.
+    if _NOW.open and _NOW.open[-1].environment is None:
         _NOW.open[-1].environment = result
     return result
 
 
 def _compiler(original: Around, *args: Any, **keywords: Any) -> Any:
     result = original(*args, **keywords)
-    if _NOW.open:
+    if _NOW.open and _NOW.open[-1].compiler is None:
         # The caller appends to the list that it gets.
         _NOW.open[-1].compiler = tuple(result)
     return result
 
 
 def _config(original: Around, config: Any, *args: Any, **keywords: Any) -> Any:
-    if not _NOW.open:
+    if not _NOW.open or _NOW.open[-1].config is not None:
         return original(config, *args, **keywords)
     parts: list[Hashed] = []
     _NOW.parts.append(parts)

@@ -80,7 +80,7 @@ def key_record(observation: Observation) -> dict[str, JsonValue]:
         "version": VERSION,
         "versions": _versions(),
         "hashes": {
-            "env": sha256_hex(json.dumps(observation.environment, sort_keys=True)),
+            "env": _environment_hash(observation.environment),
             "config": observation.config.digest if observation.config else "",
             "compiler": _compiler_hash(observation.compiler),
         },
@@ -132,7 +132,6 @@ def _unread(observation: Observation) -> Iterator[str]:
     for name, value in (
         ("the environment", observation.environment),
         ("the config", observation.config),
-        ("the compiler's factors", observation.compiler),
     ):
         if value is None:
             yield f"{name}: vLLM hashed it in a way that is not known, or not at all"
@@ -153,6 +152,10 @@ def _compiler(factors: Sequence[Any] | None) -> dict[str, JsonValue]:
             return {}
         case _:
             return {str(index): _spoken(value) for index, value in enumerate(factors)}
+
+
+def _environment_hash(environment: Mapping[str, Any] | None) -> str:
+    return "" if environment is None else sha256_hex(json.dumps(environment, sort_keys=True))
 
 
 def _spoken(value: Any) -> JsonValue:

@@ -82,7 +82,7 @@ class Toy:
 
     def vllmc(self, *words: str, **variables: str) -> tuple[int, Any]:
         done = subprocess.run(
-            [sys.executable, "-m", "vllmc.cli.app", *words],
+            [sys.executable, "-c", "from vllmc.cli.app import entry_point as run; run()", *words],
             cwd=self.root,
             env=self.environment("cache", **variables),
             capture_output=True,
@@ -188,6 +188,15 @@ def test_a_warm_start_leaves_the_files_alone_in_both_trees(toy: Toy) -> None:
     after = json.loads(files["aot"].read_text())
     assert after["key"] == aot["key"]
     assert after["sources"] != aot["sources"]
+
+
+def test_a_whole_model_without_its_artifacts_is_keyed_by_less(toy: Toy) -> None:
+    # Its key has no options of the compiler; those are in the key of its pieces.
+    toy.start("graph", VLLM_USE_AOT_COMPILE="1")
+    for path in toy.files("graph").values():
+        recorded = json.loads(path.read_text())
+        assert (recorded["rebuilds"], recorded["not_read"]) == (True, [])
+    assert json.loads(toy.files("graph")["aot"].read_text())["compiler"] == {}
 
 
 def test_a_file_that_cannot_be_written_is_one_warning(toy: Toy) -> None:
