@@ -27,9 +27,9 @@ from vllmc.core.diagnose.foreign_files import (
 from vllmc.core.diagnose.vllm_factors import HASHES, KeyFacts, derived_key, key_facts, release
 from vllmc.core.diagnose.vllm_graph import Graph, read_graph
 from vllmc.core.diagnose.vllm_index import ANY_SIZE, Index, artifact_place, read_index
-from vllmc.core.diagnose.vllm_layout import FACTORS, GRAPH, INDEX, MODEL, STORES
+from vllmc.core.diagnose.vllm_layout import GRAPH, INDEX, MODEL, STORES
 from vllmc.core.diagnose.vllm_recorded import Recorded, read_recorded
-from vllmc.core.diagnose.vllm_recorded_format import RECORDED
+from vllmc.core.diagnose.vllm_recorded_format import FACTORS, RECORDED
 from vllmc.core.errors import VllmcError
 
 CacheKind: TypeAlias = Literal["compile", "aot"]

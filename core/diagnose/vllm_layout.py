@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Final
 
 from vllmc.core.diagnose.vllm_index import artifact_place
+from vllmc.core.diagnose.vllm_recorded_format import FACTORS
 
-FACTORS: Final = "cache_key_factors.json"
 INDEX: Final = "vllm_compile_cache.py"
 GRAPH: Final = "computation_graph.py"
 MODEL: Final = "model"

@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Final
 
 RECORDED: Final = "vllmc_factors.json"
+FACTORS: Final = "cache_key_factors.json"
+"""What vLLM itself records beside a compilation."""
 FORMAT: Final = "vllmc-vllm-factors"
 VERSION: Final = 1
 PRINTED: Final = "vllmc-start: "

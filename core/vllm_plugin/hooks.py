@@ -40,9 +40,6 @@ def install() -> None:
     """Wraps what this process has imported of vLLM, and has the rest wrapped when it is needed."""
     import vllm.config  # noqa: F401 - in `sys.modules`, with the modules that it imports
 
-    for name in [name for name in sys.modules if name.startswith("vllm.config.")]:
-        _wrap(name, "hash_factors", _hash_of_fields)
-        _wrap(name, "safe_hash", _hash_of_text)
     _wrap("vllm.envs", "compile_factors", _environment)
     _wrap("vllm.config.vllm", "VllmConfig.compute_hash", _config)
     _wrap("vllm.config.compilation", "CompilationConfig.init_backend", _backend_made)
@@ -69,6 +66,10 @@ def observing(observation: Observation) -> Iterator[None]:
 
 
 def _install_compilation() -> None:
+    # Each module of a config has these under its own name.
+    for name in [name for name in sys.modules if name.startswith("vllm.config.")]:
+        _wrap(name, "hash_factors", _hash_of_fields)
+        _wrap(name, "safe_hash", _hash_of_text)
     _wrap("vllm.compilation.compiler_interface", "get_inductor_factors", _compiler)
     _wrap("vllm.compilation.caching", "get_inductor_factors", _compiler)
     _wrap("vllm.compilation.caching", "aot_compile_hash_factors", _whole_key)
@@ -181,6 +182,7 @@ def _compiled(original: Around, backend: Any, *args: Any, **keywords: Any) -> An
     with quietly("the traced files could not be read"):
         # vLLM empties the set once it has hashed the files.
         observation.traced = frozenset(backend.compilation_config.traced_files)
+        observation.shared = bool(backend.compilation_config.cache_dir)
     try:
         with observing(observation):
             return original(backend, *args, **keywords)

@@ -43,7 +43,8 @@ class Observation:
 
     `compiler` are the factors of Inductor, in vLLM's order. `traced` are the source files, and
     `model` and `path` (of its file) are those of a whole model alone. `missing` are functions of
-    vLLM's that could not be looked at.
+    vLLM's that could not be looked at. `shared` says that the directory was chosen before this key
+    was made, by another part of the model or by somebody, and is not named by it.
     """
 
     environment: Mapping[str, Any] | None = None
@@ -54,3 +55,4 @@ class Observation:
     model: Any = None
     path: str = ""
     missing: tuple[str, ...] = ()
+    shared: bool = False

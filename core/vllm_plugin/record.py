@@ -10,16 +10,18 @@ import json
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from vllmc.core.cache.key import JsonValue, canonical_json, sha256_hex
 from vllmc.core.cache.redaction import redact
 from vllmc.core.diagnose.foreign_files import clean_json
-from vllmc.core.diagnose.vllm_recorded_format import FORMAT, VERSION
+from vllmc.core.diagnose.vllm_recorded_format import FACTORS, FORMAT, VERSION
 from vllmc.core.vllm_plugin.fields import config_fields
 from vllmc.core.vllm_plugin.observation import Observation
 from vllmc.core.vllm_plugin.sources import code_hash, sources
 
+_RECORDED_HASHES: Final = ("config", "code", "compiler")
 KNOWN_RELEASES: Final = ("0.32", "0.33")
 
 
@@ -30,7 +32,10 @@ def compile_record(observation: Observation, backend: Any, key: str) -> dict[str
     assert isinstance(hashes, dict)
     hashes["code"] = code_hash(observation.traced)
     parts = [hashes[name] for name in ("env", "config", "code", "compiler")]
-    _check(record, key, sha256_hex(str(parts))[:10])
+    if observation.shared:
+        _check_hashes(record, hashes, Path(backend.compilation_config.local_cache_dir))
+    else:
+        _check(record, key, sha256_hex(str(parts))[:10])
     return record | {
         "tree": "compile",
         "key": key,
@@ -101,8 +106,24 @@ def _check(record: dict[str, JsonValue], key: str, made: str) -> None:
     record["rebuilds"] = record["rebuilds"] and made == key
     if made != key:
         unread.append(
-            f"these factors make the key {made}, and the directory is called {key}: it was chosen "
-            "as cache_dir, or something else is hashed, or a source changed meanwhile"
+            f"these factors make the key {made}, and the directory is called {key}: something else "
+            "is hashed, or a source changed meanwhile"
+        )
+
+
+def _check_hashes(
+    record: dict[str, JsonValue], hashes: Mapping[str, JsonValue], directory: Path
+) -> None:
+    """The same for a directory that is not named by this key, by what vLLM wrote into it."""
+    unread = record["not_read"]
+    assert isinstance(unread, list)
+    written = json.loads((directory / FACTORS).read_bytes())
+    different = [n for n in _RECORDED_HASHES if written.get(f"{n}_hash") != hashes[n]]
+    record["rebuilds"] = record["rebuilds"] and not different
+    if different:
+        unread.append(
+            f"the {' and the '.join(different)} that {FACTORS} has a hash of: it is of another "
+            "start, in a directory that was chosen as cache_dir, or something else is hashed"
         )
 
 

@@ -199,6 +199,12 @@ def test_a_whole_model_without_its_artifacts_is_keyed_by_less(toy: Toy) -> None:
     assert json.loads(toy.files("graph")["aot"].read_text())["compiler"] == {}
 
 
+def test_a_directory_that_is_not_named_by_its_key_is_checked_by_vllm_s_hashes(toy: Toy) -> None:
+    toy.start("chosen", TOY_CACHE_DIR=str(toy.root / "chosen" / "here"))
+    recorded = json.loads(toy.files("chosen")["compile"].read_text())
+    assert (recorded["key"], recorded["rebuilds"], recorded["not_read"]) == ("here", True, [])
+
+
 def test_a_file_that_cannot_be_written_is_one_warning(toy: Toy) -> None:
     shutil.copytree(toy.root / "base", toy.root / "blocked")
     [path] = toy.files("blocked").values()

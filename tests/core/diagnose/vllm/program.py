@@ -81,6 +81,7 @@ def configuration() -> VllmConfig:
     compilation.compile_sizes = []
     if tokens := os.environ.get("TOY_TOKENS"):
         config.scheduler_config.max_num_batched_tokens = int(tokens)
+    compilation.cache_dir = os.environ.get("TOY_CACHE_DIR", "")
     for field in dataclasses.fields(compilation.pass_config):
         if getattr(compilation.pass_config, field.name) is True:
             setattr(compilation.pass_config, field.name, False)
