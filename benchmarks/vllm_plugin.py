@@ -67,6 +67,7 @@ def timed(place: str, whole: str) -> dict[str, float]:
 def start() -> None:
     """Runs the toy with the plugin's own blocks timed."""
     # The plugin is loaded when vLLM's config is, as it is in a server.
+    sys.argv[1:] = []
     program = runpy.run_path(str(PROGRAM))
     before, used = time.perf_counter(), time.thread_time()
     from vllmc.core.vllm_plugin import register

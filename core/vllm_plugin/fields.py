@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
-from hashlib import md5
+from hashlib import md5, sha256
 from typing import Any, Final
 
 from vllmc.core.cache.key import JsonValue
@@ -43,7 +44,8 @@ _DEPTH: Final = 3
 class ConfigFields:
     """The fields by dotted name, the release that is hashed with them, and what is not known.
 
-    `whole` says that every hash within the config's is that of fields that are here.
+    `whole` says that the config's hash was made again of the hashes in it, and each of these of
+    fields that are here.
     """
 
     values: Mapping[str, JsonValue]
@@ -64,12 +66,16 @@ def config_fields(hashed: ConfigHash) -> ConfigFields:
         name = names.get(id(part.owner))
         if part.owner is hashed.config and (found := _summary(part)) is not None:
             summary = found
+            if not part.digest.startswith(hashed.digest) or not _makes(part.content, part.digest):
+                unread.append("the config's hash: it is not made in the way that is known")
             continue
         if part.owner is hashed.config:
             name = "additional_config"
         if name is None:
             unread.append(f"{type(part.owner).__name__}: it is not found in the config")
             name = type(part.owner).__name__
+        if not _makes(part.content, part.digest):
+            unread.append(f"{name}: its hash is not made of its fields in the way that is known")
         inner[part.digest] = name
         values |= _part(name, part, inner)
     version, *digests = summary or [""]
@@ -81,12 +87,14 @@ def config_fields(hashed: ConfigHash) -> ConfigFields:
 
 
 def readable(normal: Any, original: Any = None) -> JsonValue:
-    """What vLLM hashes of a value, as JSON; `original` is the value itself where it is known.
+    """What vLLM hashed of a value, as JSON; `original` is what it is now, and says its type alone.
 
     Two values that are hashed alike are alike here, and others differ.
     """
-    if isinstance(original, Enum):
-        return f"{type(original).__name__}.{original.name}"
+    if isinstance(original, Enum) and isinstance(normal, tuple):
+        with suppress(ValueError):
+            # It was hashed as the name of its type and its value.
+            return f"{type(original).__name__}.{type(original)(normal[-1]).name}"
     if isinstance(normal, str):
         return _text(normal)
     if normal is None or isinstance(normal, (bool, int, float)):
@@ -104,6 +112,15 @@ def readable(normal: Any, original: Any = None) -> JsonValue:
         originals = original if same else [None] * len(normal)
         return [readable(a, b) for a, b in zip(normal, originals, strict=True)]
     return str(normal)
+
+
+def _makes(content: Mapping[str, Any] | bytes, digest: str) -> bool:
+    """Whether the digest is that of the content."""
+    if isinstance(content, Mapping):
+        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest() == digest
+    # Where MD5 is forbidden vLLM takes SHA-256.
+    found = sha256(content) if len(digest) == 64 else md5(content, usedforsecurity=False)
+    return found.hexdigest() == digest
 
 
 def _part(name: str, part: Hashed, inner: Mapping[str, str]) -> dict[str, JsonValue]:

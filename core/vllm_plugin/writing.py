@@ -1,7 +1,7 @@
 """Writes `vllmc_factors.json` beside what vLLM stored, unless it is there and says the same.
 
-A file that names the key of its directory is left alone, as the key is a hash over all that the
-file says; so a warm start reads one file and writes none.
+A file that makes the key of its directory is left alone, as the key is a hash over all that counts
+in it; so a warm start reads one file and writes none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def write_compilation(observation: Observation, backend: Any) -> None:
     prefix = [part for part in str(backend.prefix).split("/") if part]
     key = Path(directory).parents[len(prefix)].name
     place = Path(directory, RECORDED)
-    if _written(place).get("key") != key:
+    if not _says(_written(place), key):
         from vllmc.core.vllm_plugin.record import compile_record
 
         _write(place, compile_record(observation, backend, key))
@@ -38,10 +38,14 @@ def write_whole_model(observation: Observation) -> None:
     key, place = rank.parent.name, rank / RECORDED
     found, traced = _written(place), sources(inlined(observation.model))
     # One key serves models that were made of other sources in turn.
-    if found.get("key") != key or found.get("sources") != traced:
+    if not _says(found, key) or found.get("sources") != traced:
         from vllmc.core.vllm_plugin.record import whole_record
 
         _write(place, whole_record(observation, key, traced))
+
+
+def _says(found: Mapping[str, Any], key: str) -> bool:
+    return found.get("key") == key and found.get("rebuilds") is True
 
 
 def _written(place: Path) -> Mapping[str, Any]:
@@ -59,12 +63,15 @@ def _written(place: Path) -> Mapping[str, Any]:
 
 
 def _write(place: Path, record: Mapping[str, Any]) -> None:
-    # Another process of the same rank may write it too: a reader sees either whole.
+    """Replaces the file as a whole, as another process of the same rank may write it too."""
+    # A line for each part: `indent` would take ten times as long.
+    parts = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.items())
+    data = ("{\n" + ",\n".join(parts) + "\n}\n").encode()
+    if place.is_file() and place.read_bytes() == data:
+        return
     draft = place.with_name(f"{place.name}.{os.getpid()}.tmp")
     try:
-        # A line for each part: `indent` would take ten times as long.
-        parts = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.items())
-        draft.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+        draft.write_bytes(data)
         draft.replace(place)
     finally:
         draft.unlink(missing_ok=True)

@@ -237,6 +237,9 @@ def test_a_start_that_would_hit_is_predicted(
     code, row = toy.vllmc(*words, **variables)
     assert (code, row["outcome"], row["miss"]) == (0, "would-hit", None)
     assert row["vllm"]["not_known"]
+    recorded = json.loads(toy.files("cache")["compile"].read_text())
+    assert (recorded["rebuilds"], recorded["not_read"]) == (True, [])
+    assert recorded["config"]["model_config.hf_config"]["hidden_size"] == 64
     # And it does.
     log = toy.start("cache", *arguments, **variables, VLLM_LOGGING_LEVEL="DEBUG")
     assert "Directly load the 0-th graph" in log
