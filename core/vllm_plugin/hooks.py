@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from vllmc.core.vllm_plugin.observation import ConfigHash, Forward, Hashed, Observation
@@ -128,28 +127,31 @@ def _environment(original: Around, *args: Any, **keywords: Any) -> Any:
 def _compiler(original: Around, *args: Any, **keywords: Any) -> Any:
     result = original(*args, **keywords)
     if _NOW.open and _NOW.open[-1].compiler is None:
-        # The caller appends to the list that it gets.
-        _NOW.open[-1].compiler = tuple(result)
+        with quietly("the compiler's factors could not be read"):
+            # The caller appends to the list that it gets.
+            _NOW.open[-1].compiler = tuple(result)
     return result
 
 
-def _config(original: Around, config: Any, *args: Any, **keywords: Any) -> Any:
+def _config(original: Around, *args: Any, **keywords: Any) -> Any:
     if not _NOW.open or _NOW.open[-1].config is not None:
-        return original(config, *args, **keywords)
+        return original(*args, **keywords)
     parts: list[Hashed] = []
     _NOW.parts.append(parts)
     try:
-        digest = original(config, *args, **keywords)
+        digest = original(*args, **keywords)
     finally:
         _NOW.parts.pop()
-    _NOW.open[-1].config = ConfigHash(config=config, digest=digest, parts=tuple(parts))
+    with quietly("the config's hash could not be read"):
+        _NOW.open[-1].config = ConfigHash(config=args[0], digest=digest, parts=tuple(parts))
     return digest
 
 
 def _hash_of_fields(original: Around, *args: Any, **keywords: Any) -> Any:
     digest = original(*args, **keywords)
     if _NOW.parts:
-        _note(args[0] if args else next(iter(keywords.values())), digest)
+        with quietly("a hash of fields could not be read"):
+            _note(args[0] if args else next(iter(keywords.values())), digest)
     return digest
 
 
@@ -177,21 +179,22 @@ def _backend_made(original: Around, *args: Any, **keywords: Any) -> Any:
     return backend
 
 
-def _compiled(original: Around, backend: Any, *args: Any, **keywords: Any) -> Any:
+def _compiled(original: Around, *args: Any, **keywords: Any) -> Any:
     observation = Observation()
     with quietly("the traced files could not be read"):
         # vLLM empties the set once it has hashed the files.
-        observation.traced = frozenset(backend.compilation_config.traced_files)
-        observation.shared = bool(backend.compilation_config.cache_dir)
+        config = args[0].compilation_config
+        observation.traced = frozenset(config.traced_files)
+        observation.shared = bool(config.cache_dir)
     try:
         with observing(observation):
-            return original(backend, *args, **keywords)
+            return original(*args, **keywords)
     finally:
         with quietly("the factors of a compilation could not be written"):
             from vllmc.core.vllm_plugin.writing import write_compilation
 
             observation.missing = missing(storing=True)
-            write_compilation(observation, backend)
+            write_compilation(observation, args[0])
 
 
 def _whole_key(original: Around, *args: Any, **keywords: Any) -> Any:
@@ -200,25 +203,26 @@ def _whole_key(original: Around, *args: Any, **keywords: Any) -> Any:
         return original(*args, **keywords)
 
 
-def _forward(original: Around, function: Any, *args: Any, **keywords: Any) -> Any:
-    digest = original(function, *args, **keywords)
+def _forward(original: Around, *args: Any, **keywords: Any) -> Any:
+    digest = original(*args, **keywords)
     if _NOW.whole is not None:
         with quietly("the function that is compiled could not be read"):
-            line = function.__code__.co_firstlineno
-            _NOW.whole.forward = Forward(name=function.__qualname__, line=line, digest=digest)
+            line = args[0].__code__.co_firstlineno
+            _NOW.whole.forward = Forward(name=args[0].__qualname__, line=line, digest=digest)
     return digest
 
 
-def _whole_path(original: Around, model: Any, path: str, *args: Any, **keywords: Any) -> Any:
+def _whole_path(original: Around, *args: Any, **keywords: Any) -> Any:
     if _NOW.whole is not None:
-        _NOW.whole.model, _NOW.whole.path = model, path
-    return original(model, path, *args, **keywords)
+        with quietly("where a whole model is stored could not be read"):
+            _NOW.whole.model, _NOW.whole.path = args[:2]
+    return original(*args, **keywords)
 
 
 def _whole_ready(original: Around, *args: Any, **keywords: Any) -> Any:
     """A whole model is loaded, or compiled and stored, when its profiling begins."""
     observation, _NOW.whole = _NOW.whole, None
-    if observation is not None and observation.path and Path(observation.path).exists():
+    if observation is not None and observation.path:
         with quietly("the factors of a whole model could not be written"):
             from vllmc.core.vllm_plugin.writing import write_whole_model
 

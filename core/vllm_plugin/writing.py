@@ -33,7 +33,9 @@ def write_compilation(observation: Observation, backend: Any) -> None:
 
 
 def write_whole_model(observation: Observation) -> None:
-    """Writes what a whole model is keyed by beside it."""
+    """Writes what a whole model is keyed by beside it, where it was stored."""
+    if not Path(observation.path).exists():
+        return
     rank = Path(observation.path).parent
     key, place = rank.parent.name, rank / RECORDED
     found, traced = _written(place), sources(inlined(observation.model))
