@@ -16,6 +16,7 @@ from vllmc.core.diagnose.torch_trace import is_trace
 from vllmc.core.diagnose.vllm_factors import ENVIRONMENT, HASHES, KeyFacts
 from vllmc.core.diagnose.vllm_layout import is_vllm_cache
 from vllmc.core.diagnose.vllm_log import is_vllm_log, read_log
+from vllmc.core.diagnose.vllm_recorded import PROVENANCE
 from vllmc.core.errors import UsageError, VllmcError
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def _cache(path: Path) -> Recorded:
     if len(keyed) == 1 < len(caches):
         # A start that stores a whole model leaves one key of each kind.
         caches = keyed
-        notes.append(f"{path}: its torch_aot_compile tree is not compared: it records no factors")
+        notes.append(f"{path}: its torch_aot_compile tree is not compared; name that of both sides")
     if len(caches) > 1:
         names = [clean(str(cache.path.relative_to(path.resolve()))) for cache in caches]
         raise UsageError(
@@ -200,9 +201,13 @@ def _snapshot(path: Path) -> Recorded | None:
     except VllmcError:
         # It is for the caller to say that a file is nothing at all.
         return None
-    if not side.factors or not {f.group for f in side.factors} <= {ENVIRONMENT, *HASHES.values()}:
+    known = {ENVIRONMENT, *HASHES.values(), *PROVENANCE}
+    if not side.factors or not {f.group for f in side.factors} <= known:
         return None
     from vllmc.core.diagnose.vllm_compare import Subject
 
-    subject = Subject(label="", key="", facts=KeyFacts(factors=side.factors, complete=True))
+    hashed = tuple(f for f in side.factors if f.group == ENVIRONMENT or f.name == "hash")
+    fields = tuple(f for f in side.factors if f not in hashed)
+    facts = KeyFacts(factors=hashed, fields=fields, complete=True)
+    subject = Subject(label="", key="", facts=facts)
     return Recorded(kind=side.kind, name=side.name, subjects=(subject,))

@@ -43,7 +43,8 @@ def inspect_key(
 
     DIR is a directory of vLLM's torch_compile_cache, at any level: it shows what the cache is
     keyed by, which of it shapes no code, which artifacts repeat and which paths break a move. Of
-    several keys it says how each differs from the one before. Nothing is unpickled.
+    several keys it says how each differs from the one before. Nothing is unpickled. Where vLLM ran
+    with vllmc's plugin (docs/vllm.md) the fields of its config, sources and compiler are shown too.
 
     Of a TORCH_TRACE directory, or one log of it, it says for each compilation what torch's caches
     answered, and why one was bypassed. -v shows also the keys and their components.

@@ -240,6 +240,8 @@ def diff(row: Row) -> RenderableType:
     parts: list[RenderableType] = [_verdict(row), facts(("a", a), ("b", b)), ""]
     if row["changes"]:
         parts.append(changes(row["changes"]))
+    if row["a"]["kind"].startswith("vllm"):
+        parts += restores(row["changes"])
     parts.append(Text(f"{row['same']} factors are the same", style="dim"))
     return Group(*parts, *notes(row["notes"]))
 

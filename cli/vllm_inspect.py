@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vllmc.core.diagnose.vllm_cache import Compilation, VllmCache, duplicates, r
 from vllmc.core.diagnose.vllm_compare import cache_subjects, compare_keys
 from vllmc.core.diagnose.vllm_factors import (
     ENVIRONMENT,
+    HASHES,
     KeyFacts,
     follows_handles,
     moving,
@@ -43,7 +45,8 @@ def vllm_row(path: Path) -> Row:
     if len(caches) == 1:
         caches = read_caches(path, contents=True)
     only = caches[0] if len(caches) == 1 else None
-    known = only.main.facts.factors if only and only.main else ()
+    facts = only.main.facts if only and only.main else KeyFacts()
+    known = (*facts.factors, *facts.fields)
     previous: dict[str, VllmCache] = {}
     rows = []
     for cache in caches:
@@ -131,6 +134,7 @@ def _differs(before: VllmCache, after: VllmCache) -> list[str]:
     return [
         change.name if change.group == ENVIRONMENT else f"{change.group}.{change.name}"
         for change in compared.changes
+        if change.affects_key
     ]
 
 
@@ -180,13 +184,24 @@ def _head(row: Mapping[str, Any], cache: Row) -> RenderableType:
     for name, count in cache["stores"].items():
         lines.append((name, size(count)))
     if row["factors"]:
-        count = sum(factor["group"] == ENVIRONMENT for factor in row["factors"])
-        lines.append(
-            ("factors", f"{count} variables, and hashes of config, code and compiler; -v shows all")
-        )
+        lines.append(("factors", f"{_counted(row['factors'])}; -v shows all"))
     if cache["secrets"]:
         lines.append(("secrets", f"recorded in plain text: {names(cache['secrets'])}"))
     return facts(*lines)
+
+
+def _counted(rows: Sequence[Row]) -> str:
+    """How many factors of each kind there are."""
+    fields = [row for row in rows if row["name"] != "hash" and row["affects_key"]]
+    count = Counter(row["group"] for row in fields)
+    config, code, compiler = HASHES.values()
+    variables = f"{count[ENVIRONMENT]} variables"
+    if len(count) == 1:
+        return f"{variables}, and hashes of config, code and compiler"
+    return (
+        f"{variables}, {count[config]} fields of the config, {count[code]} of the code, "
+        f"{count[compiler]} of the compiler"
+    )
 
 
 def _spurious(rows: Sequence[Row]) -> RenderableType:
@@ -232,7 +247,7 @@ def _several(caches: Sequence[Row]) -> RenderableType:
 
 
 def _difference(cache: Row) -> str:
-    if cache["kind"] == "aot":
+    if cache["kind"] == "aot" and cache["differs"] == ["vllm.key"]:
         return "not recorded"
     if cache["differs"] is None:
         return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
@@ -49,7 +49,8 @@ def warm(
         typer.Argument(
             metavar="MODEL",
             show_default="tiny-llama",
-            help="module:attribute, a directory, a preset or a hub id.",
+            help="module:attribute, a directory, a preset or a hub id; with --vllm the arguments "
+            "of vllm serve, behind --.",
         ),
     ] = None,
     weights: Annotated[
@@ -72,6 +73,14 @@ def warm(
             "--from",
             metavar="FILE",
             help="Warm each entry of this matrix file: a model, and options as in vllmc.toml.",
+        ),
+    ] = None,
+    vllm: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --check: would vllm serve, with the arguments behind --, hit vLLM's cache "
+            "DIR?",
         ),
     ] = None,
     retries: Annotated[
@@ -142,12 +151,27 @@ def warm(
     With --remote, a program that the cache lacks is pulled from there, where it is and is trusted;
     what hinders that is one warning, and it is compiled. --check looks into the cache alone.
 
+    --check --vllm DIR -- ARGUMENTS asks the vLLM of this environment what vllm serve ARGUMENTS
+    would hash, and looks in its cache DIR (VLLM_CACHE_ROOT) for an entry of which
+    vllmc_factors.json says the same, and whose traced sources are unchanged. It exits 0 or 3. The
+    key is null and units are empty; vllm has key (of the entry that is meant), trees (in which vLLM
+    would look) and not_known, what cannot be predicted. See docs/vllm.md.
+
     --dump DIR holds for each unit a directory PIECE/RANGE with before.py and after.py, the graph
     as Inductor would lower it before and after the passes, and code.py, what it generated. Of the
     eager backend, code.py only. Of several models, each has a directory of its own below DIR.
     """
     settings = common.settings()
     output = common.output("warm")
+    if vllm is not None:
+        given = {
+            f"--{f.name.replace('_', '-')}": getattr(flags, f.name)
+            for flags in (compilation, reports, remotes)
+            for f in fields(flags)
+        }
+        others = {"--from": matrix, "--weights": weights, "--force": force, "--dump": dump}
+        _refuse("--vllm", vllm, given | others | {"--retries": retries})
+        return _check_vllm(vllm, models or (), output, check=check)
     kind = choice("weights", settings.find("weights", _given(weights), default=("fake",)), WEIGHTS)
     _refuse("--check", check, {"--force": force, "--dump": dump})
     _refuse("--from", matrix, {"MODEL": models, "--dump": dump})
@@ -182,6 +206,18 @@ def warm(
     written = reports.write(settings, output, batch.results, started=started)
     done = _report(output, batch.results, several=batch.several, verbose=common.verbose > 0)
     return max(written, done)
+
+
+def _check_vllm(directory: Path, arguments: Sequence[str], output: Output, *, check: bool) -> int:
+    from vllmc.cli.warm_vllm import check_vllm
+
+    if not check:
+        raise UsageError(
+            "bad-value",
+            "--vllm predicts a start of vLLM's, and compiles nothing",
+            hint="vllmc warm --check --vllm DIR -- ARGUMENTS; vLLM itself fills its cache",
+        )
+    return check_vllm(directory, arguments, output)
 
 
 def _refuse(name: str, given: object, others: Mapping[str, object]) -> None:

@@ -49,7 +49,7 @@ def ready_row(head: Head, job: Job, ready: Ready, store: Store) -> Row:
         for unit in ready.units
     ]
     found = [unit.key for unit in ready.units if unit.outcome == "hit"]
-    return _row(head, job.model.name, job.key, ready.outcome) | {
+    return empty_row(head, job.model.name, job.key, ready.outcome) | {
         "program": ready.program,
         "pieces": ready.record.pieces,
         "counts": {name: ready.count(name) for name in ("hit", "dup", "compiled")},
@@ -75,7 +75,7 @@ def predicted_row(head: Head, job: Job, store: Store) -> Row:
     units = prediction.units
     stored = sum(unit.artifact is not None for unit in units)
     outcome = _PREDICTED.get(prediction.outcome, prediction.outcome)
-    return _row(head, job.model.name, job.key, outcome) | {
+    return empty_row(head, job.model.name, job.key, outcome) | {
         "program": prediction.program,
         "pieces": prediction.pieces,
         "counts": {"hit": stored, "dup": 0, "compiled": len(units) - stored},
@@ -97,13 +97,13 @@ def predicted_row(head: Head, job: Job, store: Store) -> Row:
 
 def failed_row(head: Head, model: str, key: str | None, error: VllmcError) -> Row:
     """The row of a model that `error` kept from being warmed; no key where it was not found."""
-    return _row(head, model, key, "failed") | {
+    return empty_row(head, model, key, "failed") | {
         "reason": scrub(error.message),
         "error": error_fields(error),
     }
 
 
-def _row(head: Head, model: str, key: str | None, outcome: str) -> Row:
+def empty_row(head: Head, model: str, key: str | None, outcome: str) -> Row:
     """A row with all the fields that each has; those of a model of which no more is known."""
     return {
         "name": head.name,

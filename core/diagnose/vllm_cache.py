@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
@@ -27,7 +27,9 @@ from vllmc.core.diagnose.foreign_files import (
 from vllmc.core.diagnose.vllm_factors import HASHES, KeyFacts, derived_key, key_facts, release
 from vllmc.core.diagnose.vllm_graph import Graph, read_graph
 from vllmc.core.diagnose.vllm_index import ANY_SIZE, Index, artifact_place, read_index
-from vllmc.core.diagnose.vllm_layout import FACTORS, GRAPH, INDEX, MODEL, STORES
+from vllmc.core.diagnose.vllm_layout import GRAPH, INDEX, MODEL, STORES
+from vllmc.core.diagnose.vllm_recorded import Recorded, read_recorded
+from vllmc.core.diagnose.vllm_recorded_format import FACTORS, RECORDED
 from vllmc.core.errors import VllmcError
 
 CacheKind: TypeAlias = Literal["compile", "aot"]
@@ -174,10 +176,11 @@ def _cache(found: vllm_layout.Found, contents: bool) -> VllmCache:
         if place.is_relative_to(found.part)
     )
     if kind == "aot":
-        notes.append(
-            "a torch_aot_compile tree records no factors, and its models, which are pickles, are "
-            "not opened"
-        )
+        if not any(compilation.facts.factors for compilation in compilations):
+            notes.append(
+                "a torch_aot_compile tree records no factors where vllmc's plugin did not run"
+            )
+        notes.append("its models, which are pickles, are not opened")
     elif not compilations:
         notes.append("no compilation was found in it")
     notes += _remarks(directory.name, compilations)
@@ -210,7 +213,8 @@ def _remarks(name: str, compilations: Sequence[Compilation]) -> Iterator[str]:
             "it was renamed, or its factors were written by another start"
         )
     for other in others:
-        if other.facts.factors and other.facts != main.facts:
+        known, mine = (replace(side.facts, fields=()) for side in (other, main))
+        if known.factors and known != mine:
             yield f"{other.label} records other factors than {main.label}"
 
 
@@ -221,7 +225,7 @@ def _compilation(place: Path, label: str, contents: bool, notes: list[str]) -> C
     handles = {Path(e.path).parent for e in index.entries if e.path.startswith("/")}
     return Compilation(
         label=label,
-        facts=_facts(place / FACTORS, label, notes),
+        facts=_with_fields(_facts(place / FACTORS, label, notes), place, label, notes),
         graph=graph,
         index=index,
         artifacts=artifacts,
@@ -236,9 +240,10 @@ def _compilation(place: Path, label: str, contents: bool, notes: list[str]) -> C
 
 def _whole_model(rank: Path, label: str, contents: bool, notes: list[str]) -> Compilation:
     artifacts, mentions = _artifacts(rank, label, contents, notes)
+    recorded = _recorded(rank, label, notes)
     return Compilation(
         label=label,
-        facts=KeyFacts(),
+        facts=recorded.facts if recorded else KeyFacts(),
         graph=None,
         index=Index(),
         artifacts=artifacts,
@@ -331,6 +336,37 @@ def _facts(path: Path, label: str, notes: list[str]) -> KeyFacts:
         names = ", ".join(clean(name) for name in unknown[:5])
         notes.append(f"{label}/{path.name}: not understood, and left out: {names}")
     return key_facts(environment, hashes)
+
+
+def _with_fields(facts: KeyFacts, place: Path, label: str, notes: list[str]) -> KeyFacts:
+    """The facts with the fields that vllmc's plugin recorded, where they are of the same start."""
+    recorded = _recorded(place, label, notes)
+    if recorded is None:
+        return facts
+    if not facts.factors:
+        return recorded.facts
+    hashes = {f.group: f.value for f in facts.factors if f.group in HASHES.values()}
+    if any(recorded.hashes.get(name) != hashes.get(group) for name, group in HASHES.items()):
+        notes.append(f"{label}/{RECORDED}: it is of another start than {FACTORS}, and left out")
+        return facts
+    return replace(facts, fields=recorded.facts.fields)
+
+
+def _recorded(place: Path, label: str, notes: list[str]) -> Recorded | None:
+    if not os.path.lexists(place / RECORDED):
+        return None
+    try:
+        recorded = read_recorded(read_text(place / RECORDED))
+    except Unreadable as error:
+        notes.append(f"{label}/{RECORDED}: {error}")
+        return None
+    notes += [f"{label}/{RECORDED}: not recorded: {text}" for text in recorded.unread]
+    if not recorded.rebuilds:
+        notes.append(
+            f"{label}/{RECORDED}: its fields do not make vLLM's key, so a field that counts may be "
+            "missing among them"
+        )
+    return recorded
 
 
 def _hashes(value: Mapping[str, object]) -> dict[str, str]:

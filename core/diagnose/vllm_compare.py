@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from vllmc.core.cache.explain import Change, ChangeClass, diff
-from vllmc.core.cache.key import REDACTED, JsonValue
+from vllmc.core.cache.key import REDACTED, Factor, JsonValue
 from vllmc.core.diagnose.vllm_cache import VllmCache
 from vllmc.core.diagnose.vllm_factors import (
     ENVIRONMENT,
@@ -28,6 +28,7 @@ from vllmc.core.diagnose.vllm_graph import (
     package_roots,
 )
 from vllmc.core.diagnose.vllm_log import VllmLog
+from vllmc.core.diagnose.vllm_remedies import explanation, remedy
 
 CONFIG, CODE, COMPILER = HASHES.values()
 KEY: Final = "vllm"
@@ -41,6 +42,9 @@ _ONLY_HASHED: Final[Mapping[str, str]] = {
     COMPILER: "only a hash is recorded, of torch's build, the device with its CUDA and Triton, and "
     "the options of Inductor and functorch, so which of them changed cannot be told",
 }
+_NOT_RECORDED: Final = (
+    "; vllmc, installed beside vLLM, records it from the next compilation on (docs/vllm.md)"
+)
 _FEW: Final = 3
 
 
@@ -115,14 +119,21 @@ def compare_keys(left: Subject, right: Subject) -> KeyComparison:
         return _compare_bare(left, right)
     every = diff(left.facts.factors, right.facts.factors, include_provenance=True)
     missing = [change for change in every if _is_unrecorded(change, left.facts, right.facts)]
-    changes = [_explained(change) for change in every if change not in missing]
+    changes = [
+        told
+        for change in every
+        if change not in missing
+        for told in _told(change, left.facts, right.facts)
+    ]
+    changes += _provenance(left.facts, right.facts)
     secret = tuple(_secret_changes(left.facts, right.facts))
     changes += [*secret, *_unnamed(left, right, (*changes, *secret), whole=not missing)]
     changes.sort(key=_importance)
     identities = {f.identity for f in (*left.facts.factors, *right.facts.factors)}
+    same = len(identities) - len(every) - len(secret)
     return KeyComparison(
         changes=tuple(changes),
-        same=len(identities) - len(every) - len(secret),
+        same=same + _equal_fields(left.facts, right.facts),
         notes=(*_gaps(left.facts, right.facts, missing), *_conclusions(left, right, changes)),
     )
 
@@ -184,9 +195,54 @@ def _gaps(left: KeyFacts, right: KeyFacts, missing: Sequence[Change]) -> Iterato
         yield f"not compared, as a snapshot has no secrets: {_few(names)}"
 
 
+def _told(change: Change, left: KeyFacts, right: KeyFacts) -> Iterator[Change]:
+    """A change; that of a hash by the fields that it is made of, where both sides have them."""
+    sides = [_fields(side, change.group) for side in (left, right)]
+    if change.group == ENVIRONMENT or not all(sides):
+        yield _explained(change)
+        return
+    found = [_of_field(field) for field in diff(*sides)]
+    if not found:
+        note = "of the fields that are recorded none differs, so it is one that is not"
+        found = [replace(change, klass="unknown", note=note)]
+    yield from found
+
+
+def _of_field(change: Change) -> Change:
+    klass: ChangeClass = change.klass
+    if klass != "secret":
+        is_model = change.group == CODE or change.name.startswith("model_config.")
+        klass = "identity" if is_model else "codegen"
+    notes = [note for note in (explanation(change.group, change.name), change.note) if note]
+    return replace(
+        change,
+        klass=klass,
+        note="; ".join(notes),
+        restore=remedy(change.group, change.name, change.before),
+    )
+
+
+def _provenance(left: KeyFacts, right: KeyFacts) -> Iterator[Change]:
+    """What vLLM does not hash and is recorded, where both sides record any."""
+    sides = [[f for f in side.fields if not f.affects_key] for side in (left, right)]
+    if all(sides):
+        for change in diff(*sides, include_provenance=True):
+            yield replace(change, klass="surroundings", note="recorded; no part of vLLM's key")
+
+
+def _fields(facts: KeyFacts, group: str) -> list[Factor]:
+    return [f for f in facts.fields if f.group == group and f.affects_key]
+
+
+def _equal_fields(left: KeyFacts, right: KeyFacts) -> int:
+    others = {f.identity: f.compared for f in right.fields}
+    return sum(f.identity in others and others[f.identity] == f.compared for f in left.fields)
+
+
 def _explained(change: Change) -> Change:
     if change.group != ENVIRONMENT:
-        return replace(change, klass="unknown", note=_ONLY_HASHED.get(change.group, ""))
+        note = _ONLY_HASHED.get(change.group, "") + _NOT_RECORDED
+        return replace(change, klass="unknown", note=note)
     if change.kind != "changed":
         side = "a" if change.kind == "added" else "b"
         note = f"not a factor of {side}: another release of vLLM"
@@ -197,6 +253,8 @@ def _explained(change: Change) -> Change:
         change,
         klass="secret" if change.klass == "secret" else klass,
         note=_spurious_note(known),
+        # Of one that shapes no code, what to set it to is another matter, and said in the note.
+        restore="" if known else remedy(change.group, change.name, change.before),
     )
 
 
@@ -257,14 +315,17 @@ def _change(
 
 def _importance(change: Change) -> tuple[int, int, str]:
     """First what is named on both sides, what may shape code before what does not."""
+    if not change.affects_key:
+        return (3, 0, change.name)
     if change.group != ENVIRONMENT:
-        return (1, [CONFIG, CODE, COMPILER, KEY].index(change.group), "")
+        return (1, [CONFIG, CODE, COMPILER, KEY].index(change.group), change.name)
     if change.kind != "changed":
         return (2, 0, change.name)
     return (0, ["codegen", "unknown", "secret", "surroundings"].index(change.klass), change.name)
 
 
 def _conclusions(left: Subject, right: Subject, changes: Sequence[Change]) -> Iterator[str]:
+    changes = [change for change in changes if change.affects_key]
     groups = {change.group for change in changes}
     if changes and all(c.klass == "surroundings" for c in changes):
         yield "everything that differs is spurious"

@@ -133,10 +133,12 @@ class KeyFacts:
 
     `factors` hold no secret; `hidden` are the digests of the values left out, by name, so that two
     sides can be told to differ. `env_hash` is vLLM's own over all of the environment's factors;
-    `complete` says that all of them are here.
+    `complete` says that all of them are here. `fields` are what the hashes among the factors are
+    made of, and provenance, where vllmc's plugin recorded them (`vllm_recorded`).
     """
 
     factors: tuple[Factor, ...] = ()
+    fields: tuple[Factor, ...] = ()
     hidden: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     env_hash: str = ""
     complete: bool = False

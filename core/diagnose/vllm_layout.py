@@ -3,6 +3,8 @@
     torch_compile_cache/<key>/rank_<i>_<j>/<prefix>/    one compilation: factors, graph, artifacts
     [torch_compile_cache/]torch_aot_compile/<key>/rank_<i>_<j>/model     a whole model in one file
 
+Where vllmc's plugin runs in vLLM it writes `vllmc_factors.json` beside either.
+
 Before prefixes there were, a rank's directory was that of its compilation.
 """
 
@@ -15,8 +17,8 @@ from pathlib import Path
 from typing import Final
 
 from vllmc.core.diagnose.vllm_index import artifact_place
+from vllmc.core.diagnose.vllm_recorded_format import FACTORS
 
-FACTORS: Final = "cache_key_factors.json"
 INDEX: Final = "vllm_compile_cache.py"
 GRAPH: Final = "computation_graph.py"
 MODEL: Final = "model"

@@ -1,6 +1,7 @@
 """A model that vLLM compiles on a CPU, for the caches beside this file. `make.py` runs it.
 
 vLLM's own backend splits it at the attention, compiles the pieces and writes the cache and the log.
+With arguments of `vllm serve` the config is what vLLM makes of them.
 What is taken from vLLM's hands is what needs its C extensions: its passes over the graph, and the
 platform's refusal to compile by pieces.
 """
@@ -25,6 +26,7 @@ from vllm.compilation.backends import VllmBackend  # noqa: E402
 from vllm.compilation.decorators import support_torch_compile  # noqa: E402
 from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.forward_context import set_forward_context  # noqa: E402
+from vllm.plugins import load_general_plugins  # noqa: E402
 
 LAYERS, HIDDEN, PIECEWISE = 3, 16, 3
 
@@ -77,6 +79,9 @@ def configuration() -> VllmConfig:
     setattr(compilation, "level" if is_old else "mode", PIECEWISE)
     compilation.backend = "" if is_old else "inductor"
     compilation.compile_sizes = []
+    if tokens := os.environ.get("TOY_TOKENS"):
+        config.scheduler_config.max_num_batched_tokens = int(tokens)
+    compilation.cache_dir = os.environ.get("TOY_CACHE_DIR", "")
     for field in dataclasses.fields(compilation.pass_config):
         if getattr(compilation.pass_config, field.name) is True:
             setattr(compilation.pass_config, field.name, False)
@@ -84,10 +89,20 @@ def configuration() -> VllmConfig:
     return config
 
 
+def served(arguments: list[str]) -> VllmConfig:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    VllmBackend.configure_post_pass = lambda self: None
+    return AsyncEngineArgs.from_cli_args(parser.parse_args(arguments)).create_engine_config()
+
+
 def main() -> None:
     if hasattr(vllm.logger, "configure_logging"):
         vllm.logger.configure_logging(vllm.config.LoggingConfig())
-    config = configuration()
+    load_general_plugins()
+    config = served(sys.argv[1:]) if sys.argv[1:] else configuration()
     with set_current_vllm_config(config), torch.no_grad():
         model = Model(vllm_config=config)
         with set_forward_context({}, vllm_config=config):
