@@ -73,5 +73,5 @@ def installed_torch() -> str:
     raise VllmcError(
         "no-torch",
         "no torch is installed in this environment",
-        hint="run vllmc in the environment whose programs are to stay",
+        hint="pip install torch, or run vllmc in the environment that has it",
     )

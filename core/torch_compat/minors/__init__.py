@@ -13,7 +13,7 @@ from vllmc.core.torch_compat.minors.torch_2_11 import Torch211
 from vllmc.core.torch_compat.minors.torch_2_12 import Torch212
 from vllmc.core.torch_compat.minors.torch_2_13 import Torch213
 from vllmc.core.torch_compat.minors.torch_2_14 import Torch214
-from vllmc.core.torch_compat.version import NEWEST, Minor, minor_of, refuse_older
+from vllmc.core.torch_compat.version import NEWEST, Minor, minor_of, refuse_older, standing
 
 MINORS: Final[Mapping[Minor, type[Newest]]] = MappingProxyType(
     {
@@ -36,3 +36,5 @@ def chosen(version: str) -> Newest:
 
 
 TORCH: Final = chosen(str(torch.__version__))
+IS_NEWER: Final = standing(str(torch.__version__)) == "newer"
+"""Whether the torch here is one that nobody has tried: see `vllmc.core.torch_compat.self_check`."""
