@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,18 @@ def test_a_decorated_class_is_told_of_an_older_torch(tmp_path: Path, under: Any)
 def test_commands_without_torch_do_without_a_new_one(tmp_path: Path, under: Any) -> None:
     site = dress_torch(tmp_path / "site", "2.10.1+cu128")
     assert under(MAIN, "models", PYTHONPATH=first_on_path(site)).code == 0
+
+
+@pytest.mark.slow
+def test_nothing_but_vllmc_speaks_while_it_compiles_and_ends(spawn: Any) -> None:
+    """Neither what torch deprecates, nor what Triton's binding counts at exit."""
+    told = spawn("warm", "tiny-llama").err.splitlines()
+    assert "capture" in told
+    own = re.compile(r"(resolve|capture|split|link|store)$|piece_\d+ for \S+ tokens: compiled, ")
+    # What a torch for CUDA says of a machine that has the toolkit and no GPU is its own.
+    strange = [x for x in told if not own.search(x) and "No CUDA runtime is found" not in x]
+    assert strange == []
+    assert spawn("warm", "tiny-llama", "-q").err == ""
 
 
 @pytest.mark.slow
