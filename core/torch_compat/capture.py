@@ -262,11 +262,13 @@ def _reason(error: TorchDynamoException) -> str:
                 "what it computes hangs on a number that is not known while it is captured: "
                 f"{cause.cond}" + _meaning(cause.cond)
             )
-        if isinstance(cause, ObservedException):
-            return f"it raises {type(cause).__name__.removeprefix('Observed')}"
+    # From torch 2.14 an operation that fails is an exception that the model may catch.
     if isinstance(error, TorchRuntimeError):
         text = str(causes[-1]).replace("FakeTensor", "Tensor")
         return f"an operation fails: {type(causes[-1]).__name__}: {text}"
+    for cause in causes:
+        if isinstance(cause, ObservedException):
+            return f"it raises {type(cause).__name__.removeprefix('Observed')}"
     if getattr(error, "gb_type", None) == "Data-dependent branching":
         return "it branches on the values of a tensor"
     return _first_paragraph(str(error)) or type(error).__name__

@@ -144,6 +144,7 @@ CAPTURE: Final[Mapping[str, str]] = MappingProxyType(
         "compiler.dynamic_sources": _SPECIALISES,
         "compiler.dynamic_values": _SPECIALISES,
         "compiler.unbacked_sources": _SPECIALISES,
+        "compiler.compile_on_one_rank": "decides whether devices are constants of the graph",
         "compiler.cache_key_tag": "torch's own switch to part caches: it is there to change keys",
         "symbolic_shapes.use_duck_shape": _SYMBOLS,
         "symbolic_shapes.backed_size_oblivious": _SYMBOLS,

@@ -28,6 +28,13 @@ class Newest:
     absent: frozenset[tuple[str, str]] = frozenset({("inductor", "_cache_config_factory_keys")})
     """Those of `config_scope.EXCLUDED`, and in group `dynamo` of `CAPTURE`, that it lacks."""
 
+    keyed_files: tuple[str, ...] = (
+        "codegen/aoti_runtime/interface.cpp",
+        "codegen/aoti_runtime/streams.h",
+        "script.ld",
+    )
+    """What Inductor's key of torch covers besides Python, in `torch/_inductor`."""
+
     def opaque_base(self) -> Any:
         """The class that opaque types inherit from."""
         from torch._custom_class_base import CustomClassBase

@@ -15,16 +15,14 @@ if TYPE_CHECKING:
 class Torch212(Torch213):
     """Inductor's own artifacts are not told a fake mode, and some options are not there yet."""
 
-    absent = frozenset(
-        {
-            ("inductor", "compile_worker_wait_timeout"),
-            ("inductor", "trace.graph_diagram_format"),
-            ("inductor", "trace.orig_fx_graph_diagram_format"),
-            ("dynamo", "compiler.dynamic_values"),
-            ("dynamo", "inline_single_use_invoke_subgraph"),
-            ("dynamo", "symbolic_shapes.unify_view_symbols_bso_meta"),
-        }
-    )
+    absent = Torch213.absent | {
+        ("inductor", "compile_worker_wait_timeout"),
+        ("inductor", "trace.graph_diagram_format"),
+        ("inductor", "trace.orig_fx_graph_diagram_format"),
+        ("dynamo", "compiler.dynamic_values"),
+        ("dynamo", "inline_single_use_invoke_subgraph"),
+        ("dynamo", "symbolic_shapes.unify_view_symbols_bso_meta"),
+    }
 
     def compile_bundle(
         self,

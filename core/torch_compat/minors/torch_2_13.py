@@ -10,6 +10,9 @@ from vllmc.core.torch_compat.minors.torch_2_14 import Torch214
 class Torch213(Torch214):
     """Opaque types have names of their own, under which 2.14 warns."""
 
+    absent = frozenset({("dynamo", "compiler.compile_on_one_rank")})
+    keyed_files = ("codegen/aoti_runtime/interface.cpp", "script.ld")
+
     def opaque_base(self) -> Any:
         """See `Newest`."""
         from torch._opaque_base import OpaqueBase
