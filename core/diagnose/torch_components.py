@@ -45,6 +45,7 @@ _PARTS: Final[Mapping[str, Part]] = {
     "cuda_matmul_settings": _OPTION,
     "default_dtype": _OPTION,
     "autocast_state": _OPTION,
+    "disable_amp": _OPTION,
     "grad_enabled": _OPTION,
     "cpp_runtime_thread_count": Part(klass="codegen", says="torch.get_num_threads()"),
     "region_activation_memory_budget": _OPTION,

@@ -26,7 +26,11 @@ class Newest:
     """Whether `mark_unbacked_size` tells torch the least size, and code may branch on it."""
 
     absent: frozenset[tuple[str, str]] = frozenset({("inductor", "_cache_config_factory_keys")})
-    """Those of `config_scope.EXCLUDED`, and in group `dynamo` of `CAPTURE`, that it lacks."""
+    """Options that it lacks of those that vllmc names: (group, name).
+
+    vllmc names those that it sets (`config.VLLMC_SETS` and `cpp.march`), `config_scope.EXCLUDED`,
+    and in group `dynamo` `CAPTURE`.
+    """
 
     keyed_files: tuple[str, ...] = (
         "codegen/aoti_runtime/interface.cpp",

@@ -16,6 +16,8 @@ class Torch212(Torch213):
     """Inductor's own artifacts are not told a fake mode, and some options are not there yet."""
 
     absent = Torch213.absent | {
+        ("inductor", "aot_inductor.enable_line_tables"),
+        ("inductor", "cpp.march"),
         ("inductor", "compile_worker_wait_timeout"),
         ("inductor", "trace.graph_diagram_format"),
         ("inductor", "trace.orig_fx_graph_diagram_format"),

@@ -24,6 +24,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from vllmc.core.errors import UsageError
 from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat.config import (
+    VLLMC_SETS,
     Overrides,
     applied,
     snapshot,
@@ -130,7 +131,8 @@ def test_every_setting_of_capture_changes_the_snapshot() -> None:
 def test_names_that_are_left_out_exist_but_for_those_that_this_torch_is_said_to_lack() -> None:
     options = {(group, name) for group in CONFIGS for name in option_names(group)}
     settings = {("dynamo", name) for name in values("dynamo")}
-    named = {*EXCLUDED, *(("dynamo", name) for name in CAPTURE)}
+    named = {*EXCLUDED, *VLLMC_SETS, ("inductor", "cpp.march")}
+    named |= {("dynamo", name) for name in CAPTURE}
     assert named - options - settings == TORCH.absent
     assert set().union(*(has.absent for has in MINORS.values())) <= named
 
@@ -278,13 +280,15 @@ def test_variables_are_named_as_origins_however_torch_reads_them(tmp_path: Path)
 def test_without_variables_only_what_vllmc_sets_differs_from_the_default(tmp_path: Path) -> None:
     found = json.loads(run_python(DESCRIBE, cwd=tmp_path))
     changed = {name: row[1] for name, row in found.items() if not row[2]}
-    march = {"inductor.cpp.march"} & {*found} if portable_march() else set()
-    assert set(changed) == march | {
+    march = {"inductor.cpp.march"} if portable_march() else set()
+    lacking = {f"{group}.{name}" for group, name in TORCH.absent}
+    expected = march | {
         "inductor.aot_inductor.enable_line_tables",
         "inductor.cpp.dynamic_threads",
         "inductor.cpp.threads",
         "inductor.cpp.vec_isa_ok",
     }
+    assert set(changed) == expected - lacking
     assert set(changed.values()) == {"vllmc"}
     assert {row[1] for row in found.values()} == {"default", "vllmc"}
 
