@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from vllmc.cli.options import CompileRequest
 from vllmc.cli.settings import Settings
 from vllmc.core.passes import PASSES, chosen
+from vllmc.core.torch_compat.version import installed_torch, refuse_older
 
 if TYPE_CHECKING:
     from vllmc.core.job import Job
@@ -34,6 +35,9 @@ _FIELDS = {
 
 def find_model(settings: Settings, request: CompileRequest) -> Model:
     """The model that is asked for. Raises what `resolve` raises."""
+    # First of all, because what an older torch lacks shows wherever it is imported.
+    refuse_older(installed_torch())
+
     from vllmc.core.models.resolve import resolve
 
     # `module:attribute` is looked for in the working directory too, which a console script does

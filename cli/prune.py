@@ -11,8 +11,8 @@ from vllmc.cli import render
 from vllmc.cli.options import CommonFlags, command
 from vllmc.core.cache.prune import Pruned, execute, plan_prune
 from vllmc.core.cache.retention import Criteria
-from vllmc.core.cache.versions import installed_torch
 from vllmc.core.errors import UsageError
+from vllmc.core.torch_compat.version import installed_torch
 
 _QUANTITY = re.compile(r"(\d{1,15}(?:\.\d{1,6})?) ?([A-Za-z]*)", re.ASCII)
 _BYTES = {

@@ -37,6 +37,8 @@ from vllmc.core.runtime.cuda_graphs import DEFAULT_SIZES, CudaGraphs, Recorder
 from vllmc.core.runtime.loader import load_artifact
 from vllmc.core.runtime.program import Guards, Program, Variant, link
 from vllmc.core.spec import CompileRange, CompileSpec
+from vllmc.core.torch_compat.minors import IS_NEWER
+from vllmc.core.torch_compat.version import NEWEST, spelled
 from vllmc.core.workers.pool import WorkerPool
 
 if TYPE_CHECKING:
@@ -232,6 +234,8 @@ def _build(
 ) -> Ready:
     begun = time.perf_counter()
     check_in_force(job.factors, job.spec)
+    if IS_NEWER and policy.may_compile:
+        _check_newer_torch(reader.store, observer)
     if not (policy.may_compile and _compiles_on_its_own(job.spec)):
         pool = None
     if pool is not None:
@@ -285,6 +289,17 @@ def _build(
         ),
         hold=hold,
     )
+
+
+def _check_newer_torch(store: Store, observer: Observer) -> None:
+    observer.warning(
+        "torch-newer",
+        f"torch {torch.__version__} is newer than vllmc knows, and used as {spelled(NEWEST)} is",
+        "what vllmc was tested with is in docs/torch-versions.md",
+    )
+    from vllmc.core.torch_compat.self_check import check_newer
+
+    check_newer(store.root)
 
 
 def _publish(record: ProgramRecord, results: Sequence[UnitResult], store: Store) -> Hold | None:

@@ -24,7 +24,9 @@ from vllmc.core.cache.record import GRAPH_GROUPS
 from vllmc.core.cache.redaction import SECRET_LAST_WORDS, SECRET_PARTS, SHAPES, VOCABULARY
 from vllmc.core.models.transformers_model import NOT_IDENTITY
 from vllmc.core.torch_compat.config import VLLMC_SETS
-from vllmc.core.torch_compat.config_scope import ABSENT, CAPTURE, EXCLUDED
+from vllmc.core.torch_compat.config_scope import CAPTURE, EXCLUDED
+from vllmc.core.torch_compat.minors import MINORS
+from vllmc.core.torch_compat.version import spelled
 
 PAGE = Path(__file__).parent.parent / "docs" / "cache-key.md"
 PROVENANCE = "provenance"
@@ -186,7 +188,11 @@ def page() -> str:
             DYNAMO,
             rows(by_reason(CAPTURE)),
             VERSIONS,
-            rows((v, code(f"{g}.{n}" for g, n in sorted(names))) for v, names in ABSENT.items()),
+            rows(
+                (spelled(minor), code(f"{g}.{n}" for g, n in sorted(has.absent)))
+                for minor, has in MINORS.items()
+                if has.absent
+            ),
             MODEL,
             item(f"Fields of a configuration that do not count: {code(sorted(NOT_IDENTITY))}."),
             "\n",

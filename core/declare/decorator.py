@@ -18,7 +18,6 @@ from vllmc.core.declare.dims import Dims, declare
 from vllmc.core.declare.session import current_session, runs_plainly
 from vllmc.core.errors import UsageError
 from vllmc.core.spec import CompileSpec
-from vllmc.core.torch_compat.version import supports_shape_ids
 
 ModuleClass = TypeVar("ModuleClass", bound=type[torch.nn.Module])
 
@@ -113,13 +112,7 @@ def _decorated(
 ) -> ModuleClass:
     _check_class(cls, "support_torch_compile")
     _check_methods(cls)
-    declared = declare(
-        cls.forward,
-        dynamic_arg_dims,
-        mark_unbacked_dims,
-        at_most_tokens,
-        shape_ids=supports_shape_ids(),
-    )
+    declared = declare(cls.forward, dynamic_arg_dims, mark_unbacked_dims, at_most_tokens)
     if cls.__call__ is not _call:
         cls.__new__ = _making(cls.__new__)
         cls.__call__ = _call

@@ -18,7 +18,7 @@ from typing import TypeAlias
 import torch
 
 from vllmc.core.declare.annotations import holds_tensors
-from vllmc.core.errors import UsageError, VllmcError
+from vllmc.core.errors import UsageError
 
 Dims: TypeAlias = int | list[int] | tuple[int, ...] | Mapping[int, str]
 """Dimensions of one argument: one, several, or each with its shape id."""
@@ -57,17 +57,14 @@ def declare(
     dynamic_arg_dims: Mapping[str, Dims] | None = None,
     mark_unbacked_dims: Mapping[str, Dims] | None = None,
     at_most_tokens: Iterable[str] = (),
-    *,
-    shape_ids: bool,
 ) -> Declared:
     """Reads what a class declares of the arguments of its `forward`.
 
     Without `dynamic_arg_dims` the first dimension of every argument annotated as a tensor, or as
     something that holds tensors, varies. The dimensions of `mark_unbacked_dims` vary too.
-    `shape_ids` says whether this torch can relate dimensions.
 
     Raises `UsageError` for what cannot be meant (`unknown-argument`, `bad-dims`,
-    `no-dynamic-dims`), and `VllmcError` for shape ids on a torch without them (`torch-too-old`).
+    `no-dynamic-dims`).
     """
     parameters = _parameters(forward)
     if dynamic_arg_dims is None:
@@ -84,8 +81,6 @@ def declare(
     }
     if not dims:
         raise _undeclared(forward, parameters)
-    if not shape_ids:
-        _check_no_shape_ids(dims)
     ids = {dim.shape_id for given in dims.values() for dim in given}
     bounded = frozenset(at_most_tokens)
     if strange := sorted(bounded - ids):
@@ -243,20 +238,6 @@ def _undeclared(
         f"no argument of {_named(forward)} is annotated as a tensor, and no dimension is declared",
         hint=hint,
     )
-
-
-def _check_no_shape_ids(dims: Mapping[str, tuple[DynamicDim, ...]]) -> None:
-    """For a torch without them."""
-    ids = {d.shape_id for declarations in dims.values() for d in declarations if d.shape_id}
-    if ids:
-        without = {name: [d.dim for d in declarations] for name, declarations in dims.items()}
-        raise VllmcError(
-            "torch-too-old",
-            f"torch {torch.__version__} cannot relate dimensions by a shape id "
-            f"({', '.join(sorted(ids))})",
-            hint="upgrade to torch >= 2.11, or give the dimensions without ids: "
-            f"dynamic_arg_dims={_spelled(without)}",
-        )
 
 
 def _spelled(dims: Mapping[str, list[int]]) -> str:

@@ -9,6 +9,7 @@ from typing import Final
 
 from vllmc.core.diagnose.doctor_facts import Facts, Gpu, Package
 from vllmc.core.diagnose.doctor_table import Finding, found
+from vllmc.core.torch_compat.version import LACKING, NEWEST, spelled
 
 ROOM_TO_COMPILE: Final = 500 * 10**6
 _ADDRESS: Final = r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?![\d.])"
@@ -25,8 +26,16 @@ def check_packages(facts: Facts) -> Iterator[Finding]:
         elif not _reaches(version, package.oldest):
             yield found(
                 "package-outdated",
-                f"{name} is {version}, and vllmc needs {package.oldest} or later",
+                f"{name} is {version}, and vllmc needs {package.oldest} or later"
+                + (f": it has no {LACKING}" if name == "torch" else ""),
                 f"{install} --upgrade",
+            )
+        elif name == "torch" and not _reaches(spelled(NEWEST), version):
+            yield found(
+                "torch-newer",
+                f"torch is {version}, and vllmc was tested with {package.oldest} to "
+                f"{spelled(NEWEST)}",
+                f"pip install 'torch<={spelled(NEWEST)}.99', if vllmc warm fails",
             )
         if _is_mixed(package):
             yield found(
@@ -38,8 +47,9 @@ def check_packages(facts: Facts) -> Iterator[Finding]:
 
 
 def _reaches(version: str, oldest: str) -> bool:
-    numbers = [[int(part) for part in re.findall(r"\d+", text)] for text in (version, oldest)]
-    return numbers[0][: len(numbers[1])] >= numbers[1]
+    """Whether the minor version of the one is that of the other, or later."""
+    numbers = [[int(part) for part in re.findall(r"\d+", text)[:2]] for text in (version, oldest)]
+    return numbers[0] >= numbers[1]
 
 
 def _is_mixed(package: Package) -> bool:

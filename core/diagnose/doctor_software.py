@@ -21,8 +21,10 @@ from typing import Any, Final
 
 from vllmc.core.diagnose.doctor_facts import Compiler, Device, Gpu, Package
 from vllmc.core.torch_compat.compilers import compiler_version
+from vllmc.core.torch_compat.version import OLDEST as OLDEST_TORCH
+from vllmc.core.torch_compat.version import spelled
 
-OLDEST: Final = (("torch", "2.11"), ("triton", "3.6"), ("transformers", "5.17"))
+OLDEST: Final = (("torch", spelled(OLDEST_TORCH)), ("triton", "3.6"), ("transformers", "5.17"))
 """The packages whose versions are factors of every key, and the oldest that will do."""
 
 _VERSION_FILES: Final = ("version.py", "__init__.py")

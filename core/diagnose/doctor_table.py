@@ -258,6 +258,14 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
             why="What vllmc needs of it is not there.",
             cure="`pip install --upgrade`.",
         ),
+        "torch-newer": Kind(
+            level="note",
+            cause="torch is newer than the versions that vllmc was tested with.",
+            why="It is used as the newest of those is, once a tiny piece that is compiled with it "
+            "has given what eager gives.",
+            cure="Nothing, where `vllmc warm` works. `vllmc` of a later date may know it: "
+            "`pip install --upgrade vllmc`.",
+        ),
         "package-mixed": Kind(
             level="problem",
             cause="A package's metadata names another version than its own files do.",

@@ -1,7 +1,7 @@
 """The parts of torch's cache keys: what each is, and how two values of one differ.
 
-Sources, torch 2.13: `FxGraphHashDetails` in torch/_inductor/codecache.py, `AOTAutogradCacheDetails`
-in torch/_functorch/_aot_autograd/autograd_cache.py. Imports no torch.
+Sources, torch 2.13 to 2.15: `FxGraphHashDetails` in torch/_inductor/codecache.py,
+`AOTAutogradCacheDetails` in torch/_functorch/_aot_autograd/autograd_cache.py. Imports no torch.
 """
 
 from __future__ import annotations
@@ -45,9 +45,13 @@ _PARTS: Final[Mapping[str, Part]] = {
     "cuda_matmul_settings": _OPTION,
     "default_dtype": _OPTION,
     "autocast_state": _OPTION,
+    "disable_amp": _OPTION,
     "grad_enabled": _OPTION,
     "cpp_runtime_thread_count": Part(klass="codegen", says="torch.get_num_threads()"),
     "region_activation_memory_budget": _OPTION,
+    "region_activation_memory_budget_annotations": _OPTION,
+    "nested_inductor_config_patches": _OPTION,
+    "compile_on_one_rank": _OPTION,
     "custom_estimator_solver_uuids": _PASS,
     "cudagraph_override": _OPTION,
     "cudagraph_annotation": _OPTION,
@@ -64,10 +68,12 @@ _PARTS: Final[Mapping[str, Part]] = {
     "saved_tensors_hooks_fx_wrap_cache_hashes": _PASS,
     "sac_context_fn_hashes": _PASS,
     "provenance_tracking_level": _STORING,
+    "provenance_tracking_to_timeline": _STORING,
     "precompile_enabled": _STORING,
     "fx_kwargs": Part(klass="codegen", says="what Inductor was called with"),
     "default_cuda_device_index": Part(klass="identity", says="the device, for want of an input"),
     "aot_config": Part(klass="identity", says="how AOTAutograd was called: arguments, parameters"),
+    "act_input_paths": Part(klass="identity", says="which inputs are activations"),
     "example_inputs": Part(klass="identity", says="an input of the graph"),
     "var_to_hint_override": Part(klass="identity", says="sizes that the program hinted at"),
     "user_defined_triton_source": _KERNELS,

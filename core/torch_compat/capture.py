@@ -1,6 +1,6 @@
 """Dynamo's full-graph capture, with the facts about a graph that only Dynamo knows.
 
-Checked with torch 2.11 to 2.13: `torch._dynamo.convert_frame.fullgraph_capture`.
+It is made by `torch._dynamo.convert_frame.fullgraph_capture`, in torch from 2.11.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 
 from vllmc.core.spec import DynamicShapes
 from vllmc.core.torch_compat.forward import positional_and_named
+from vllmc.core.torch_compat.minors import TORCH
 from vllmc.core.torch_compat.stand_ins import is_own_code, without_own
 
 _GLOBAL = re.compile(r"\bG\['([^']+)'\]")
@@ -85,7 +86,7 @@ def mark_dimension(
 ) -> None:
     """Declares that `tensor.shape[dim]` varies between `low` and `high`.
 
-    Dimensions marked with one `shape_id` share one unbacked symbol (torch >= 2.11).
+    Dimensions marked with one `shape_id` share one unbacked symbol.
     """
     if kind == "unbacked":
         mark_unbacked(tensor, dim, shape_id=shape_id)
@@ -154,7 +155,7 @@ def capture_full_graph(
         identities=tuple(
             sorted(
                 {
-                    _text(guard.name)
+                    guard.name
                     for guard in captured.graph_capture_output.output_graph.guards
                     if guard.create_fn_name() == "ID_MATCH"
                 }
@@ -226,19 +227,16 @@ def _global(name: str, output: convert_frame.GraphCaptureOutput) -> str:
 
 def _guarded_expression(guard: Guard) -> str:
     """What a guard looks at: the value of its source, unless it asks something else about it."""
-    name = _text(guard.name)
+    name = guard.name
     details = getattr(guard.create_fn, "keywords", {})
     match guard.create_fn_name():
-        case "HASATTR" if "attr" in details:
-            return f"hasattr({name}, {details['attr']!r})"
         case "HASATTR":
-            # On torch 2.11 the guard is one on the attribute.
-            source = guard.originating_source
-            return f"hasattr({_text(source.base.name)}, {source.member!r})"
+            owner, attribute = TORCH.guarded_attribute(guard)
+            return f"hasattr({owner}, {attribute!r})"
         case "NOT_PRESENT_IN_GENERIC_DICT":
             return f"{details['attr']!r} in vars({name})"
         case "DUPLICATE_INPUT":
-            return f"{name} is {_text(details['source_b'].name)}"
+            return f"{name} is {details['source_b'].name}"
     return name
 
 
@@ -252,12 +250,7 @@ def _source_name(node: fx.Node) -> str:
     source: Any = getattr(node, "_dynamo_source", None)
     if source is None:
         source = node.meta["grapharg"].source
-    return _text(source.name)
-
-
-def _text(name: Any) -> str:
-    """The name of a source: a method on some torches, a property on others."""
-    return name() if callable(name) else name
+    return str(source.name)
 
 
 def _reason(error: TorchDynamoException) -> str:
@@ -269,11 +262,13 @@ def _reason(error: TorchDynamoException) -> str:
                 "what it computes hangs on a number that is not known while it is captured: "
                 f"{cause.cond}" + _meaning(cause.cond)
             )
-        if isinstance(cause, ObservedException):
-            return f"it raises {type(cause).__name__.removeprefix('Observed')}"
+    # From torch 2.14 an operation that fails is an exception that the model may catch.
     if isinstance(error, TorchRuntimeError):
         text = str(causes[-1]).replace("FakeTensor", "Tensor")
         return f"an operation fails: {type(causes[-1]).__name__}: {text}"
+    for cause in causes:
+        if isinstance(cause, ObservedException):
+            return f"it raises {type(cause).__name__.removeprefix('Observed')}"
     if getattr(error, "gb_type", None) == "Data-dependent branching":
         return "it branches on the values of a tensor"
     return _first_paragraph(str(error)) or type(error).__name__

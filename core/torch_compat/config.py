@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
@@ -20,6 +19,7 @@ from vllmc.core.torch_compat.config_modules import import_config, present_config
 from vllmc.core.torch_compat.config_scope import CAPTURE, EXCLUDED
 from vllmc.core.torch_compat.config_source import default_without_environment, variables_of
 from vllmc.core.torch_compat.config_values import canonical, stable
+from vllmc.core.torch_compat.minors import TORCH
 from vllmc.core.torch_compat.options import MODULES, OptionGroup, check_option, option_names
 from vllmc.core.torch_compat.system import portable_march
 
@@ -155,17 +155,11 @@ def applied(
     """
     inductor, functorch = config(MODULES["inductor"]), config(MODULES["functorch"])
     with (
-        contextlib.nullcontext() if local_overrides() else _ONE_THREAD,
+        contextlib.nullcontext() if TORCH.local_overrides else _ONE_THREAD,
         inductor.patch(dict(overrides.inductor)),
         functorch.patch(dict(overrides.functorch)),
     ):
         yield
-
-
-def local_overrides() -> bool:
-    """Whether overrides are context-local in this torch, as not in 2.11."""
-    entries = present_config(MODULES["functorch"])._config.values()
-    return all(isinstance(entry.user_override, ContextVar) for entry in entries)
 
 
 def snapshot(

@@ -83,7 +83,7 @@ EXCLUDED: Final[Mapping[tuple[str, str], str]] = MappingProxyType(
         ("functorch", "TYPE_CHECKING"): _TYPING,
     }
 )
-"""(group, name) of each option that is no factor, and the reason; see also `ABSENT`."""
+"""(group, name) of each option that is no factor, and the reason. A torch may lack some."""
 
 _SPECIALISES: Final = "decides which sizes and numbers become symbols and which constants"
 _TRACES: Final = "decides which Python constructs capture follows into the graph"
@@ -144,6 +144,7 @@ CAPTURE: Final[Mapping[str, str]] = MappingProxyType(
         "compiler.dynamic_sources": _SPECIALISES,
         "compiler.dynamic_values": _SPECIALISES,
         "compiler.unbacked_sources": _SPECIALISES,
+        "compiler.compile_on_one_rank": "decides whether devices are constants of the graph",
         "compiler.cache_key_tag": "torch's own switch to part caches: it is there to change keys",
         "symbolic_shapes.use_duck_shape": _SYMBOLS,
         "symbolic_shapes.backed_size_oblivious": _SYMBOLS,
@@ -157,40 +158,6 @@ CAPTURE: Final[Mapping[str, str]] = MappingProxyType(
 """Name of each setting of capture that is a factor (group `dynamo`), and the reason.
 
 Names are torch._dynamo.config's; `compiler.` stands before torch.compiler.config's and
-`symbolic_shapes.` before torch.fx.experimental._config's. Where this torch lacks one (`ABSENT`),
-so does the key.
-"""
-
-ABSENT: Final[Mapping[str, frozenset[tuple[str, str]]]] = MappingProxyType(
-    {
-        "2.11": frozenset(
-            {
-                ("inductor", "_cache_config_factory_keys"),
-                ("inductor", "compile_worker_wait_timeout"),
-                ("inductor", "trace.graph_diagram_format"),
-                ("inductor", "trace.orig_fx_graph_diagram_format"),
-                ("dynamo", "compiler.dynamic_values"),
-                ("dynamo", "debug_dynamo_config_override"),
-                ("dynamo", "inline_invoke_subgraph"),
-                ("dynamo", "inline_single_use_invoke_subgraph"),
-                ("dynamo", "symbolic_shapes.aggressive_guard_free_semantics"),
-                ("dynamo", "symbolic_shapes.unify_view_symbols_bso_meta"),
-            }
-        ),
-        "2.12": frozenset(
-            {
-                ("inductor", "compile_worker_wait_timeout"),
-                ("inductor", "trace.graph_diagram_format"),
-                ("inductor", "trace.orig_fx_graph_diagram_format"),
-                ("dynamo", "compiler.dynamic_values"),
-                ("dynamo", "inline_single_use_invoke_subgraph"),
-                ("dynamo", "symbolic_shapes.unify_view_symbols_bso_meta"),
-            }
-        ),
-        "2.15": frozenset({("inductor", "_cache_config_factory_keys")}),
-    }
-)
-"""Those of `EXCLUDED`, and in group `dynamo` of `CAPTURE`, that a torch does not have.
-
-By its minor version; a torch that is not named here has them all.
+`symbolic_shapes.` before torch.fx.experimental._config's. Where this torch lacks one (`absent` in
+`vllmc.core.torch_compat.minors`), so does the key.
 """

@@ -30,7 +30,7 @@ from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompil
 from torch._inductor.ir import FlexibleLayout, get_fill_order
 from torch._inductor.output_code import CompiledFxGraph
 from torch._inductor.runtime.cache_dir_utils import cache_dir
-from torch._inductor.standalone_compile import AOTCompiledArtifact, standalone_compile
+from torch._inductor.standalone_compile import AOTCompiledArtifact
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -38,6 +38,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from vllmc.core.cache.trust import Trust, Untrusted
 from vllmc.core.syntax import parse_module
 from vllmc.core.torch_compat.cxx_calls import change_calls
+from vllmc.core.torch_compat.minors import TORCH
 from vllmc.core.torch_compat.shapes import ShapeScope
 
 _same_ordered_by_number = FlexibleLayout.same_ordered
@@ -158,14 +159,7 @@ def generate_bundle(module: fx.GraphModule, inputs: Sequence[object], scope: Sha
             inductor_config.patch(fx_graph_cache=True),
             functorch_config.patch(enable_autograd_cache=True, strict_autograd_cache=True),
         ):
-            artifact = standalone_compile(
-                annotated,
-                list(inputs),
-                dynamic_shapes="from_example_inputs",
-                fake_mode=scope.fake_mode,
-                options={},
-                aot=True,
-            )
+            artifact = TORCH.compile_bundle(annotated, inputs, scope.fake_mode)
         assert isinstance(artifact, AOTCompiledArtifact)
         return artifact.serialize()
 

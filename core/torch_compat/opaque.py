@@ -1,20 +1,20 @@
 """Opaque types: Python objects that an op's schema takes as arguments.
 
-torch >= 2.11 can *hoist* an opaque value: Dynamo then makes it an input of the captured graph
-instead of a constant in it, so that graphs which differ in the value only are one graph.
+torch can *hoist* an opaque value: Dynamo then makes it an input of the captured graph instead of a
+constant in it, so that graphs which differ in the value only are one graph.
 """
 
 from __future__ import annotations
 
-from torch._library.fake_class_registry import FakeScriptObject
-from torch._library.opaque_object import (
-    get_opaque_type_name,
-    is_opaque_value,
-    register_opaque_type,
-)
-from torch._opaque_base import OpaqueBase
+from typing import Any
 
-__all__ = ["OpaqueBase", "is_opaque_value", "opaque_type_name", "real_value", "register_value_type"]
+from torch._library.fake_class_registry import FakeScriptObject
+from torch._library.opaque_object import get_opaque_type_name
+
+from vllmc.core.torch_compat.minors import TORCH
+
+OpaqueBase: Any = TORCH.opaque_base()
+"""What opaque types inherit from."""
 
 
 def register_value_type(cls: type, *, hoist: bool = True) -> str:
@@ -23,8 +23,13 @@ def register_value_type(cls: type, *, hoist: bool = True) -> str:
     The class needs `__eq__`, `__hash__` and `__fx_repr__`; Dynamo guards on equality. Returns the
     type's name as op schemas write it. Raises `TypeError` where one of the methods is missing.
     """
-    register_opaque_type(cls, typ="value", hoist=hoist)
+    TORCH.register_value_type(cls, hoist=hoist)
     return _name_of(cls)
+
+
+def is_opaque_value(value: object) -> bool:
+    """Whether `value` is an object of an opaque type, or its stand-in."""
+    return TORCH.is_opaque_value(value)
 
 
 def opaque_type_name(value: object) -> str:

@@ -22,6 +22,7 @@ import torch
 from vllmc.core.cache.facts import remembered
 from vllmc.core.errors import VllmcError
 from vllmc.core.torch_compat.compilers import compiler_version
+from vllmc.core.torch_compat.minors import TORCH
 
 if TYPE_CHECKING:
     from vllmc.core.cache.key import JsonValue
@@ -71,7 +72,7 @@ def _torch_key() -> str:
     for name, file in _modules([str(root)], ""):
         hasher.update(name.encode())
         hasher.update(Path(file).read_bytes())
-    for extra in ("codegen/aoti_runtime/interface.cpp", "script.ld"):
+    for extra in TORCH.keyed_files:
         with contextlib.suppress(FileNotFoundError):
             hasher.update((root / "_inductor" / extra).read_bytes())
     return hasher.hexdigest()

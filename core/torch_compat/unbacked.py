@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
-from torch._dynamo.decorators import mark_unbacked
 
-# torch 2.11 has no `min`: there compiled code states it, with `torch._check`.
-_TAKES_MIN = "min" in inspect.signature(mark_unbacked).parameters
+from vllmc.core.torch_compat.minors import TORCH
 
 
 def mark_unbacked_size(tensor: torch.Tensor, dim: int, *, low: int) -> None:
     """Has `tensor.shape[dim]`, at least `low`, compiled as an unbacked size.
 
     Code that is compiled for it is compiled once, 0 and 1 being sizes like any other. The mark
-    stays on the tensor. Checked with torch 2.11 and 2.13.
+    stays on the tensor. torch 2.11 is not told `low`: there code states it, with `torch._check`.
     """
-    if _TAKES_MIN:
-        mark_unbacked(tensor, dim, min=low)
-    else:
-        mark_unbacked(tensor, dim)
+    TORCH.mark_unbacked_size(tensor, dim, low=low)

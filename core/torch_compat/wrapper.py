@@ -11,8 +11,10 @@ from __future__ import annotations
 import ast
 import builtins
 import symtable
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
 
 import torch
 from torch._inductor.select_algorithm import extern_kernels
@@ -23,6 +25,24 @@ from vllmc.core.torch_compat.native import EXTERN_KERNELS
 
 # What these modules give a wrapper compiles its code when the wrapper is loaded.
 _COMPILING_MODULES = ("torch._inductor.async_compile", "torch._inductor.codecache")
+
+
+WRITTEN_OUT: Final[Mapping[tuple[str, str], str]] = MappingProxyType(
+    {
+        (
+            "torch._inductor.runtime.runtime_utils",
+            "assert_tensor_metadata",
+        ): """
+def assert_tensor_metadata(tensor, size, stride, dtype, op=None):
+    if tensor is None:
+        return
+    if tensor.dtype != dtype:
+        raise RuntimeError(f"expected dtype {dtype} but got {tensor.dtype} from {op}")
+    torch._C._dynamo.guards.assert_size_stride(tensor, size, stride, op)
+""",
+    }
+)
+"""What a wrapper imports from Inductor to run, and the same in terms of `torch`: from 2.14."""
 
 
 class NotPortable(Exception):
@@ -52,7 +72,7 @@ def reduce_wrapper(source: str, *, provided: frozenset[str]) -> Reduced:
     Raises `NotPortable` where something that `call` reaches compiles code at load time, or is
     bound in a way that this reading of the module does not see.
     """
-    body = parse_module(source).body
+    body = [_without_inductor(statement) for statement in parse_module(source).body]
     products = _products(_reached(body, provided))
     if products is not None:
         provided |= {EXTERN_KERNELS}
@@ -70,6 +90,15 @@ def reduce_wrapper(source: str, *, provided: frozenset[str]) -> Reduced:
         provided=tuple(sorted(provided & used)),
         products=tuple(sorted((products or {}).items())) if EXTERN_KERNELS in used else (),
     )
+
+
+def _without_inductor(statement: ast.stmt) -> ast.stmt:
+    """`statement`, or the definition of what it imports from Inductor, which takes a second."""
+    match statement:
+        case ast.ImportFrom(module=str(module), names=[ast.alias(name=name, asname=None)]):
+            written = WRITTEN_OUT.get((module, name))
+            return statement if written is None else parse_module(written).body[0]
+    return statement
 
 
 def _reached(body: list[ast.stmt], provided: frozenset[str]) -> list[ast.stmt]:

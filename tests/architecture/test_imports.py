@@ -141,6 +141,30 @@ def test_private_torch_stands_in_torch_compat_alone() -> None:
                     assert f"torch.{node.attr}" not in PRIVATE, f"{name}:{node.lineno}"
 
 
+CHOOSING = ("vllmc.core.torch_compat.minors", "vllmc.core.torch_compat.version")
+
+
+def test_what_differs_between_torches_is_told_apart_in_one_place() -> None:
+    """No version of torch is compared elsewhere, nor is torch asked what it happens to have."""
+    for name, tree in MODULES.items():
+        if _below(name, *CHOOSING):
+            continue
+        for node in ast.walk(tree):
+            match node:
+                case ast.Compare():
+                    looked_at = [ast.unparse(node)]
+                case ast.Call(func=ast.Attribute(attr="split" | "startswith" | "partition")):
+                    looked_at = [ast.unparse(node.func)]
+                case ast.Call(func=ast.Name(id="hasattr"), args=[first, *_]):
+                    assert not ast.unparse(first).startswith("torch"), f"{name}:{node.lineno}"
+                    continue
+                case _:
+                    continue
+            assert not any("torch.__version__" in text for text in looked_at), (
+                f"{name}:{node.lineno}"
+            )
+
+
 def _imported_by(*modules: str) -> set[str]:
     """What a fresh interpreter has loaded once it has imported `modules`."""
     script = "import importlib, sys\nfor m in sys.argv[1:]: importlib.import_module(m)\n"

@@ -15,8 +15,8 @@ from vllmc.cli.prune import parse_age, parse_size
 from vllmc.core.cache.key import Factor, key_of
 from vllmc.core.cache.record import encode
 from vllmc.core.cache.usage import Counts
-from vllmc.core.cache.versions import installed_torch
 from vllmc.core.errors import UsageError, VllmcError
+from vllmc.core.torch_compat.version import installed_torch
 
 Run = Callable[..., Any]
 
@@ -169,7 +169,7 @@ def test_programs_of_another_torch_go_when_asked(vllmc: Run, stored: Any) -> Non
 
 def test_the_installed_torch_is_found_without_importing_it() -> None:
     script = (
-        "import sys; from vllmc.core.cache.versions import installed_torch;"
+        "import sys; from vllmc.core.torch_compat.version import installed_torch;"
         "found = installed_torch(); early = 'torch' in sys.modules;"
         "import torch; sys.exit(early or found != torch.__version__)"
     )

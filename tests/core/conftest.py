@@ -77,7 +77,7 @@ def toy_call(entry: torch.nn.Module) -> Call:
         "logits_indices": {0: "rows"},
     }
     values = dict(zip(dims, batch(4), strict=True))
-    return describe_call(declare(type(entry).forward, dims, None, ["rows"], shape_ids=True), values)
+    return describe_call(declare(type(entry).forward, dims, None, ["rows"]), values)
 
 
 def batch(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

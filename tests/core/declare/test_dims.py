@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from vllmc.core.declare.dims import Declared, DynamicDim, declare, dims_of
-from vllmc.core.errors import UsageError, VllmcError
-from vllmc.core.torch_compat.version import supports_shape_ids
+from vllmc.core.errors import UsageError
 
 
 class Model(torch.nn.Module):
@@ -15,7 +14,7 @@ class Model(torch.nn.Module):
 
 
 def declared(dynamic: Any = None, unbacked: Any = None, forward: Any = Model.forward) -> Declared:
-    return declare(forward, dynamic, unbacked, shape_ids=True)
+    return declare(forward, dynamic, unbacked)
 
 
 def dims(dynamic: Any = None, unbacked: Any = None, forward: Any = Model.forward) -> Any:
@@ -127,7 +126,7 @@ def test_a_function_and_a_bound_method_have_no_self() -> None:
 @pytest.mark.parametrize("option", ["dynamic_arg_dims", "mark_unbacked_dims"])
 def test_an_unknown_argument_is_an_error_that_names_the_nearest(option: str) -> None:
     with pytest.raises(UsageError) as caught:
-        declare(Model.forward, **{option: {"position": 0}}, shape_ids=True)
+        declare(Model.forward, **{option: {"position": 0}})
     assert caught.value.code == "unknown-argument"
     assert caught.value.message == (
         "'position' is no argument of Model.forward whose dimensions can be declared; "
@@ -188,21 +187,6 @@ def test_a_forward_that_only_collects_arguments_is_told_to_name_them() -> None:
     with pytest.raises(UsageError, match="no-dynamic-dims") as caught:
         declared(forward=forward)
     assert caught.value.hint == "name the tensors among its arguments"
-
-
-def test_shape_ids_are_refused_by_a_torch_without_them() -> None:
-    shape_ids = supports_shape_ids("2.10.1+cu128")
-    with pytest.raises(VllmcError, match=r"cannot relate dimensions .* \(h, t\)") as caught:
-        declare(Model.forward, {"ids": {0: "t"}, "hidden": {0: "t", -1: "h"}}, shape_ids=shape_ids)
-    assert caught.value.code == "torch-too-old"
-    assert torch.__version__ in caught.value.message
-    assert "upgrade to torch >= 2.11" in caught.value.hint
-    given = json.loads(caught.value.hint.rpartition("dynamic_arg_dims=")[2])
-    found = declare(Model.forward, given, shape_ids=shape_ids)
-    assert found.dims == {
-        "ids": (DynamicDim(dim=0),),
-        "hidden": (DynamicDim(dim=0), DynamicDim(dim=-1)),
-    }
 
 
 # The dimensions of one tensor

@@ -17,6 +17,8 @@ from vllmc.core.diagnose.torch_components import part_of
 from vllmc.core.diagnose.torch_diff import diff_traces
 from vllmc.core.diagnose.torch_trace import is_trace
 from vllmc.core.errors import VllmcError
+from vllmc.core.torch_compat.minors import TORCH
+from vllmc.core.torch_compat.minors.torch_2_12 import Torch212
 
 LOG = "dedicated_log_torch_trace_0.log"
 PREFIX = "V1121 12:12:21.348000 31490 torch/_logging/_internal.py:1328]"
@@ -257,6 +259,7 @@ def test_a_trace_of_the_torch_that_is_installed_is_understood_whole(
     assert {name for name in names if part_of(name).klass == "unknown"} == set()
     found = diff_traces(before, after)
     assert [c.name for c in found.changes] == [
-        "autograd_config[donated_buffer]",
+        # A hash of them all, on an older torch.
+        "autograd_config" if isinstance(TORCH, Torch212) else "autograd_config[donated_buffer]",
         "example_inputs[0].shape",
     ]

@@ -25,7 +25,7 @@ class Model(torch.nn.Module):
 
 
 def called(dims: Any, **values: Any) -> Call:
-    return describe_call(declare(Model.forward, dims, shape_ids=True), values)
+    return describe_call(declare(Model.forward, dims), values)
 
 
 def test_sizes_that_vary_have_names_and_all_else_is_fixed() -> None:

@@ -13,6 +13,8 @@ from vllmc.core.errors import VllmcError
 from vllmc.core.graph.capture import Capture, capture
 from vllmc.core.models.module_model import ModuleModel
 from vllmc.core.spec import CompileSpec
+from vllmc.core.torch_compat.minors import TORCH
+from vllmc.core.torch_compat.minors.torch_2_12 import Torch212
 
 
 class Small(LlamaForCausalLM):
@@ -236,6 +238,9 @@ class Ignorant(torch.nn.Module):
         return self.inner(hidden, position_embeddings=turn, attention_mask=None)[0]
 
 
+@pytest.mark.skipif(
+    isinstance(TORCH, Torch212), reason="this torch traces the attention that was set before"
+)
 def test_a_module_of_the_users_own_may_do_without_positions() -> None:
     assert len(captured(Ignorant).attention) == 1
 

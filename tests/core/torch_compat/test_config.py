@@ -24,20 +24,21 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from vllmc.core.errors import UsageError
 from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat.config import (
+    VLLMC_SETS,
     Overrides,
     applied,
-    local_overrides,
     snapshot,
     vllmc_overrides,
 )
 from vllmc.core.torch_compat.config_modules import _stand_in, config_file
-from vllmc.core.torch_compat.config_scope import ABSENT, CAPTURE, EXCLUDED
+from vllmc.core.torch_compat.config_scope import CAPTURE, EXCLUDED
 from vllmc.core.torch_compat.config_source import (
     default_without_environment,
     definitions,
     variables_of,
 )
 from vllmc.core.torch_compat.config_values import stable
+from vllmc.core.torch_compat.minors import MINORS, TORCH
 from vllmc.core.torch_compat.options import MODULES, option_names, parse_option
 from vllmc.core.torch_compat.system import portable_march
 
@@ -128,12 +129,12 @@ def test_every_setting_of_capture_changes_the_snapshot() -> None:
 
 
 def test_names_that_are_left_out_exist_but_for_those_that_this_torch_is_said_to_lack() -> None:
-    minor = ".".join(torch.__version__.split(".")[:2])
     options = {(group, name) for group in CONFIGS for name in option_names(group)}
     settings = {("dynamo", name) for name in values("dynamo")}
-    named = {*EXCLUDED, *(("dynamo", name) for name in CAPTURE)}
-    assert named - options - settings == ABSENT.get(minor, frozenset())
-    assert set().union(*ABSENT.values()) <= named
+    named = {*EXCLUDED, *VLLMC_SETS, ("inductor", "cpp.march")}
+    named |= {("dynamo", name) for name in CAPTURE}
+    assert named - options - settings == TORCH.absent
+    assert set().union(*(has.absent for has in MINORS.values())) <= named
 
 
 @pytest.mark.parametrize("group", ["inductor", "functorch"])
@@ -169,7 +170,7 @@ def test_the_snapshot_describes_what_applied_puts_into_force() -> None:
 
 def test_each_thread_has_the_overrides_that_it_entered() -> None:
     # Both at once, unless this torch keeps overrides for the whole process.
-    both_inside = threading.Barrier(2 if local_overrides() else 1, timeout=60)
+    both_inside = threading.Barrier(2 if TORCH.local_overrides else 1, timeout=60)
     seen: dict[int, tuple[Any, ...]] = {}
 
     def work(threads: int) -> None:
@@ -194,7 +195,7 @@ def test_each_thread_has_the_overrides_that_it_entered() -> None:
     assert seen == {3: (3, True, 3, True), 5: (5, False, 5, False)}
 
 
-@pytest.mark.skipif(not local_overrides(), reason="this torch has one set for all threads")
+@pytest.mark.skipif(not TORCH.local_overrides, reason="this torch has one set for all threads")
 def test_a_thread_started_inside_does_not_see_the_overrides() -> None:
     seen = []
     with applied(with_option("inductor", "cpp.threads", 3)):
@@ -279,13 +280,15 @@ def test_variables_are_named_as_origins_however_torch_reads_them(tmp_path: Path)
 def test_without_variables_only_what_vllmc_sets_differs_from_the_default(tmp_path: Path) -> None:
     found = json.loads(run_python(DESCRIBE, cwd=tmp_path))
     changed = {name: row[1] for name, row in found.items() if not row[2]}
-    march = {"inductor.cpp.march"} & {*found} if portable_march() else set()
-    assert set(changed) == march | {
+    march = {"inductor.cpp.march"} if portable_march() else set()
+    lacking = {f"{group}.{name}" for group, name in TORCH.absent}
+    expected = march | {
         "inductor.aot_inductor.enable_line_tables",
         "inductor.cpp.dynamic_threads",
         "inductor.cpp.threads",
         "inductor.cpp.vec_isa_ok",
     }
+    assert set(changed) == expected - lacking
     assert set(changed.values()) == {"vllmc"}
     assert {row[1] for row in found.values()} == {"default", "vllmc"}
 

@@ -30,7 +30,7 @@ def test_nothing_watches_a_plain_tensor_without_gradients() -> None:
 
 @pytest.mark.parametrize(
     "context",
-    [torch.enable_grad(), FunctionMode(), DispatchMode(), torch.profiler.profile()],
+    [torch.enable_grad(), FunctionMode(), DispatchMode(), torch.profiler.profile(acc_events=True)],
     ids=["autograd", "function mode", "dispatch mode", "profiler"],
 )
 def test_what_looks_at_calls_watches(context: AbstractContextManager[Any]) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from vllmc.core.torch_compat import unbacked
+from vllmc.core.torch_compat.minors import TORCH
 from vllmc.core.torch_compat.unbacked import mark_unbacked_size
 
 
@@ -29,7 +29,7 @@ def test_a_marked_size_is_compiled_once() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.skipif(not unbacked._TAKES_MIN, reason="this torch takes no least size")
+@pytest.mark.skipif(not TORCH.takes_least_size, reason="this torch takes no least size")
 def test_code_may_branch_on_the_least_size() -> None:
     def sign(x: torch.Tensor) -> torch.Tensor:
         return x if x.shape[0] >= 3 else -x

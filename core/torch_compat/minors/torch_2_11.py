@@ -1,0 +1,41 @@
+"""torch 2.11."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllmc.core.torch_compat.minors.torch_2_12 import Torch212
+
+if TYPE_CHECKING:
+    import torch
+    from torch._guards import Guard
+
+
+class Torch211(Torch212):
+    """Overrides are the process's, sizes have no least one, and more options are not there yet."""
+
+    local_overrides = False
+    takes_least_size = False
+    absent = Torch212.absent | {
+        ("inductor", "_cache_config_factory_keys"),
+        ("dynamo", "debug_dynamo_config_override"),
+        ("dynamo", "inline_invoke_subgraph"),
+        ("dynamo", "symbolic_shapes.aggressive_guard_free_semantics"),
+    }
+
+    def mark_unbacked_size(
+        self,
+        tensor: torch.Tensor,
+        dim: int,
+        *,
+        low: int,  # noqa: ARG002 - compiled code states it, with `torch._check`
+    ) -> None:
+        """See `Newest`."""
+        from torch._dynamo.decorators import mark_unbacked
+
+        mark_unbacked(tensor, dim)
+
+    def guarded_attribute(self, guard: Guard) -> tuple[str, str]:
+        """See `Newest`. Here the guard is one on the attribute."""
+        source = guard.originating_source
+        return source.base.name, source.member
