@@ -1,7 +1,6 @@
 from pathlib import Path
 
-import pytest
-from torch_matrix import BEGIN, END, HEAD, MINORS, PAGE, ROOT, Outcome, counted, unpinned, updated
+from torch_matrix import BEGIN, END, HEAD, MINORS, ROOT, Outcome, counted, unpinned, updated
 
 from vllmc.core.torch_compat.minors import MINORS as KNOWN
 from vllmc.core.torch_compat.version import spelled
@@ -61,9 +60,3 @@ def test_pins_that_are_for_one_torch_are_left_out() -> None:
         line for line in lines if line.startswith(("torch==", "triton==", "setuptools=="))
     }
     assert len(lines) == len(kept) + 3
-
-
-@pytest.mark.parametrize("minor", MINORS)
-def test_the_page_has_a_row_for_each_minor(minor: str) -> None:
-    table = PAGE.read_text("utf-8").partition(BEGIN)[2].partition(END)[0]
-    assert sum(line.startswith(f"| {minor}.") for line in table.splitlines()) == 1
