@@ -6,7 +6,7 @@ import traceback
 from pathlib import Path
 
 from vllmc.core.errors import VllmcError
-from vllmc.core.torch_compat.version import NEWEST, installed_torch, spelled, standing
+from vllmc.core.torch_compat.version import install_known, installed_torch, standing
 
 
 def unforeseen(error: BaseException) -> VllmcError:
@@ -18,8 +18,7 @@ def unforeseen(error: BaseException) -> VllmcError:
         "internal",
         f"{type(error).__name__}: {error}",
         context={"at": _place(error)} | ({"torch": newer} if newer else {}),
-        hint=f"torch {newer} is newer than vllmc knows: try pip install "
-        f"'torch<={spelled(NEWEST)}.99', or a newer vllmc"
+        hint=f"torch {newer} is newer than vllmc knows: try {install_known()}, or a newer vllmc"
         if newer
         else "unless the model's own code is at fault, this is a fault in vllmc: report it with "
         "the traceback that -vv shows",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from torch.utils._config_module import _UNSET_SENTINEL
 
-from vllmc.core.torch_compat.config_modules import import_config, present_config
+from vllmc.core.torch_compat.config_modules import import_config, present_config, value_of
 from vllmc.core.torch_compat.config_scope import CAPTURE, EXCLUDED
 from vllmc.core.torch_compat.config_source import default_without_environment, variables_of
 from vllmc.core.torch_compat.config_values import canonical, stable
@@ -219,8 +219,9 @@ def _entry(
     set_by: str | None,
     environment: Mapping[str, str],
 ) -> ConfigEntry:
-    registered = present_config(module_name)._config[key]
-    value = stable(_value(module_name, key))
+    module = present_config(module_name)
+    registered = module._config[key]
+    value = stable(value_of(module, key))
     variables = variables_of(module_name, key, environment)
     default = default_without_environment(module_name, key) if variables else registered.default
     # A variable that forces an option beats every override (torch/utils/_config_module.py).
@@ -234,11 +235,3 @@ def _entry(
         is_default=canonical(value) == canonical(stable(default)),
         origin=origin,
     )
-
-
-def _value(module_name: str, key: str) -> Any:
-    module = present_config(module_name)
-    if getattr(module._config[key], "deprecated", False):
-        # Reading the attribute would warn.
-        return module.get_config_copy()[key]
-    return getattr(module, key)

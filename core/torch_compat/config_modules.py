@@ -37,6 +37,14 @@ def present_config(name: str) -> Any:
     return import_config(name)
 
 
+def value_of(module: Any, name: str) -> Any:
+    """The value of an option of a config module, deprecated ones too."""
+    if getattr(module._config[name], "deprecated", False):
+        # Reading the attribute would warn.
+        return module.get_config_copy()[name]
+    return getattr(module, name)
+
+
 def config_file(name: str) -> Path:
     """The source of a config module of torch."""
     return Path(torch.__file__).parent.joinpath(*name.split(".")[1:]).with_suffix(".py")

@@ -21,7 +21,7 @@ from vllmc.core.cache.facts import recall, remember
 from vllmc.core.errors import VllmcError
 from vllmc.core.spec import CompileSpec
 from vllmc.core.torch_compat.system import torch_key_hex
-from vllmc.core.torch_compat.version import NEWEST, OLDEST, spelled
+from vllmc.core.torch_compat.version import NEWEST, OLDEST, install_known, spelled
 
 if TYPE_CHECKING:
     from vllmc.core.torch_compat.inductor import Generated
@@ -71,8 +71,7 @@ def check_newer(cache: Path | None) -> None:
                 "cause": f"{type(error).__name__}: {error}".strip()[:2000],
                 "at": _place(error),
             },
-            hint=f"pip install 'torch<={spelled(NEWEST)}.99', or a newer vllmc: "
-            "pip install --upgrade vllmc",
+            hint=f"{install_known()}, or a newer vllmc: pip install --upgrade vllmc",
         ) from error
     if passed:
         remember(cache, name, _PASSED)

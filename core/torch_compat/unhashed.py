@@ -7,19 +7,17 @@ reads these while vLLM starts.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from vllmc.core.torch_compat.config_modules import import_config
+from vllmc.core.torch_compat.config_modules import import_config, value_of
 from vllmc.core.torch_compat.config_scope import EXCLUDED
 from vllmc.core.torch_compat.config_values import stable
+from vllmc.core.torch_compat.options import MODULES
 
 if TYPE_CHECKING:
     from vllmc.core.cache.key import JsonValue
 
-_MODULES: Final = (
-    ("inductor", "torch._inductor.config"),
-    ("functorch", "torch._functorch.config"),
-)
+_GROUPS: Final = ("inductor", "functorch")
 
 
 def unhashed_options(hashed: Collection[str]) -> dict[str, JsonValue]:
@@ -29,17 +27,10 @@ def unhashed_options(hashed: Collection[str]) -> dict[str, JsonValue]:
     are left out.
     """
     found: dict[str, JsonValue] = {}
-    for group, module_name in _MODULES:
-        module = import_config(module_name)
+    for group in _GROUPS:
+        module = import_config(MODULES[group])
         for name, entry in module._config.items():
             known = f"{group}.{name}" in hashed or (group, name) in EXCLUDED
             if not known and entry.alias is None:
-                found[f"{group}.{name}"] = stable(_value(module, name))
+                found[f"{group}.{name}"] = stable(value_of(module, name))
     return found
-
-
-def _value(module: Any, name: str) -> Any:
-    if getattr(module._config[name], "deprecated", False):
-        # Reading the attribute would warn.
-        return module.get_config_copy()[name]
-    return getattr(module, name)

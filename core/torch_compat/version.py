@@ -31,6 +31,11 @@ def spelled(minor: Minor) -> str:
     return f"{minor[0]}.{minor[1]}"
 
 
+def install_known() -> str:
+    """The command that installs the newest torch that vllmc knows."""
+    return f"pip install 'torch<={spelled(NEWEST)}.99'"
+
+
 def minor_of(version: str) -> Minor:
     """`(2, 13)` of `2.13.0+cpu`. Raises `VllmcError` (`torch-unreadable`) for other text."""
     found = re.match(r"(\d+)\.(\d+)", version)
