@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
 _LOG: Final = logging.getLogger("vllmc.vllm_plugin")
+WARNED: Final = threading.Event()
+"""Set once this process has warned."""
 
 
 @contextmanager
@@ -17,29 +19,10 @@ def quietly(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _warn_once(f"{what}: {type(error).__name__}: {error}")
-
-
-def _warn_once(text: str) -> None:
-    _warn()(text)
-
-
-class _Voice:
-    """Says one thing, once."""
-
-    def __init__(self) -> None:
-        self._quiet = False
-
-    def __call__(self, text: str) -> None:
-        if not self._quiet:
-            self._quiet = True
+        if not WARNED.is_set():
+            WARNED.set()
             _LOG.warning(
                 "vllmc: what vLLM's compile cache is keyed by is not recorded, which changes "
                 "nothing else (VLLMC_PLUGIN=0 switches this off): %s",
-                text,
+                f"{what}: {type(error).__name__}: {error}",
             )
-
-
-@functools.cache
-def _warn() -> _Voice:
-    return _Voice()

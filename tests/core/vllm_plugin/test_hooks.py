@@ -28,7 +28,7 @@ AROUND = (
 @pytest.fixture(autouse=True)
 def in_the_middle_of_everything() -> Iterator[None]:
     """The state in which each wrapper has something to note."""
-    quiet._warn.cache_clear()
+    quiet.WARNED.clear()
     hooks._NOW.whole = Observation(path="/none")
     hooks._NOW.parts.append([])
     with hooks.observing(Observation()):

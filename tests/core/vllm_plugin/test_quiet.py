@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 def test_the_first_failure_is_told_and_the_others_are_silent(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    quiet._warn.cache_clear()
+    quiet.WARNED.clear()
     with caplog.at_level(logging.WARNING, "vllmc.vllm_plugin"):
         for number in range(3):
             with quiet.quietly("the file could not be written"):
@@ -31,7 +31,7 @@ def test_the_first_failure_is_told_and_the_others_are_silent(
 def test_without_vllm_it_warns_and_goes_on(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quiet._warn.cache_clear()
+    quiet.WARNED.clear()
     monkeypatch.delenv("VLLMC_PLUGIN", raising=False)
     monkeypatch.setitem(sys.modules, "vllm", None)
     register()
@@ -41,7 +41,7 @@ def test_without_vllm_it_warns_and_goes_on(
 def test_switched_off_it_does_nothing(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quiet._warn.cache_clear()
+    quiet.WARNED.clear()
     monkeypatch.setenv("VLLMC_PLUGIN", "0")
     monkeypatch.setitem(sys.modules, "vllm", None)
     register()
