@@ -27,7 +27,7 @@ from vllmc.core.cache.exchange import (
     units_of,
     vouch,
 )
-from vllmc.core.cache.files import make_directory, publish, read_plain, writing
+from vllmc.core.cache.files import make_directory, publish, read_record, writing
 from vllmc.core.cache.key import sha256_hex
 from vllmc.core.cache.layout import section_of
 from vllmc.core.cache.partial import beginning, copy
@@ -380,7 +380,7 @@ def _as_stored(store: Store, record: UnitRecord | ProgramRecord, path: str) -> b
         return store.signing.signed(encode(record))
     for layout in store.layouts:
         with suppress(FileNotFoundError):
-            return read_plain(layout.top / path)
+            return read_record(layout.top / path)[0]
     return encode(record)
 
 

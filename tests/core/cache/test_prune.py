@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -368,13 +369,20 @@ def test_what_is_gone_by_now_is_neither_removed_nor_kept(store, three):
     assert (done.removed, done.kept) == ((), ())
 
 
-def test_a_cache_that_cannot_be_written_is_not_pruned(store, three, start):
+@contextmanager
+def moved(store, directories, files):
+    """The cache where an unprivileged user gets at it, with these modes."""
     with tempfile.TemporaryDirectory() as root:
         Path(root).chmod(0o755)
         target = Path(root) / "cache"
         store.root.rename(target)
         for path in (target, *target.rglob("*")):
-            path.chmod(0o555 if path.is_dir() else 0o444)
+            path.chmod(directories if path.is_dir() else files)
+        yield target
+
+
+def test_a_cache_that_cannot_be_written_is_not_pruned(store, three, start):
+    with moved(store, 0o555, 0o444) as target:
         out, _ = start(UNPRIVILEGED, target).communicate()
         assert out == "not-writable\n"
         assert len(Store(target).entries()) == 3
@@ -421,12 +429,7 @@ def test_facts_that_nobody_asks_for_go_after_a_month(store, three):
 
 
 def test_what_another_user_stored_goes_where_directories_allow_it(store, three, start):
-    with tempfile.TemporaryDirectory() as root:
-        Path(root).chmod(0o755)
-        target = Path(root) / "cache"
-        store.root.rename(target)
-        for path in (target, *target.rglob("*")):
-            path.chmod(0o777 if path.is_dir() else 0o644)
+    with moved(store, 0o777, 0o644) as target:
         out, _ = start(UNPRIVILEGED, target).communicate()
         assert out == ""
         assert Store(target).entries() == ()
