@@ -18,6 +18,7 @@ from vllmc.core.diagnose.vllm_compare import cache_subjects, compare_keys
 from vllmc.core.diagnose.vllm_factors import (
     ENVIRONMENT,
     HASHES,
+    RELEASE,
     KeyFacts,
     follows_handles,
     moving,
@@ -170,7 +171,9 @@ def _verdict(row: Mapping[str, Any], cache: Row) -> RenderableType:
 def _head(row: Mapping[str, Any], cache: Row) -> RenderableType:
     lines = [("key", cache["key"]), ("directory", cache["path"]), ("size", size(cache["bytes"]))]
     if cache["release"]:
-        lines.append(("vLLM", f"{cache['release']}, by the variables it hashes"))
+        known = [f["value"] for f in row["factors"] if (f["group"], f["name"]) == RELEASE]
+        how = "" if cache["release"] in known else ", by the variables it hashes"
+        lines.append(("vLLM", f"{cache['release']}{how}"))
     parts = cache["compilations"]
     if parts:
         lines.append(("parts", names([part["label"] for part in parts])))

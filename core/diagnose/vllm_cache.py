@@ -24,7 +24,7 @@ from vllmc.core.diagnose.foreign_files import (
     parse_json,
     read_text,
 )
-from vllmc.core.diagnose.vllm_factors import HASHES, KeyFacts, derived_key, key_facts, release
+from vllmc.core.diagnose.vllm_factors import HASHES, KeyFacts, derived_key, key_facts
 from vllmc.core.diagnose.vllm_graph import Graph, read_graph
 from vllmc.core.diagnose.vllm_index import ANY_SIZE, Index, artifact_place, read_index
 from vllmc.core.diagnose.vllm_layout import GRAPH, INDEX, MODEL, STORES
@@ -114,7 +114,7 @@ class VllmCache:
     @property
     def release(self) -> str:
         """Which releases of vLLM may have written it; empty where that cannot be told."""
-        return release(self.main.facts.environment) if self.main else ""
+        return self.main.facts.release if self.main else ""
 
     @property
     def artifacts(self) -> tuple[Artifact, ...]:

@@ -17,7 +17,6 @@ from vllmc.core.diagnose.vllm_factors import (
     HASHES,
     KeyFacts,
     Spurious,
-    release,
     spurious,
 )
 from vllmc.core.diagnose.vllm_graph import (
@@ -329,7 +328,7 @@ def _conclusions(left: Subject, right: Subject, changes: Sequence[Change]) -> It
     groups = {change.group for change in changes}
     if changes and all(c.klass == "surroundings" for c in changes):
         yield "everything that differs is spurious"
-    releases = [release(side.facts.environment) for side in (left, right)]
+    releases = [side.facts.release for side in (left, right)]
     if all(releases) and releases[0] != releases[1]:
         yield f"two releases of vLLM: a is {releases[0]}; b is {releases[1]}"
     if CODE in groups:

@@ -127,6 +127,10 @@ _OLDER_THAN: Final = (
 _COMPLETE: Final = 100
 
 
+RELEASE: Final = ("vllm.versions", "vllm")
+"""The group and name of the factor that is vLLM's own version."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyFacts:
     """What is known of one cache key.
@@ -147,6 +151,15 @@ class KeyFacts:
     def environment(self) -> Mapping[str, JsonValue]:
         """The environment's factors by name."""
         return {f.name: f.value for f in self.factors if f.group == ENVIRONMENT}
+
+    @property
+    def release(self) -> str:
+        """The release of vLLM, if vllmc's plugin recorded it, else which hash these variables.
+
+        Empty where neither can be told.
+        """
+        recorded = next((f.value for f in self.fields if f.identity == RELEASE), None)
+        return str(recorded) if recorded else release(self.environment)
 
     @property
     def secrets(self) -> tuple[str, ...]:

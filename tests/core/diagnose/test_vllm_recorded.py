@@ -86,6 +86,13 @@ def test_what_is_recorded_makes_vllm_s_own_key_in_both_releases() -> None:
         assert recorded.key == found.key
 
 
+def test_the_release_is_the_recorded_one_not_a_guess_by_variables(tmp_path: Path) -> None:
+    for release in ("0.32", "0.33"):
+        assert cache(HERE.parent / f"{release}-fields" / "base").release.startswith(f"{release}.")
+    written(shutil.copytree(HERE / "base", tmp_path / "copy")).unlink()
+    assert cache(tmp_path / "copy").release == "after 0.32"
+
+
 def test_a_tree_of_whole_models_has_factors_too() -> None:
     found = cache(HERE / "whole", "aot")
     assert found.main is not None
