@@ -134,7 +134,8 @@ def run(python: str, tests: Sequence[str], other: str) -> Outcome:
         cold, hit = _times(python, environment | {"VLLMC_CACHE_DIR": f"{place}/cache"})
         report = Path(place, "report.xml")
         command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
-        command += ["--show-capture=no", f"--junitxml={report}", f"--basetemp={place}/tests"]
+        command += ["-n", "2", "--dist", "loadfile", "--show-capture=no"]
+        command += [f"--junitxml={report}", f"--basetemp={place}/tests"]
         done = subprocess.run([*command, *tests], cwd=ROOT, env=environment, check=False)
         if not report.is_file():
             raise subprocess.CalledProcessError(done.returncode, done.args)
