@@ -52,16 +52,31 @@ def test_sizes_between_splitting_ops_do_not_part_them(cuts_of: Any, ops: Any) ->
     assert shape_of(cuts_of(function)) == "csc"
 
 
-def test_an_allocation_between_splitting_ops_joins_the_piece_before(cuts_of: Any, ops: Any) -> None:
+@pytest.mark.parametrize(
+    ("allocate", "name"),
+    [
+        (torch.empty_like, "empty_like"),
+        (lambda y: torch.empty(y.shape), "empty"),
+        (lambda y: torch.empty_strided(y.shape, (8 * y.shape[1], 8, 1)), "empty_strided"),
+        (lambda y: torch.empty_permuted(y.shape, (0, 2, 1)), "empty_permuted"),
+        (lambda y: y.new_empty(y.shape), "new_empty"),
+        (lambda y: y.new_empty_strided(y.shape, (8 * y.shape[1], 8, 1)), "new_empty_strided"),
+        (lambda y: torch.ops.aten.empty_like(y), "empty_like"),
+        (lambda y: torch.ops.aten.new_empty.default(y, y.shape), "new_empty.default"),
+    ],
+)
+def test_an_allocation_between_splitting_ops_joins_the_piece_before(
+    cuts_of: Any, ops: Any, allocate: Any, name: str
+) -> None:
     def function(entry: Any, x: Any, positions: Any, rows: Any) -> Any:
         y = ops.cut(x)
-        room = torch.empty_like(y)
+        room = allocate(y)
         ops.fill(room)
         return ops.cut(y)[0]
 
     cuts = cuts_of(function)
     assert shape_of(cuts) == "csc"
-    assert "empty_like" in targets(cuts[1])
+    assert name in targets(cuts[1])
 
 
 def test_an_allocation_beside_other_work_stays_with_it(cuts_of: Any, ops: Any) -> None:
