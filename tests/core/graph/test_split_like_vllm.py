@@ -402,7 +402,7 @@ def _names(*names: str) -> st.SearchStrategy[list[str]]:
 
 _KINDS = st.sampled_from(("backed", "unbacked"))
 _SETTINGS = settings(
-    max_examples=60,
+    max_examples=50,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
