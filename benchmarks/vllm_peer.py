@@ -1,6 +1,7 @@
 """The same model through vLLM's compile backend and through vllmc: starts, steps, space, memory.
 
-    python benchmarks/vllm_peer.py [--layers 2 8 32] [--named-layers 8] [--runs 3] [--json FILE]
+    python benchmarks/vllm_peer.py [--layers 2 8 32] [--named-layers 8] [--sides vllm vllmc]
+                                   [--runs 3] [--json FILE]
 
 Needs vLLM 0.32 or 0.33 (docs/vllm.md says how to have it on a CPU). Every sample is a fresh
 process, and the sides take turns: `vllm` as it is by default (the whole model as one file), with
@@ -10,7 +11,7 @@ is not counted has the C++ headers precompiled that all later ones find. Results
 the plain forward in every process: it fails where they differ. Medians.
 
 The first call has 16 tokens. What a side needs for it is imported before: all of vLLM, and with it
-Inductor; of vllmc for a cold start the same of Inductor, and for a warm one what a hit imports.
+Inductor and Transformers; of vllmc for a cold start the same, for a warm one what a hit imports.
 Inside of it, by each side's own account:
 
 - `dynamo`: vLLM's "Dynamo bytecode transform time", which includes making its key; vllmc's stage
@@ -56,12 +57,17 @@ PARTS = ("dynamo", "compile", "load")
 STEPS = 100
 STEP_SECONDS = 1.0
 MAX_TOKENS = 2048
-OF_INDUCTOR = (
+FOUND = "%s: %s, %.1f s"
+"""What vllmc logs of a program that it found, as the logger has it."""
+FOR_A_MISS = (
     "torch._inductor.codegen.cpp",
     "torch._inductor.compile_fx",
     "torch._inductor.lowering",
+    "vllmc.core.graph.capture",
+    "vllmc.core.graph.plan",
+    "vllmc.core.models.building",
 )
-OF_VLLMC = (
+FOR_A_HIT = (
     "vllmc.core.declare.decorator",
     "vllmc.core.job",
     "vllmc.core.models.live_model",
@@ -74,6 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, nargs="*", default=[2, 8, 32])
     parser.add_argument("--named-layers", type=int, nargs="*", default=[8])
+    parser.add_argument("--sides", choices=SIDES, nargs="+", default=SIDES)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", choices=SIDES, help=argparse.SUPPRESS)
@@ -87,21 +94,23 @@ def main() -> None:
         return
     models = [(depth, "outside") for depth in options.layers]
     models += [(depth, way) for depth in options.named_layers for way in NAMES[1:]]
-    rows = compare(models, options.runs)
+    rows = compare(models, options.sides, options.runs)
     print(table(rows))
     if options.json:
         write_report(options.json, options.runs, rows)
 
 
-def compare(models: Sequence[tuple[int, str]], runs: int) -> list[dict[str, Any]]:
+def compare(
+    models: Sequence[tuple[int, str]], sides: Sequence[str], runs: int
+) -> list[dict[str, Any]]:
     """A row for each model, side and state."""
     samples: dict[tuple[int, str, str, str], list[dict[str, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as place:
-        for side in SIDES:
+        for side in sides:
             starts(side, (2, "outside"), Path(place))
         for run in range(runs):
             for depth, names in models:
-                for side in SIDES:
+                for side in sides:
                     for state, sample in starts(side, (depth, names), Path(place)).items():
                         samples[depth, names, side, state].append(sample)
                         told = f"run {run}, {depth} layers, {names}, {side} {state}: {sample}"
@@ -251,7 +260,7 @@ def follow(logger: str, read: Callable[[str, Sequence[float]], None]) -> None:
 def of_vllmc(depth: int, names: str, state: str) -> Iterator[Made]:
     """The model compiled by vllmc, its plain forward, and what vllmc tells in numbers."""
     began = time.perf_counter()
-    for module in (*OF_VLLMC, *(OF_INDUCTOR if state == "cold" else ())):
+    for module in (*FOR_A_HIT, *(FOR_A_MISS if state == "cold" else ())):
         importlib.import_module(module)
     from peer_model import ATTENTION, Llama, define_ops
 
@@ -276,7 +285,7 @@ def of_vllmc(depth: int, names: str, state: str) -> Iterator[Made]:
             account["artifacts"] += outcome == "compiled"
 
     def read(text: str, numbers: Sequence[float]) -> None:
-        if "loaded and linked" in text or not account["dynamo"]:
+        if "loaded and linked" in text or (text == FOUND and not account["dynamo"]):
             account["load"] += numbers[-1]
 
     follow("vllmc", read)
