@@ -342,10 +342,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         low, high = row["first_spread"]
         parts = [f"{row[name]:.2f} s" if row[name] else "-" for name in PARTS]
+        parts.append(f"{row['artifacts']:.0f}" if row["artifacts"] else "-")
         lines.append(
             f"| {row['layers']} | {row['names']} | {row['side']} | {row['state']} "
             f"| {row['first']:.2f} s ({low:.2f} to {high:.2f}) | {' | '.join(parts)} "
-            f"| {row['artifacts']:.0f} | {row['bytes'] / 1e6:.2f} MB | {steps(row)} "
+            f"| {row['bytes'] / 1e6:.2f} MB | {steps(row)} "
             f"| {row['memory_mb']:.0f}, {row['before_mb']:.0f} MB | {row['imports']:.1f} s |"
         )
     return "\n".join(lines)
