@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 
@@ -56,13 +57,16 @@ def row_headline(
 
 
 def in_fresh_process(
-    script: str, words: Sequence[str], caches: Path | None = None
+    script: str,
+    words: Sequence[str],
+    caches: Path | None = None,
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, float]:
     """What a script of this folder prints last, as JSON; all caches lie below `caches`, if given.
 
-    Raises `SystemExit` with what it said where it fails.
+    `variables` are set beside. Raises `SystemExit` with what it said where it fails.
     """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **variables}
     if caches is not None:
         environment |= {
             "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),

@@ -11,7 +11,6 @@ from vllmc.core.cache.key import JsonValue
 from vllmc.core.declare.containers import containers, leaves
 from vllmc.core.declare.declaration import declaration_of
 from vllmc.core.declare.dims import Declared, dims_of
-from vllmc.core.declare.examples import example_values
 from vllmc.core.errors import UsageError
 from vllmc.core.graph.layout import Argument, size_names
 
@@ -80,6 +79,9 @@ def example_call(name: str, entry: torch.nn.Module) -> Call:
 
     Raises what `example_values` and `describe_call` raise.
     """
+    # Who has a call to describe does without fake tensors, which bring SymPy along: a second.
+    from vllmc.core.declare.examples import example_values
+
     declaration = declaration_of(entry)
     assert declaration is not None, f"{name} is no entry"
     return describe_call(declaration.declared, example_values(name, entry, declaration))

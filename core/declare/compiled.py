@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Final
 
@@ -118,7 +119,10 @@ class CompiledForward:
             for c in ready.miss.changes:
                 told = (job.label, c.kind, c.group, c.name, c.before, c.after)
                 _LOGGER.info("%s: not stored so far, %s: %s %s, %s before and %s now", *told)
-        return open_program(ready, module)
+        began = time.perf_counter()
+        program = open_program(ready, module)
+        _LOGGER.info("%s: loaded and linked, %.2f s", job.label, time.perf_counter() - began)
+        return program
 
 
 def _unpickled() -> CompiledForward:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final, Literal, TypeAlias
-
-from transformers.configuration_utils import PretrainedConfig
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from vllmc.core.models.errors import unsupported_model
 from vllmc.core.models.model import EncoderInfo
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PretrainedConfig
 
 PositionRule: TypeAlias = Literal["from-zero", "after-padding"]
 

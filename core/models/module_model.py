@@ -10,18 +10,17 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from vllmc.core.cache.key import Factor, JsonValue
 from vllmc.core.cache.redaction import redact, scrub
 from vllmc.core.declare.calls import Call, example_call
 from vllmc.core.declare.declaration import Declaration, declaration_of
 from vllmc.core.errors import VllmcError
-from vllmc.core.models.building import build_entry, encoder_of, weights_of
 from vllmc.core.models.described import class_digest, describe
 from vllmc.core.models.encoders import limits
 from vllmc.core.models.guarded import HOOKS
 from vllmc.core.models.model import ModelInfo, Scales, Weights
+from vllmc.core.models.pretrained import is_pretrained
 from vllmc.core.spec import CompileSpec, open_ended
 from vllmc.core.torch_compat.config_values import stable
 from vllmc.core.torch_compat.forward import EXCHANGED
@@ -48,11 +47,14 @@ class ModuleModel:
         config = getattr(self._sample, "config", None)
         parameter = next(self._sample.parameters(), None)
         dtype = parameter.dtype if parameter is not None else torch.float32
-        transformers = isinstance(self._sample, PreTrainedModel)
+        transformers = is_pretrained(self._sample)
+        encoder = None
         if transformers:
+            from vllmc.core.models.building import encoder_of
+
             config = self._sample.config.get_text_config(decoder=True)
+            encoder = encoder_of(self._name, self._sample)
         stop = getattr(config, "eos_token_id", None)
-        encoder = encoder_of(self._name, self._sample)
         max_position, window = limits(config, encoder)
         return ModelInfo(
             dtype=str(dtype).removeprefix("torch."),
@@ -157,6 +159,8 @@ class ModuleModel:
 
     def build(self, weights: Weights, spec: CompileSpec, *, seed: int = 0) -> torch.nn.Module:
         """See `Model.build`."""
+        from vllmc.core.models.building import build_entry
+
         dtype = getattr(torch, spec.dtype)
         return build_entry(self._instantiate(weights, spec.device, dtype, seed=seed), spec)
 
@@ -170,6 +174,8 @@ class ModuleModel:
         if isinstance(self._make, torch.nn.Module):
             # An instance brings its own weights, which are there already.
             return self._make.to(device, dtype)
+        from vllmc.core.models.building import weights_of
+
         with weights_of(weights, device, seed):
             return _to_dtype(self._call(self._make), dtype).eval()
 

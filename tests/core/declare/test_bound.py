@@ -125,6 +125,17 @@ def test_kinds_of_calls_that_take_turns_keep_their_programs(
     assert len(opened) == 2
 
 
+def test_what_loading_took_is_logged_once_for_each_program(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, x = Model(), torch.randn(3, 4)
+    caplog.set_level(logging.INFO, "vllmc")
+    same(model, x)
+    same(model, torch.randn(5, 4))
+    loaded = r"Model: loaded and linked, \d+\.\d\d s"
+    assert sum(bool(re.search(loaded, r.getMessage())) for r in caplog.records) == 1
+
+
 def test_classes_of_one_name_with_other_closures_do_not_share_a_program(seen: Any) -> None:
     def make(by: int) -> torch.nn.Module:
         @support_torch_compile(dynamic_arg_dims={"x": 0})
