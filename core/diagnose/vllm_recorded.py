@@ -14,12 +14,12 @@ from typing import Final, Literal, TypeAlias
 
 from vllmc.core.cache.key import REDACTED, Factor, JsonValue, canonical_json, sha256_hex
 from vllmc.core.diagnose.foreign_files import Unreadable, clean_json, parse_json
-from vllmc.core.diagnose.vllm_factors import ENVIRONMENT, HASHES, KeyFacts, key_facts
+from vllmc.core.diagnose.vllm_factors import ENVIRONMENT, HASHES, VARIABLES, KeyFacts, key_facts
 from vllmc.core.diagnose.vllm_recorded_format import FORMAT, VERSION
 
 Tree: TypeAlias = Literal["compile", "aot"]
 
-PROVENANCE: Final = ("vllm.versions", "vllm.compilation", "vllm.private")
+PROVENANCE: Final = ("vllm.versions", "vllm.compilation", "vllm.private", VARIABLES)
 PLACE: Final = "place."
 """What stands before a package's name where the factor is the directory that it lies in."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from vllmc.core.cache.explain import Change
 from vllmc.core.cache.key import REDACTED
 from vllmc.core.diagnose.foreign_files import Unreadable
 from vllmc.core.diagnose.vllm_cache import VllmCache, read_caches
@@ -65,6 +66,91 @@ def test_one_changed_setting_of_two_real_starts_is_named(
     assert (change.group, change.name) == (group, name)
     assert (change.before, change.after, change.restore) == (before, after, restore)
     assert change.affects_key
+
+
+def option_changed(
+    tmp_path: Path, before: dict[str, str] | None, after: dict[str, str] | None
+) -> Change:
+    """The change of the option between two starts with these variables of torch's recorded."""
+    places = []
+    for case, variables in (("base", before), ("option", after)):
+        values = {} if variables is None else {"variables": variables}
+        places.append(changed(HERE / case, tmp_path / case, **values))
+    found = [c for c in compared(*places).changes if c.affects_key]
+    [change] = found
+    return change
+
+
+THREADS = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+AUTOTUNE = {"TORCHINDUCTOR_MAX_AUTOTUNE": "1"}
+
+
+def test_the_variable_that_set_an_option_is_named_and_how_to_undo_it(tmp_path: Path) -> None:
+    change = option_changed(tmp_path, THREADS, THREADS | AUTOTUNE)
+    assert change.note == "an option of Inductor: set by TORCHINDUCTOR_MAX_AUTOTUNE"
+    assert (change.origin_before, change.origin_after) == (
+        "probe",
+        "env:TORCHINDUCTOR_MAX_AUTOTUNE",
+    )
+    assert change.restore == "unset TORCHINDUCTOR_MAX_AUTOTUNE"
+
+
+def test_the_variable_of_the_first_side_is_set_again_as_it_was(tmp_path: Path) -> None:
+    change = option_changed(tmp_path, THREADS | {"TORCHINDUCTOR_MAX_AUTOTUNE": "a b"}, THREADS)
+    assert change.origin_before == "env:TORCHINDUCTOR_MAX_AUTOTUNE"
+    assert change.restore == "export TORCHINDUCTOR_MAX_AUTOTUNE='a b'"
+
+
+def test_a_variable_that_is_the_same_set_nothing(tmp_path: Path) -> None:
+    change = option_changed(tmp_path, THREADS | AUTOTUNE, THREADS | AUTOTUNE)
+    assert "set by code" in change.note
+    assert "TORCHINDUCTOR_MAX_AUTOTUNE is the same" in change.note
+    assert (change.restore, change.origin_after) == ("", "probe")
+
+
+def test_without_recorded_variables_what_may_have_set_it_is_said(tmp_path: Path) -> None:
+    change = option_changed(tmp_path, None, THREADS | AUTOTUNE)
+    assert change.note.endswith("set by TORCHINDUCTOR_MAX_AUTOTUNE or code that ran before")
+    assert change.restore == ""
+
+
+def test_a_secret_variable_is_not_given_back(tmp_path: Path) -> None:
+    hidden = {"TORCHINDUCTOR_MAX_AUTOTUNE": REDACTED}
+    assert option_changed(tmp_path, THREADS | hidden, THREADS).restore == ""
+
+
+def test_what_vllm_sets_itself_is_traced_to_its_own_setting(tmp_path: Path) -> None:
+    recorded = json.loads(written(HERE / "option").read_text())
+    compiler = recorded["compiler"] | {
+        "inductor.assume_32bit_indexing": True,
+        "inductor.max_autotune": False,
+    }
+    place = changed(HERE / "option", tmp_path, compiler=compiler)
+    [change] = compared(HERE / "base", place).changes
+    assert "dynamic_shapes_config.assume_32_bit_indexing of --compilation-config" in change.note
+
+
+@pytest.mark.parametrize(
+    ("option", "after", "restore"),
+    [
+        ("cpp.dynamic_threads", False, {"cpp.dynamic_threads": True}),
+        ("combo_kernels", True, "leave combo_kernels out of --compilation-config"),
+    ],
+)
+def test_an_option_that_vllm_hands_to_inductor_is_given_back_under_its_whole_name(
+    tmp_path: Path, option: str, after: Any, restore: Any
+) -> None:
+    table = "compilation_config.inductor_compile_config"
+    recorded = json.loads(written(HERE / "config").read_text())
+    base = json.loads(written(HERE / "base").read_text())["config"]
+    config = base | {table: base[table] | {option: after}}
+    place = changed(HERE / "config", tmp_path, config=config, hashes=recorded["hashes"])
+    [change] = compared(HERE / "base", place).changes
+    assert (change.name, change.after) == (f"{table}.{option}", after)
+    assert "what vLLM hands to Inductor" in change.note
+    if isinstance(restore, dict):
+        restore = f"--compilation-config '{json.dumps({'inductor_compile_config': restore})}'"
+    assert change.restore == restore
 
 
 def test_a_changed_source_is_named_of_either_tree() -> None:
