@@ -16,7 +16,7 @@ from vllmc.core.diagnose.foreign_files import Unreadable
 from vllmc.core.diagnose.vllm_cache import VllmCache, read_caches
 from vllmc.core.diagnose.vllm_compare import KeyComparison, cache_subjects, compare_keys
 from vllmc.core.diagnose.vllm_factors import HASHES, derived_key
-from vllmc.core.diagnose.vllm_prediction import foresee
+from vllmc.core.diagnose.vllm_prediction import foresee, not_known
 from vllmc.core.diagnose.vllm_recorded import Start, read_recorded, read_start
 
 HERE = Path(__file__).parent / "vllm" / "0.33-fields"
@@ -268,7 +268,8 @@ def start(case: str, **values: Any) -> Start:
         del recorded[name]
     del recorded["hashes"]["code"]
     recorded["compilation"]["mode"] = "VLLM_COMPILE"
-    return read_start(json.dumps(recorded | {"model": "toy", "ranks": 1} | values))
+    asked = {"model": "toy", "ranks": ["rank_0_0"], "trees": ["compile"], "disabled": ""}
+    return read_start(json.dumps(recorded | asked | values))
 
 
 def sourced(tmp_path: Path, *, contents: str | None) -> Path:
@@ -307,17 +308,107 @@ def test_another_start_would_miss_by_its_setting(tmp_path: Path, case: str) -> N
     assert len(found.changes) == 1
 
 
-def test_a_rank_of_which_nothing_is_stored_would_miss(tmp_path: Path) -> None:
-    found = foresee(start("base", ranks=2), read_caches(sourced(tmp_path, contents="x = 1\n")))
-    assert (found.outcome, found.reason) == (
-        "would-miss",
-        "there is nothing of rank 1 in the entry",
+@pytest.mark.parametrize("other", ["rank_1_0", "rank_0_1"])
+def test_a_rank_or_replica_of_which_nothing_is_stored_would_miss(
+    tmp_path: Path, other: str
+) -> None:
+    place = sourced(tmp_path, contents="x = 1\n")
+    asked = start("base", ranks=["rank_0_0", other])
+    found = foresee(asked, read_caches(place))
+    assert found.outcome == "would-miss"
+    assert found.reason == f"there is nothing of {other} in the entry"
+    [rank] = place.rglob("rank_0_0")
+    shutil.copytree(rank, rank.with_name(other))
+    assert foresee(asked, read_caches(place)).outcome == "would-hit"
+
+
+def beside(place: Path, name: str, **values: Any) -> Path:
+    """Has a copy of the backbone stand beside it for another part, of which other is recorded."""
+    [backbone] = place.rglob("backbone")
+    path = written(shutil.copytree(backbone, backbone.with_name(name)))
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return path
+
+
+def test_a_part_that_vllm_would_run_of_changed_sources_is_no_hit(tmp_path: Path) -> None:
+    place = sourced(tmp_path, contents="x = 1\n")
+    draft = tmp_path / "app" / "draft.py"
+    draft.write_text("y = 1\n")
+    digest = hashlib.sha256(b"y = 1\n").hexdigest()
+    sources = [{"name": "draft.py", "root": str(draft.parent), "digest": digest}]
+    recorded = json.loads(written(place).read_text())
+    # The directory is the backbone's, so the hash of the draft's code is another.
+    hashes = recorded["hashes"] | {"code": "0" * 64}
+    path = beside(place, "eagle_head", sources=sources, hashes=hashes)
+    own = path.with_name("cache_key_factors.json")
+    own.write_text(json.dumps(json.loads(own.read_text()) | {"code_hash": "0" * 64}))
+    assert foresee(start("base"), read_caches(place)).outcome == "would-hit"
+    draft.write_text("y = 2\n")
+    found = foresee(start("base"), read_caches(place))
+    assert found.outcome == "unknown"
+    assert "stored of eagle_head, whose sources changed" in found.reason
+
+
+def test_an_entry_that_its_encoder_names_is_judged_by_the_encoder_s_sources(
+    tmp_path: Path,
+) -> None:
+    place = sourced(tmp_path, contents="x = 1\n")
+    beside(place, "encoder")
+    [main] = place.rglob("backbone/vllmc_factors.json")
+    recorded = json.loads(main.read_text())
+    main.write_text(
+        json.dumps(recorded | {"hashes": recorded["hashes"] | {"code": "0" * 64}, "sources": []})
     )
+    own = main.with_name("cache_key_factors.json")
+    own.write_text(json.dumps(json.loads(own.read_text()) | {"code_hash": "0" * 64}))
+    assert foresee(start("base"), read_caches(place)).outcome == "would-hit"
+    (tmp_path / "app" / "model.py").write_text("x = 2\n")
+    found = foresee(start("base"), read_caches(place))
+    assert (found.outcome, [c.name for c in found.changes]) == ("would-miss", ["model.py"])
+
+
+def whole(tmp_path: Path, forward: str, contents: str) -> Path:
+    """A whole model's entry for one function, whose one source is beside it."""
+    root = tmp_path / forward
+    root.mkdir()
+    (root / "model.py").write_text(contents)
+    digest = hashlib.sha256(b"x = 1\n").hexdigest()
+    sources = [{"name": "model.py", "root": str(root), "digest": digest}]
+    shutil.copytree(HERE / "whole", root / "cache")
+    [path] = (root / "cache").rglob("torch_aot_compile/**/vllmc_factors.json")
+    path.write_text(
+        json.dumps(
+            json.loads(path.read_text()) | {"sources": sources, "forward": f"{forward}, line 7"}
+        )
+    )
+    path.with_name("model").write_bytes(b"-")
+    return root / "cache"
+
+
+def test_of_a_model_in_several_functions_each_must_be_there(tmp_path: Path) -> None:
+    [recorded] = (HERE / "whole").rglob("torch_aot_compile/**/vllmc_factors.json")
+    kept = {n: json.loads(recorded.read_text())[n] for n in ("env", "config", "compiler", "hashes")}
+    asked = start("base", **kept, trees=["aot"])
+    one = read_caches(whole(tmp_path, "Model.forward", "x = 1\n"))
+    other = read_caches(whole(tmp_path, "Draft.forward", "x = 2\n"))
+    assert foresee(asked, one).outcome == "would-hit"
+    for caches in ((*one, *other), (*other, *one)):
+        assert foresee(asked, caches).outcome == "would-miss"
+    # An older entry of a function that has a newer one is none of them.
+    older = read_caches(whole(tmp_path / "Model.forward", "Model.forward", "x = 2\n"))
+    assert foresee(asked, (*older, *one)).outcome == "would-hit"
+
+
+def test_what_is_compiled_beside_the_model_is_said_not_to_be_known() -> None:
+    general = not_known(start("base"))
+    [more] = set(not_known(start("base", beside=["the draft model (eagle)"]))) - set(general)
+    assert more.startswith("whether the draft model (eagle) is stored")
 
 
 def test_what_cannot_be_known_is_unknown(tmp_path: Path) -> None:
     place = sourced(tmp_path, contents="x = 1\n")
-    off = foresee(start("base", disabled=True), read_caches(place))
+    disabled = "VLLM_DISABLE_COMPILE_CACHE"
+    off = foresee(start("base", disabled=disabled), read_caches(place))
     assert off.outcome == "unknown"
     assert "VLLM_DISABLE_COMPILE_CACHE" in off.reason
     written(place).unlink()
