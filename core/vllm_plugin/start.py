@@ -129,7 +129,9 @@ def _beside(config: Any) -> list[JsonValue]:
     """What is compiled beside the model, as far as the config says."""
     found: list[JsonValue] = []
     speculative = config.speculative_config
-    if speculative is not None and speculative.draft_model_config is not None:
+    draft = None if speculative is None else speculative.draft_model_config
+    # Speculation without a model of its own has the model's config in the place of a draft's.
+    if draft is not None and draft is not config.model_config:
         found.append(f"the draft model ({speculative.method})")
     if config.compilation_config.compile_mm_encoder:
         found.append("the multimodal encoder")

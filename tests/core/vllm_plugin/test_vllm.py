@@ -170,6 +170,7 @@ def test_switched_off_it_writes_nothing_and_the_key_is_the_same(toy: Toy) -> Non
     assert json.loads(toy.files("off")["compile"].read_text())["rebuilds"] is True
 
 
+@pytest.mark.thorough
 def test_a_warm_start_leaves_the_files_alone_in_both_trees(toy: Toy) -> None:
     toy.start("whole", **WHOLE)
     files = toy.files("whole")
@@ -190,6 +191,7 @@ def test_a_warm_start_leaves_the_files_alone_in_both_trees(toy: Toy) -> None:
     assert after["sources"] != aot["sources"]
 
 
+@pytest.mark.thorough
 def test_a_whole_model_without_its_artifacts_is_keyed_by_less(toy: Toy) -> None:
     # Its key has no options of the compiler; those are in the key of its pieces.
     toy.start("graph", VLLM_USE_AOT_COMPILE="1")
@@ -199,6 +201,7 @@ def test_a_whole_model_without_its_artifacts_is_keyed_by_less(toy: Toy) -> None:
     assert json.loads(toy.files("graph")["aot"].read_text())["compiler"] == {}
 
 
+@pytest.mark.thorough
 def test_a_directory_that_is_not_named_by_its_key_is_checked_by_vllm_s_hashes(toy: Toy) -> None:
     toy.start("chosen", TOY_CACHE_DIR=str(toy.root / "chosen" / "here"))
     recorded = json.loads(toy.files("chosen")["compile"].read_text())
@@ -261,6 +264,41 @@ def test_starts_that_would_miss_are_predicted_with_the_cause(
     [(code, row)] = rows
     assert (code, row["outcome"]) == (3, "would-miss")
     assert [c["name"] for c in row["miss"]["changes"]] == ["model.py"]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("flag", "variable", "other"),
+    [
+        ("--tensor-parallel-size", "TOY_RANK", "rank_1_0"),
+        ("--data-parallel-size", "TOY_REPLICA", "rank_0_1"),
+    ],
+    ids=["ranks", "replicas"],
+)
+def test_each_process_has_a_directory_of_its_own_under_one_key(
+    toy: Toy,
+    served: tuple[list[str], dict[str, str]],
+    flag: str,
+    variable: str,
+    other: str,
+) -> None:
+    arguments, variables = served
+    arguments = [*arguments, flag, "2", "--distributed-executor-backend", "mp"]
+    words = ("warm", "--check", "--json", "--vllm", variable, "--", *arguments)
+    toy.start(variable, *arguments, **variables)
+    code, row = toy.vllmc(*words, **variables)
+    assert (code, row["reason"]) == (3, f"there is nothing of {other} in the entry")
+    toy.start(variable, *arguments, **variables, **{variable: "1"})
+    [key] = (toy.root / variable / "torch_compile_cache").iterdir()
+    for place in key.glob("rank_*/backbone/vllmc_factors.json"):
+        recorded = json.loads(place.read_text())
+        assert (recorded["rebuilds"], recorded["not_read"]) == (True, [])
+    _, row = toy.vllmc("inspect-key", variable, "--json")
+    labels = [part["label"] for part in row["caches"][0]["compilations"]]
+    assert labels == ["rank_0_0/backbone", f"{other}/backbone"]
+    assert changes(toy, str(key / "rank_0_0"), str(key / other)) == []
+    code, row = toy.vllmc(*words, **variables)
+    assert (code, row["outcome"]) == (0, "would-hit")
 
 
 def test_arguments_that_vllm_refuses_are_an_error(toy: Toy) -> None:
