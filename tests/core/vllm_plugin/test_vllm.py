@@ -15,13 +15,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
-from packaging.requirements import Requirement
-from packaging.version import Version
 
 pytestmark = [
     pytest.mark.vllm,
@@ -305,20 +302,3 @@ def test_arguments_that_vllm_refuses_are_an_error(toy: Toy) -> None:
     code, row = toy.vllmc("warm", "--check", "--json", "--vllm", "base", "--", "--no-such-flag")
     assert (code, row["error"]["code"]) == (1, "vllm-refused")
     assert "--no-such-flag" in row["error"]["context"]["cause"]
-
-
-def test_no_requirement_of_vllmc_s_conflicts_with_vllm_s_pins() -> None:
-    found = [d for d in metadata.distributions(name="vllm") if d.requires]
-    if not found:
-        pytest.skip("vLLM's metadata has no requirements")
-    theirs = {
-        r.name.lower(): r
-        for r in map(Requirement, found[0].requires or ())
-        if r.marker is None or r.marker.evaluate({"extra": ""})
-    }
-    for ours in map(Requirement, metadata.requires("vllmc") or ()):
-        if (ours.marker and not ours.marker.evaluate({"extra": ""})) or ours.name not in theirs:
-            continue
-        both = ours.specifier & theirs[ours.name].specifier
-        lowest = max(Version(s.version) for s in both if s.operator in (">=", "=="))
-        assert both.contains(lowest), f"{ours} and {theirs[ours.name]}"
