@@ -39,7 +39,18 @@ MODEL = {
     "vocab_size": 256,
     "max_position_embeddings": 512,
 }
-COMPILATION = {"mode": 3, "splitting_ops": ["toy::attention"], "cudagraph_mode": "NONE"}
+COMPILATION = {
+    "mode": 3,
+    "splitting_ops": ["toy::attention"],
+    "cudagraph_mode": "NONE",
+    # vLLM sets the option of Inductor's while it compiles, and hashes it there.
+    "dynamic_shapes_config": {"assume_32_bit_indexing": True},
+}
+ASK = """
+import json, sys
+from vllmc.core.vllm_plugin.start import start_record
+print(json.dumps([start_record(words) for words in json.loads(sys.argv[1])]))
+"""
 
 
 @dataclass(frozen=True)
@@ -261,6 +272,43 @@ def test_starts_that_would_miss_are_predicted_with_the_cause(
     [(code, row)] = rows
     assert (code, row["outcome"]) == (3, "would-miss")
     assert [c["name"] for c in row["miss"]["changes"]] == ["model.py"]
+
+
+def test_what_a_start_will_do_beside_its_key_is_asked_of_vllm(
+    toy: Toy, served: tuple[list[str], dict[str, str]]
+) -> None:
+    arguments, variables = served
+    tiny = arguments[arguments.index("--model") + 1]
+    draft = {"method": "draft_model", "model": tiny, "num_speculative_tokens": 2}
+    lookup = {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    off = COMPILATION | {"inductor_compile_config": {"force_disable_caches": True}}
+    encoder = COMPILATION | {"compile_mm_encoder": True}
+    asked = [
+        ["--enable-lora"],
+        ["--speculative-config", json.dumps(draft)],
+        ["--speculative-config", json.dumps(lookup)],
+        ["--compilation-config", json.dumps(off)],
+        ["--compilation-config", json.dumps(encoder)],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, json.dumps([[*arguments, *words] for words in asked])],
+        env=toy.environment("cache", **variables),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lora, drafting, looking_up, without_cache, encoding = json.loads(done.stdout.splitlines()[-1])
+    assert lora["config"]["lora_config.max_loras"] == 1
+    assert lora["config"]["lora_config.lora_dtype"] == lora["config"]["model_config.dtype"]
+    assert drafting["beside"] == ["the draft model (draft_model)"]
+    assert drafting["config"]["speculative_config.draft_model_config.model"] == tiny
+    # It refers to the config of the model, which keeps its name.
+    assert drafting["config"]["model_config.model"] == tiny
+    assert looking_up["beside"] == []
+    assert looking_up["disabled"] == "speculation by ngram_gpu"
+    assert without_cache["disabled"].startswith("force_disable_caches")
+    assert encoding["beside"] == ["the multimodal encoder"]
+    assert [row["not_read"] for row in (lora, drafting, encoding)] == [[]] * 3
 
 
 @pytest.mark.thorough
