@@ -86,7 +86,7 @@ def _asked(arguments: Sequence[str]) -> Start:
 
 
 def _row(start: Start, found: Foreseen, seconds: float) -> Row:
-    from vllmc.core.diagnose.vllm_prediction import NOT_KNOWN
+    from vllmc.core.diagnose.vllm_prediction import not_known
 
     row = empty_row(Head(name=start.model, attempts=1), start.model, None, found.outcome)
     changes = [change.to_json() for change in found.changes]
@@ -99,7 +99,7 @@ def _row(start: Start, found: Foreseen, seconds: float) -> Row:
         "vllm": {
             "key": found.key,
             "trees": list(start.trees),
-            "not_known": [*NOT_KNOWN, *start.unread],
+            "not_known": list(not_known(start)),
         },
     }
 

@@ -27,6 +27,7 @@ from vllmc.core.diagnose.vllm_graph import (
     package_roots,
 )
 from vllmc.core.diagnose.vllm_log import VllmLog
+from vllmc.core.diagnose.vllm_options import is_option, with_cause
 from vllmc.core.diagnose.vllm_remedies import explanation, remedy
 
 CONFIG, CODE, COMPILER = HASHES.values()
@@ -200,18 +201,20 @@ def _told(change: Change, left: KeyFacts, right: KeyFacts) -> Iterator[Change]:
     if change.group == ENVIRONMENT or not all(sides):
         yield _explained(change)
         return
-    found = [_of_field(field) for field in diff(*sides)]
+    found = [_of_field(field, left, right) for field in diff(*sides)]
     if not found:
         note = "of the fields that are recorded none differs, so it is one that is not"
         found = [replace(change, klass="unknown", note=note)]
     yield from found
 
 
-def _of_field(change: Change) -> Change:
+def _of_field(change: Change, left: KeyFacts, right: KeyFacts) -> Change:
     klass: ChangeClass = change.klass
     if klass != "secret":
         is_model = change.group == CODE or change.name.startswith("model_config.")
         klass = "identity" if is_model else "codegen"
+    if change.group == COMPILER and is_option(change.name):
+        return with_cause(replace(change, klass=klass), left, right)
     notes = [note for note in (explanation(change.group, change.name), change.note) if note]
     return replace(
         change,

@@ -129,6 +129,8 @@ _COMPLETE: Final = 100
 
 RELEASE: Final = ("vllm.versions", "vllm")
 """The group and name of the factor that is vLLM's own version."""
+VARIABLES: Final = "vllm.variables"
+"""The group of the variables that torch's configs read; vLLM hashes what they make of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

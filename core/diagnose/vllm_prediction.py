@@ -15,16 +15,15 @@ from typing import Final, Literal, TypeAlias
 from vllmc.core.cache.explain import Change
 from vllmc.core.diagnose.vllm_cache import Compilation, VllmCache
 from vllmc.core.diagnose.vllm_compare import Subject, compare_keys
-from vllmc.core.diagnose.vllm_factors import HASHES, KeyFacts
+from vllmc.core.diagnose.vllm_factors import HASHES, KeyFacts, derived_key
 from vllmc.core.diagnose.vllm_recorded import PLACE, Start, Tree
 
 Outcome: TypeAlias = Literal["would-hit", "would-miss", "unknown"]
 
-NOT_KNOWN: Final = (
+_NOT_KNOWN: Final = (
     "fields that vLLM sets only once its workers run, as after measuring the memory",
     "options of torch that the model's code or another plugin sets when it is loaded",
-    "which function of the model is compiled, and parts beside the main model that are stored "
-    "under a key of their own",
+    "which functions of the model are compiled",
     "whether the stored artifacts load: they are not opened",
 )
 
@@ -36,13 +35,24 @@ _BEFORE_TRACING: Final = (HASHES["config"], HASHES["compiler"])
 class Foreseen:
     """What a start would find: `key` is that of the entry it is about, empty where there is none.
 
-    `changes` are from that entry to the start.
+    `changes` are from that entry to the start. `part` is what an entry of the same environment,
+    config and compiler is of: a function, where it is a whole model's; None of another entry.
     """
 
     outcome: Outcome
     reason: str
     key: str = ""
     changes: tuple[Change, ...] = ()
+    part: str | None = None
+
+
+def not_known(start: Start) -> tuple[str, ...]:
+    """What a prediction of the start leaves open."""
+    beside = [
+        f"whether {what} is stored, and of which sources: it is compiled beside the model"
+        for what in start.beside
+    ]
+    return (*_NOT_KNOWN, *beside, *start.unread)
 
 
 def foresee(start: Start, caches: Sequence[VllmCache]) -> Foreseen:
@@ -60,42 +70,79 @@ def _in_tree(start: Start, tree: Tree, caches: Sequence[VllmCache]) -> Foreseen:
             reason = f"nothing records what its {len(caches)} {tree} entries are keyed by"
             return Foreseen(outcome="unknown", reason=reason)
         return Foreseen(outcome="would-miss", reason=f"there is no entry in the {tree} tree")
-    # The newest of the nearest.
+    # The newest of the nearest; of a model in several parts that of the part that has the worst.
     compared = [_against(start, cache) for cache in reversed(known)]
+    parts = dict.fromkeys(one.part for one in compared if one.part is not None)
+    best = [min((one for one in compared if one.part == part), key=_distance) for part in parts]
+    return max(best, key=_distance) if best else min(compared, key=_distance)
+
+
+def _distance(found: Foreseen) -> tuple[int, int]:
     order: tuple[Outcome, ...] = ("would-hit", "unknown", "would-miss")
-    return min(compared, key=lambda one: (order.index(one.outcome), len(one.changes)))
+    return order.index(found.outcome), len(found.changes)
 
 
 def _against(start: Start, cache: VllmCache) -> Foreseen:
     """What a start would find in one entry, judged by all the ranks that it needs."""
-    main = cache.main
-    assert main is not None, "only entries that record factors are compared"
+    main = _keyed(cache)
     before = Subject(label=main.label, key="", facts=main.facts)
     after = Subject(label="", key="", facts=start.facts)
     changes = [c for c in compare_keys(before, after).changes if c.affects_key]
     changes = [change for change in changes if change.group != _CODE]
     unequal = _unequal(main.facts, start.facts)
+    part = None if unequal or changes else _part(main.facts)
     if unequal and not changes:
-        return _miss(cache, (), f"the hash of the {' and of the '.join(unequal)} differs")
+        return _miss(cache, part, (), f"the hash of the {' and of the '.join(unequal)} differs")
     changes += _changed_sources(main.facts)
     if changes:
-        return _miss(cache, changes, f"the nearest entry differs in {_first(changes)}")
+        return _miss(cache, part, changes, f"the nearest entry differs in {_first(changes)}")
     if not any(f.group == _CODE for f in main.facts.fields):
         reason = (
             "all hashes but that of the sources are the same, and which they are is not recorded"
         )
-        return Foreseen(outcome="unknown", reason=reason, key=cache.key)
+        return Foreseen(outcome="unknown", reason=reason, key=cache.key, part=part)
     if lacking := _lacking(start.ranks, cache.compilations):
-        return _miss(cache, (), f"there is nothing of {lacking} in the entry")
+        return _miss(cache, part, (), f"there is nothing of {lacking} in the entry")
+    if stale := _stale(cache, main):
+        return Foreseen(outcome="unknown", reason=stale, key=cache.key, part=part)
     return Foreseen(
         outcome="would-hit",
         reason="the factors are the same, and the traced sources are as they were",
         key=cache.key,
+        part=part,
     )
 
 
-def _miss(cache: VllmCache, changes: Sequence[Change], reason: str) -> Foreseen:
-    return Foreseen(outcome="would-miss", reason=reason, key=cache.key, changes=tuple(changes))
+def _keyed(cache: VllmCache) -> Compilation:
+    """The compilation that names the directory: that which was compiled first, if not the main."""
+    assert cache.main is not None, "only entries that record factors are compared"
+    named = (c for c in cache.compilations if derived_key(c.facts) == cache.key)
+    return next(named, cache.main)
+
+
+def _part(facts: KeyFacts) -> str:
+    """The function that a whole model's entry is of; its line may move with its source."""
+    found = (str(f.value) for f in facts.fields if f.identity == (_CODE, "forward"))
+    return next(found, "").partition(",")[0]
+
+
+def _stale(cache: VllmCache, keyed: Compilation) -> str:
+    """The other parts in an entry of which the sources changed, which vLLM does not check."""
+    rank = keyed.label.partition("/")[0]
+    parts = [c for c in cache.compilations if c.label.startswith(f"{rank}/") and c is not keyed]
+    changed = [c.label.partition("/")[2] for c in parts if _changed_sources(c.facts)]
+    if not changed:
+        return ""
+    return (
+        f"the entry is found by the sources of {keyed.label.partition('/')[2]}, and vLLM would run "
+        f"what is stored of {', '.join(changed)}, whose sources changed since"
+    )
+
+
+def _miss(cache: VllmCache, part: str | None, changes: Sequence[Change], reason: str) -> Foreseen:
+    return Foreseen(
+        outcome="would-miss", reason=reason, key=cache.key, changes=tuple(changes), part=part
+    )
 
 
 def _unequal(before: KeyFacts, after: KeyFacts) -> list[str]:
@@ -150,14 +197,17 @@ def _digest(path: Path) -> str:
         return ""
 
 
-def _lacking(ranks: int, compilations: Iterable[Compilation]) -> str:
-    """The first rank that an entry holds nothing of; empty where it has something of each."""
+def _lacking(ranks: Sequence[str], compilations: Iterable[Compilation]) -> str:
+    """The ranks that an entry holds nothing of; empty where it has something of each."""
     # With the artifacts in a whole model's file, a compilation beside it has none.
-    stored = {c.label.split("/")[0].split("_")[1] for c in compilations if c.artifacts}
-    return next((f"rank {n}" for n in range(ranks) if str(n) not in stored), "")
+    stored = {c.label.partition("/")[0] for c in compilations if c.artifacts}
+    return _few([rank for rank in ranks if rank not in stored])
 
 
 def _first(changes: Sequence[Change]) -> str:
-    names = [f"{change.group}.{change.name}" for change in changes]
+    return _few([f"{change.group}.{change.name}" for change in changes])
+
+
+def _few(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

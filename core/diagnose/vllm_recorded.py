@@ -14,12 +14,12 @@ from typing import Final, Literal, TypeAlias
 
 from vllmc.core.cache.key import REDACTED, Factor, JsonValue, canonical_json, sha256_hex
 from vllmc.core.diagnose.foreign_files import Unreadable, clean_json, parse_json
-from vllmc.core.diagnose.vllm_factors import ENVIRONMENT, HASHES, KeyFacts, key_facts
+from vllmc.core.diagnose.vllm_factors import ENVIRONMENT, HASHES, VARIABLES, KeyFacts, key_facts
 from vllmc.core.diagnose.vllm_recorded_format import FORMAT, VERSION
 
 Tree: TypeAlias = Literal["compile", "aot"]
 
-PROVENANCE: Final = ("vllm.versions", "vllm.compilation", "vllm.private")
+PROVENANCE: Final = ("vllm.versions", "vllm.compilation", "vllm.private", VARIABLES)
 PLACE: Final = "place."
 """What stands before a package's name where the factor is the directory that it lies in."""
 
@@ -45,14 +45,16 @@ class Start:
     """What a start of vLLM's would hash before it traces anything.
 
     `trees` are those that it looks in, none where it compiles nothing by pieces or its cache is
-    off, which `reason` then says. `ranks` is the number of its processes per replica.
+    off, which `reason` then says. `ranks` are the directories of this node's processes. `beside`
+    is what is compiled beside the model.
     """
 
     model: str
     facts: KeyFacts
     trees: tuple[Tree, ...]
     reason: str
-    ranks: int
+    ranks: tuple[str, ...]
+    beside: tuple[str, ...]
     unread: tuple[str, ...]
 
 
@@ -67,18 +69,16 @@ def read_start(text: str) -> Start:
     reason = ""
     if mode != "VLLM_COMPILE":
         reason = f"it compiles in mode {mode}, which does not use vLLM's cache"
-    elif value.get("disabled"):
-        reason = "VLLM_DISABLE_COMPILE_CACHE switches vLLM's cache off"
-    trees: tuple[Tree, ...] = ("aot",) if value.get("whole_model") else ("compile",)
-    if value.get("whole_model") and not value.get("with_artifacts"):
-        trees = ("aot", "compile")
-    ranks = value.get("ranks")
+    elif disabled := value.get("disabled"):
+        reason = f"{disabled} switches vLLM's cache off"
+    trees: list[Tree] = ["aot" if tree == "aot" else "compile" for tree in _texts(value, "trees")]
     return Start(
         model=str(value.get("model", "")),
         facts=recorded.facts,
-        trees=() if reason else trees,
+        trees=() if reason else tuple(trees),
         reason=reason,
-        ranks=ranks if isinstance(ranks, int) else 1,
+        ranks=_texts(value, "ranks"),
+        beside=_texts(value, "beside"),
         unread=recorded.unread,
     )
 
@@ -91,14 +91,13 @@ def read_recorded(text: str) -> Recorded:
     if value.get("version") != VERSION:
         raise Unreadable(f"its format has version {value.get('version')}, and {VERSION} is known")
     hashes = {name: str(digest) for name, digest in _table(value, "hashes").items()}
-    unread = value.get("not_read")
     return Recorded(
         tree="aot" if value.get("tree") == "aot" else "compile",
         key=str(value.get("key", "")),
         facts=_facts(value, hashes),
         hashes=hashes,
         rebuilds=value.get("rebuilds") is True,
-        unread=tuple(map(str, unread)) if isinstance(unread, list) else (),
+        unread=_texts(value, "not_read"),
     )
 
 
@@ -170,3 +169,8 @@ def _code(value: Mapping[str, JsonValue]) -> Iterator[Factor]:
 def _table(value: Mapping[str, JsonValue], name: str) -> dict[str, JsonValue]:
     found = value.get(name)
     return found if isinstance(found, dict) else {}
+
+
+def _texts(value: Mapping[str, JsonValue], name: str) -> tuple[str, ...]:
+    found = value.get(name)
+    return tuple(map(str, found)) if isinstance(found, list) else ()

@@ -38,6 +38,7 @@ _SWITCHES: Final[Mapping[str, str]] = {
     "parallel_config.enable_dbo": "enable-dbo",
 }
 _COMPILATION: Final = "compilation_config."
+_FOR_INDUCTOR: Final = f"{_COMPILATION}inductor_compile_config"
 # What vLLM works out itself, from the option named.
 _DERIVED: Final[Mapping[str, str]] = {
     "compilation_config.compile_ranges_endpoints": "it follows from --max-num-batched-tokens",
@@ -71,12 +72,9 @@ def explanation(group: str, name: str) -> str:
             return "another build of torch"
         if name.startswith("system."):
             return "the device, or its CUDA, ROCm or Triton"
-        config = "Inductor" if name.startswith("inductor.") else "functorch"
-        return (
-            f"an option of {config}: a variable sets it (most are called "
-            f"{'TORCHINDUCTOR' if config == 'Inductor' else 'TORCH'}_...), or code that ran before"
-        )
     if group == CONFIG:
+        if name.startswith(_FOR_INDUCTOR):
+            return "what vLLM hands to Inductor: its own choice, or that of --compilation-config"
         return _DERIVED.get(name, "the release of vLLM" if name == "version" else "")
     return ""
 
@@ -103,6 +101,8 @@ def _option(name: str, before: JsonValue) -> str:
         return f"leave out {flag}" if before is None else f"{flag} {shlex.quote(str(before))}"
     if (switch := _SWITCHES.get(name)) is not None:
         return f"--{switch}" if before else f"--no-{switch}"
+    if name.startswith(_FOR_INDUCTOR):
+        return _for_inductor(name.removeprefix(_FOR_INDUCTOR).removeprefix("."), before)
     if name.startswith(_COMPILATION) and not isinstance(before, dict):
         if isinstance(before, str) and before[:1].isupper() and "." in before:
             before = before.partition(".")[2]
@@ -111,3 +111,11 @@ def _option(name: str, before: JsonValue) -> str:
             value = {part: value}
         return f"--compilation-config {shlex.quote(json.dumps(value))}"
     return ""
+
+
+def _for_inductor(option: str, before: JsonValue) -> str:
+    """The argument for one option, of which the name may have dots, or for all of them."""
+    if before is None:
+        return f"leave {option or 'inductor_compile_config'} out of --compilation-config"
+    value = {"inductor_compile_config": {option: before} if option else before}
+    return f"--compilation-config {shlex.quote(json.dumps(value))}"

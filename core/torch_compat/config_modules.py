@@ -2,7 +2,8 @@
 
 `import torch._inductor.config` imports all of Dynamo and Inductor (1 s), which a warm start has no
 other need of. While neither has been imported, nothing can have changed their options: what the
-environment makes of the config's own source is all there is to know.
+environment makes of the config's own source is all there is to know. Importing this imports no
+torch.
 """
 
 from __future__ import annotations
@@ -10,12 +11,11 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
-
-import torch
 
 from vllmc.core.syntax import parse_module
 
@@ -47,7 +47,10 @@ def value_of(module: Any, name: str) -> Any:
 
 def config_file(name: str) -> Path:
     """The source of a config module of torch."""
-    return Path(torch.__file__).parent.joinpath(*name.split(".")[1:]).with_suffix(".py")
+    found = importlib.util.find_spec("torch")
+    assert found is not None, "vllmc requires torch"
+    assert found.origin is not None, "torch is a package with an __init__.py"
+    return Path(found.origin).parent.joinpath(*name.split(".")[1:]).with_suffix(".py")
 
 
 @functools.cache

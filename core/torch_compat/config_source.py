@@ -3,7 +3,7 @@
 Torch's registry forgets both. It keeps the value that an environment variable gave an option, not
 the variable's name; and most Inductor options read the environment inline
 (`max_autotune = os.environ.get("TORCHINDUCTOR_MAX_AUTOTUNE") == "1"`), so that what the registry
-calls their default is already the value after the environment.
+calls their default is already the value after the environment. Importing this imports no torch.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import ast
 import functools
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import FunctionType, SimpleNamespace
 from typing import Any, TypeAlias
 
 from vllmc.core.syntax import parse_module
 from vllmc.core.torch_compat.config_modules import config_file, present_config
+from vllmc.core.torch_compat.options import MODULES
 
 _Functions: TypeAlias = "dict[str, ast.FunctionDef]"
 
@@ -54,6 +55,21 @@ def variables_of(module: str, name: str, environment: Collection[str]) -> list[s
         return []
     defined = definitions(module).get(name)
     return [v for v in defined.variables if v in environment] if defined else []
+
+
+def variables_that_set(module: str, name: str) -> tuple[str, ...]:
+    """The variables that can set an option, the decisive one first; none of one it lacks."""
+    defined = definitions(module).get(name)
+    return defined.variables if defined else ()
+
+
+def variables_read(environment: Mapping[str, str]) -> dict[str, str]:
+    """What `environment` has of the variables that options of Inductor and functorch read.
+
+    Quick, so there may be others among them: those that the source has in quotes.
+    """
+    quoted = frozenset[str]().union(*map(_quoted, MODULES.values()))
+    return {name: environment[name] for name in sorted(quoted & environment.keys())}
 
 
 @functools.cache

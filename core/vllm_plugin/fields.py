@@ -56,8 +56,10 @@ class ConfigFields:
 
 def config_fields(hashed: ConfigHash) -> ConfigFields:
     """What a config's hash is made of, named as its objects name it."""
-    names = dict(_names("", hashed.config))
-    names[id(hashed.config)] = ""
+    names = {id(hashed.config): ""}
+    for identity, known in _names("", hashed.config):
+        # A part refers to others, as speculation does to the model's config.
+        names.setdefault(identity, known)
     values: dict[str, JsonValue] = {}
     unread: list[str] = []
     inner: dict[str, str] = {}
@@ -181,6 +183,13 @@ def _text(text: str) -> JsonValue:
 
 def _literal(text: str) -> Any:
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(_Spelled().visit(ast.parse(text, mode="eval")))
     except (ValueError, SyntaxError):
         return None
+
+
+class _Spelled(ast.NodeTransformer):
+    """Has `torch.bfloat16`, which is no literal, stand as a text."""
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        return ast.Constant(ast.unparse(node))

@@ -7,6 +7,7 @@ differ. Absolute paths stay where vLLM hashes them: another path is another key.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,6 +68,7 @@ def whole_record(
 
 def key_record(observation: Observation) -> dict[str, JsonValue]:
     """What is known before anything is traced: environment, config, compiler and versions."""
+    from vllmc.core.torch_compat.config_source import variables_read
     from vllmc.core.torch_compat.unhashed import unhashed_options
 
     hidden: dict[str, JsonValue] = {}
@@ -93,6 +95,7 @@ def key_record(observation: Observation) -> dict[str, JsonValue]:
         "config": _shown("config", config, hidden),
         "compiler": _shown("compiler", compiler, hidden),
         "private": _shown("private", unhashed_options(compiler), hidden),
+        "variables": _shown("variables", variables_read(os.environ), hidden),
         "hidden": hidden,
         "rebuilds": whole,
         "not_read": [str(text) for text in unread],

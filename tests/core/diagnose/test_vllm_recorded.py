@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from vllmc.core.cache.explain import Change
 from vllmc.core.cache.key import REDACTED
 from vllmc.core.diagnose.foreign_files import Unreadable
 from vllmc.core.diagnose.vllm_cache import VllmCache, read_caches
 from vllmc.core.diagnose.vllm_compare import KeyComparison, cache_subjects, compare_keys
 from vllmc.core.diagnose.vllm_factors import HASHES, derived_key
-from vllmc.core.diagnose.vllm_prediction import foresee
+from vllmc.core.diagnose.vllm_prediction import foresee, not_known
 from vllmc.core.diagnose.vllm_recorded import Start, read_recorded, read_start
 
 HERE = Path(__file__).parent / "vllm" / "0.33-fields"
@@ -65,6 +66,91 @@ def test_one_changed_setting_of_two_real_starts_is_named(
     assert (change.group, change.name) == (group, name)
     assert (change.before, change.after, change.restore) == (before, after, restore)
     assert change.affects_key
+
+
+def option_changed(
+    tmp_path: Path, before: dict[str, str] | None, after: dict[str, str] | None
+) -> Change:
+    """The change of the option between two starts with these variables of torch's recorded."""
+    places = []
+    for case, variables in (("base", before), ("option", after)):
+        values = {} if variables is None else {"variables": variables}
+        places.append(changed(HERE / case, tmp_path / case, **values))
+    found = [c for c in compared(*places).changes if c.affects_key]
+    [change] = found
+    return change
+
+
+THREADS = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+AUTOTUNE = {"TORCHINDUCTOR_MAX_AUTOTUNE": "1"}
+
+
+def test_the_variable_that_set_an_option_is_named_and_how_to_undo_it(tmp_path: Path) -> None:
+    change = option_changed(tmp_path, THREADS, THREADS | AUTOTUNE)
+    assert change.note == "an option of Inductor: set by TORCHINDUCTOR_MAX_AUTOTUNE"
+    assert (change.origin_before, change.origin_after) == (
+        "probe",
+        "env:TORCHINDUCTOR_MAX_AUTOTUNE",
+    )
+    assert change.restore == "unset TORCHINDUCTOR_MAX_AUTOTUNE"
+
+
+def test_the_variable_of_the_first_side_is_set_again_as_it_was(tmp_path: Path) -> None:
+    change = option_changed(tmp_path, THREADS | {"TORCHINDUCTOR_MAX_AUTOTUNE": "a b"}, THREADS)
+    assert change.origin_before == "env:TORCHINDUCTOR_MAX_AUTOTUNE"
+    assert change.restore == "export TORCHINDUCTOR_MAX_AUTOTUNE='a b'"
+
+
+def test_a_variable_that_is_the_same_set_nothing(tmp_path: Path) -> None:
+    change = option_changed(tmp_path, THREADS | AUTOTUNE, THREADS | AUTOTUNE)
+    assert "set by code" in change.note
+    assert "TORCHINDUCTOR_MAX_AUTOTUNE is the same" in change.note
+    assert (change.restore, change.origin_after) == ("", "probe")
+
+
+def test_without_recorded_variables_what_may_have_set_it_is_said(tmp_path: Path) -> None:
+    change = option_changed(tmp_path, None, THREADS | AUTOTUNE)
+    assert change.note.endswith("set by TORCHINDUCTOR_MAX_AUTOTUNE or code that ran before")
+    assert change.restore == ""
+
+
+def test_a_secret_variable_is_not_given_back(tmp_path: Path) -> None:
+    hidden = {"TORCHINDUCTOR_MAX_AUTOTUNE": REDACTED}
+    assert option_changed(tmp_path, THREADS | hidden, THREADS).restore == ""
+
+
+def test_what_vllm_sets_itself_is_traced_to_its_own_setting(tmp_path: Path) -> None:
+    recorded = json.loads(written(HERE / "option").read_text())
+    compiler = recorded["compiler"] | {
+        "inductor.assume_32bit_indexing": True,
+        "inductor.max_autotune": False,
+    }
+    place = changed(HERE / "option", tmp_path, compiler=compiler)
+    [change] = compared(HERE / "base", place).changes
+    assert "dynamic_shapes_config.assume_32_bit_indexing of --compilation-config" in change.note
+
+
+@pytest.mark.parametrize(
+    ("option", "after", "restore"),
+    [
+        ("cpp.dynamic_threads", False, {"cpp.dynamic_threads": True}),
+        ("combo_kernels", True, "leave combo_kernels out of --compilation-config"),
+    ],
+)
+def test_an_option_that_vllm_hands_to_inductor_is_given_back_under_its_whole_name(
+    tmp_path: Path, option: str, after: Any, restore: Any
+) -> None:
+    table = "compilation_config.inductor_compile_config"
+    recorded = json.loads(written(HERE / "config").read_text())
+    base = json.loads(written(HERE / "base").read_text())["config"]
+    config = base | {table: base[table] | {option: after}}
+    place = changed(HERE / "config", tmp_path, config=config, hashes=recorded["hashes"])
+    [change] = compared(HERE / "base", place).changes
+    assert (change.name, change.after) == (f"{table}.{option}", after)
+    assert "what vLLM hands to Inductor" in change.note
+    if isinstance(restore, dict):
+        restore = f"--compilation-config '{json.dumps({'inductor_compile_config': restore})}'"
+    assert change.restore == restore
 
 
 def test_a_changed_source_is_named_of_either_tree() -> None:
@@ -182,7 +268,8 @@ def start(case: str, **values: Any) -> Start:
         del recorded[name]
     del recorded["hashes"]["code"]
     recorded["compilation"]["mode"] = "VLLM_COMPILE"
-    return read_start(json.dumps(recorded | {"model": "toy", "ranks": 1} | values))
+    asked = {"model": "toy", "ranks": ["rank_0_0"], "trees": ["compile"], "disabled": ""}
+    return read_start(json.dumps(recorded | asked | values))
 
 
 def sourced(tmp_path: Path, *, contents: str | None) -> Path:
@@ -221,17 +308,107 @@ def test_another_start_would_miss_by_its_setting(tmp_path: Path, case: str) -> N
     assert len(found.changes) == 1
 
 
-def test_a_rank_of_which_nothing_is_stored_would_miss(tmp_path: Path) -> None:
-    found = foresee(start("base", ranks=2), read_caches(sourced(tmp_path, contents="x = 1\n")))
-    assert (found.outcome, found.reason) == (
-        "would-miss",
-        "there is nothing of rank 1 in the entry",
+@pytest.mark.parametrize("other", ["rank_1_0", "rank_0_1"])
+def test_a_rank_or_replica_of_which_nothing_is_stored_would_miss(
+    tmp_path: Path, other: str
+) -> None:
+    place = sourced(tmp_path, contents="x = 1\n")
+    asked = start("base", ranks=["rank_0_0", other])
+    found = foresee(asked, read_caches(place))
+    assert found.outcome == "would-miss"
+    assert found.reason == f"there is nothing of {other} in the entry"
+    [rank] = place.rglob("rank_0_0")
+    shutil.copytree(rank, rank.with_name(other))
+    assert foresee(asked, read_caches(place)).outcome == "would-hit"
+
+
+def beside(place: Path, name: str, **values: Any) -> Path:
+    """Has a copy of the backbone stand beside it for another part, of which other is recorded."""
+    [backbone] = place.rglob("backbone")
+    path = written(shutil.copytree(backbone, backbone.with_name(name)))
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return path
+
+
+def test_a_part_that_vllm_would_run_of_changed_sources_is_no_hit(tmp_path: Path) -> None:
+    place = sourced(tmp_path, contents="x = 1\n")
+    draft = tmp_path / "app" / "draft.py"
+    draft.write_text("y = 1\n")
+    digest = hashlib.sha256(b"y = 1\n").hexdigest()
+    sources = [{"name": "draft.py", "root": str(draft.parent), "digest": digest}]
+    recorded = json.loads(written(place).read_text())
+    # The directory is the backbone's, so the hash of the draft's code is another.
+    hashes = recorded["hashes"] | {"code": "0" * 64}
+    path = beside(place, "eagle_head", sources=sources, hashes=hashes)
+    own = path.with_name("cache_key_factors.json")
+    own.write_text(json.dumps(json.loads(own.read_text()) | {"code_hash": "0" * 64}))
+    assert foresee(start("base"), read_caches(place)).outcome == "would-hit"
+    draft.write_text("y = 2\n")
+    found = foresee(start("base"), read_caches(place))
+    assert found.outcome == "unknown"
+    assert "stored of eagle_head, whose sources changed" in found.reason
+
+
+def test_an_entry_that_its_encoder_names_is_judged_by_the_encoder_s_sources(
+    tmp_path: Path,
+) -> None:
+    place = sourced(tmp_path, contents="x = 1\n")
+    beside(place, "encoder")
+    [main] = place.rglob("backbone/vllmc_factors.json")
+    recorded = json.loads(main.read_text())
+    main.write_text(
+        json.dumps(recorded | {"hashes": recorded["hashes"] | {"code": "0" * 64}, "sources": []})
     )
+    own = main.with_name("cache_key_factors.json")
+    own.write_text(json.dumps(json.loads(own.read_text()) | {"code_hash": "0" * 64}))
+    assert foresee(start("base"), read_caches(place)).outcome == "would-hit"
+    (tmp_path / "app" / "model.py").write_text("x = 2\n")
+    found = foresee(start("base"), read_caches(place))
+    assert (found.outcome, [c.name for c in found.changes]) == ("would-miss", ["model.py"])
+
+
+def whole(tmp_path: Path, forward: str, contents: str) -> Path:
+    """A whole model's entry for one function, whose one source is beside it."""
+    root = tmp_path / forward
+    root.mkdir()
+    (root / "model.py").write_text(contents)
+    digest = hashlib.sha256(b"x = 1\n").hexdigest()
+    sources = [{"name": "model.py", "root": str(root), "digest": digest}]
+    shutil.copytree(HERE / "whole", root / "cache")
+    [path] = (root / "cache").rglob("torch_aot_compile/**/vllmc_factors.json")
+    path.write_text(
+        json.dumps(
+            json.loads(path.read_text()) | {"sources": sources, "forward": f"{forward}, line 7"}
+        )
+    )
+    path.with_name("model").write_bytes(b"-")
+    return root / "cache"
+
+
+def test_of_a_model_in_several_functions_each_must_be_there(tmp_path: Path) -> None:
+    [recorded] = (HERE / "whole").rglob("torch_aot_compile/**/vllmc_factors.json")
+    kept = {n: json.loads(recorded.read_text())[n] for n in ("env", "config", "compiler", "hashes")}
+    asked = start("base", **kept, trees=["aot"])
+    one = read_caches(whole(tmp_path, "Model.forward", "x = 1\n"))
+    other = read_caches(whole(tmp_path, "Draft.forward", "x = 2\n"))
+    assert foresee(asked, one).outcome == "would-hit"
+    for caches in ((*one, *other), (*other, *one)):
+        assert foresee(asked, caches).outcome == "would-miss"
+    # An older entry of a function that has a newer one is none of them.
+    older = read_caches(whole(tmp_path / "Model.forward", "Model.forward", "x = 2\n"))
+    assert foresee(asked, (*older, *one)).outcome == "would-hit"
+
+
+def test_what_is_compiled_beside_the_model_is_said_not_to_be_known() -> None:
+    general = not_known(start("base"))
+    [more] = set(not_known(start("base", beside=["the draft model (eagle)"]))) - set(general)
+    assert more.startswith("whether the draft model (eagle) is stored")
 
 
 def test_what_cannot_be_known_is_unknown(tmp_path: Path) -> None:
     place = sourced(tmp_path, contents="x = 1\n")
-    off = foresee(start("base", disabled=True), read_caches(place))
+    disabled = "VLLM_DISABLE_COMPILE_CACHE"
+    off = foresee(start("base", disabled=disabled), read_caches(place))
     assert off.outcome == "unknown"
     assert "VLLM_DISABLE_COMPILE_CACHE" in off.reason
     written(place).unlink()

@@ -42,6 +42,20 @@ class Config:
     additional_config: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass
+class Speculation:
+    target_config: Part
+
+    def compute_hash(self) -> str:
+        return "speculation"
+
+
+@dataclass
+class Speculating:
+    part_config: Part
+    speculative_config: Speculation | None = None
+
+
 def digest(content: Any) -> str:
     """As vLLM makes it: of fields SHA-256, of a text MD5."""
     if isinstance(content, bytes):
@@ -110,6 +124,26 @@ def test_a_release_that_hashes_more_in_a_list_names_places() -> None:
         "scheduler_config.0": 2048,
         "scheduler_config.1": 128,
         "scheduler_config.2": True,
+    }
+
+
+def test_an_object_that_another_part_refers_to_keeps_its_own_name() -> None:
+    config = Speculating(part_config=Part())
+    config.speculative_config = Speculation(target_config=config.part_config)
+    part = hashed(config.part_config, {"mode": ("x.Mode", 1)})
+    summary = str([["0.33.0", part.digest]]).encode()
+    found = config_fields(of(config, part, hashed(config, summary)))
+    assert found.values == {"part_config.mode": "Mode.SOME"}
+
+
+def test_a_dtype_in_a_list_hides_none_of_the_others() -> None:
+    config = Config()
+    part = hashed(config.scheduler_config, b"[2048, torch.bfloat16]")
+    summary = str([["0.33.0", part.digest]]).encode()
+    found = config_fields(of(config, part, hashed(config, summary)))
+    assert found.values == {
+        "scheduler_config.max_num_batched_tokens": 2048,
+        "scheduler_config.max_num_seqs": "torch.bfloat16",
     }
 
 

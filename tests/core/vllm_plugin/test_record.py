@@ -58,6 +58,23 @@ def test_no_secret_is_written_and_two_can_be_told_apart(release: Any) -> None:
     assert rows[0] != rows[1]
 
 
+def test_the_variables_that_torch_s_options_read_are_recorded_without_secrets(
+    release: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release("0.33.0")
+    monkeypatch.setenv("TORCHINDUCTOR_MAX_AUTOTUNE", "1")
+    monkeypatch.setenv("TORCHINDUCTOR_WORKER_LOGPATH", "https://me:hunter2@host/")
+    monkeypatch.setenv("NOT_OF_TORCH", "1")
+    row = record.key_record(Observation(environment={}))
+    variables, hidden = row["variables"], row["hidden"]
+    assert isinstance(variables, dict)
+    assert isinstance(hidden, dict)
+    assert variables["TORCHINDUCTOR_MAX_AUTOTUNE"] == "1"
+    assert variables["TORCHINDUCTOR_WORKER_LOGPATH"] == REDACTED
+    assert "variables.TORCHINDUCTOR_WORKER_LOGPATH" in hidden
+    assert "NOT_OF_TORCH" not in variables
+
+
 def test_a_key_that_is_not_made_of_what_is_recorded_is_said() -> None:
     row: dict[str, JsonValue] = {"rebuilds": True, "not_read": []}
     record._check(row, "0123456789", "0123456789")

@@ -15,13 +15,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
-from packaging.requirements import Requirement
-from packaging.version import Version
 
 pytestmark = [
     pytest.mark.vllm,
@@ -42,7 +39,18 @@ MODEL = {
     "vocab_size": 256,
     "max_position_embeddings": 512,
 }
-COMPILATION = {"mode": 3, "splitting_ops": ["toy::attention"], "cudagraph_mode": "NONE"}
+COMPILATION = {
+    "mode": 3,
+    "splitting_ops": ["toy::attention"],
+    "cudagraph_mode": "NONE",
+    # vLLM sets the option of Inductor's while it compiles, and hashes it there.
+    "dynamic_shapes_config": {"assume_32_bit_indexing": True},
+}
+ASK = """
+import json, sys
+from vllmc.core.vllm_plugin.start import start_record
+print(json.dumps([start_record(words) for words in json.loads(sys.argv[1])]))
+"""
 
 
 @dataclass(frozen=True)
@@ -170,6 +178,7 @@ def test_switched_off_it_writes_nothing_and_the_key_is_the_same(toy: Toy) -> Non
     assert json.loads(toy.files("off")["compile"].read_text())["rebuilds"] is True
 
 
+@pytest.mark.thorough
 def test_a_warm_start_leaves_the_files_alone_in_both_trees(toy: Toy) -> None:
     toy.start("whole", **WHOLE)
     files = toy.files("whole")
@@ -190,6 +199,7 @@ def test_a_warm_start_leaves_the_files_alone_in_both_trees(toy: Toy) -> None:
     assert after["sources"] != aot["sources"]
 
 
+@pytest.mark.thorough
 def test_a_whole_model_without_its_artifacts_is_keyed_by_less(toy: Toy) -> None:
     # Its key has no options of the compiler; those are in the key of its pieces.
     toy.start("graph", VLLM_USE_AOT_COMPILE="1")
@@ -199,6 +209,7 @@ def test_a_whole_model_without_its_artifacts_is_keyed_by_less(toy: Toy) -> None:
     assert json.loads(toy.files("graph")["aot"].read_text())["compiler"] == {}
 
 
+@pytest.mark.thorough
 def test_a_directory_that_is_not_named_by_its_key_is_checked_by_vllm_s_hashes(toy: Toy) -> None:
     toy.start("chosen", TOY_CACHE_DIR=str(toy.root / "chosen" / "here"))
     recorded = json.loads(toy.files("chosen")["compile"].read_text())
@@ -263,24 +274,79 @@ def test_starts_that_would_miss_are_predicted_with_the_cause(
     assert [c["name"] for c in row["miss"]["changes"]] == ["model.py"]
 
 
+def test_what_a_start_will_do_beside_its_key_is_asked_of_vllm(
+    toy: Toy, served: tuple[list[str], dict[str, str]]
+) -> None:
+    arguments, variables = served
+    tiny = arguments[arguments.index("--model") + 1]
+    draft = {"method": "draft_model", "model": tiny, "num_speculative_tokens": 2}
+    lookup = {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    off = COMPILATION | {"inductor_compile_config": {"force_disable_caches": True}}
+    encoder = COMPILATION | {"compile_mm_encoder": True}
+    asked = [
+        ["--enable-lora"],
+        ["--speculative-config", json.dumps(draft)],
+        ["--speculative-config", json.dumps(lookup)],
+        ["--compilation-config", json.dumps(off)],
+        ["--compilation-config", json.dumps(encoder)],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, json.dumps([[*arguments, *words] for words in asked])],
+        env=toy.environment("cache", **variables),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lora, drafting, looking_up, without_cache, encoding = json.loads(done.stdout.splitlines()[-1])
+    assert lora["config"]["lora_config.max_loras"] == 1
+    assert lora["config"]["lora_config.lora_dtype"] == lora["config"]["model_config.dtype"]
+    assert drafting["beside"] == ["the draft model (draft_model)"]
+    assert drafting["config"]["speculative_config.draft_model_config.model"] == tiny
+    # It refers to the config of the model, which keeps its name.
+    assert drafting["config"]["model_config.model"] == tiny
+    assert looking_up["beside"] == []
+    assert looking_up["disabled"] == "speculation by ngram_gpu"
+    assert without_cache["disabled"].startswith("force_disable_caches")
+    assert encoding["beside"] == ["the multimodal encoder"]
+    assert [row["not_read"] for row in (lora, drafting, encoding)] == [[]] * 3
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("flag", "variable", "other"),
+    [
+        ("--tensor-parallel-size", "TOY_RANK", "rank_1_0"),
+        ("--data-parallel-size", "TOY_REPLICA", "rank_0_1"),
+    ],
+    ids=["ranks", "replicas"],
+)
+def test_each_process_has_a_directory_of_its_own_under_one_key(
+    toy: Toy,
+    served: tuple[list[str], dict[str, str]],
+    flag: str,
+    variable: str,
+    other: str,
+) -> None:
+    arguments, variables = served
+    arguments = [*arguments, flag, "2", "--distributed-executor-backend", "mp"]
+    words = ("warm", "--check", "--json", "--vllm", variable, "--", *arguments)
+    toy.start(variable, *arguments, **variables)
+    code, row = toy.vllmc(*words, **variables)
+    assert (code, row["reason"]) == (3, f"there is nothing of {other} in the entry")
+    toy.start(variable, *arguments, **variables, **{variable: "1"})
+    [key] = (toy.root / variable / "torch_compile_cache").iterdir()
+    for place in key.glob("rank_*/backbone/vllmc_factors.json"):
+        recorded = json.loads(place.read_text())
+        assert (recorded["rebuilds"], recorded["not_read"]) == (True, [])
+    _, row = toy.vllmc("inspect-key", variable, "--json")
+    labels = [part["label"] for part in row["caches"][0]["compilations"]]
+    assert labels == ["rank_0_0/backbone", f"{other}/backbone"]
+    assert changes(toy, str(key / "rank_0_0"), str(key / other)) == []
+    code, row = toy.vllmc(*words, **variables)
+    assert (code, row["outcome"]) == (0, "would-hit")
+
+
 def test_arguments_that_vllm_refuses_are_an_error(toy: Toy) -> None:
     code, row = toy.vllmc("warm", "--check", "--json", "--vllm", "base", "--", "--no-such-flag")
     assert (code, row["error"]["code"]) == (1, "vllm-refused")
     assert "--no-such-flag" in row["error"]["context"]["cause"]
-
-
-def test_no_requirement_of_vllmc_s_conflicts_with_vllm_s_pins() -> None:
-    found = [d for d in metadata.distributions(name="vllm") if d.requires]
-    if not found:
-        pytest.skip("vLLM's metadata has no requirements")
-    theirs = {
-        r.name.lower(): r
-        for r in map(Requirement, found[0].requires or ())
-        if r.marker is None or r.marker.evaluate({"extra": ""})
-    }
-    for ours in map(Requirement, metadata.requires("vllmc") or ()):
-        if (ours.marker and not ours.marker.evaluate({"extra": ""})) or ours.name not in theirs:
-            continue
-        both = ours.specifier & theirs[ours.name].specifier
-        lowest = max(Version(s.version) for s in both if s.operator in (">=", "=="))
-        assert both.contains(lowest), f"{ours} and {theirs[ours.name]}"

@@ -95,7 +95,14 @@ def served(arguments: list[str]) -> VllmConfig:
 
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
     VllmBackend.configure_post_pass = lambda self: None
-    return AsyncEngineArgs.from_cli_args(parser.parse_args(arguments)).create_engine_config()
+    config = AsyncEngineArgs.from_cli_args(parser.parse_args(arguments)).create_engine_config()
+    parallel = config.parallel_config
+    # What an engine and a worker set of theirs, each in its own process.
+    parallel.data_parallel_index = int(os.environ.get("TOY_REPLICA", "0"))
+    if parallel.data_parallel_size > 1:
+        parallel.reconfigure_for_independent_dp_rank()
+    parallel.rank = int(os.environ.get("TOY_RANK", "0"))
+    return config
 
 
 def main() -> None:
