@@ -34,6 +34,8 @@ LINKS: Final = ROOT / "scripts" / "mypy_path"
 MINORS: Final = ("2.11", "2.12", "2.13", "2.14", "2.15")
 # Pinned for one torch: another brings its own Triton, and 2.11 wants an older setuptools.
 UNPINNED: Final = ("torch", "triton", "setuptools")
+# Triton 3.6, which is that of torch 2.11, cannot interpret kernels with a newer one.
+OLDER: Final = {"2.11": {"numpy": "numpy<2.4"}}
 BEGIN: Final = "<!-- results: scripts/torch-matrix -->\n"
 END: Final = "<!-- end of results -->\n"
 HEAD: Final = (
@@ -112,16 +114,20 @@ def _environment(minor: str, python: str | None) -> Iterator[str]:
         python = f"{place}/bin/python"
         constraints = Path(place, "constraints.txt")
         pins = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
-        constraints.write_text("\n".join(unpinned(pins)) + "\n", encoding="utf-8")
+        constraints.write_text("\n".join(unpinned(pins, minor)) + "\n", encoding="utf-8")
         wanted = [f"torch=={minor}.*", "-e", f"{ROOT}[dev]"]
         install = [python, "-m", "pip", "install", "--quiet", "--constraint", str(constraints)]
         subprocess.run([*install, *wanted], check=True)
         yield python
 
 
-def unpinned(pins: Iterable[str]) -> Iterator[str]:
-    """The lines of a constraints file without those that are for one torch."""
-    return (pin for pin in pins if pin.partition("==")[0] not in UNPINNED)
+def unpinned(pins: Iterable[str], minor: str) -> Iterator[str]:
+    """The lines of a constraints file for a minor: without those that are for one torch alone."""
+    older = OLDER.get(minor, {})
+    for pin in pins:
+        name = pin.partition("==")[0]
+        if name not in UNPINNED:
+            yield older.get(name, pin)
 
 
 def run(python: str, tests: Sequence[str], other: str) -> Outcome:

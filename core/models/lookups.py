@@ -99,6 +99,11 @@ class Lookups:
                 return self._step("dict item", dict.__getitem__, value, key)
             case ast.Call(func=ast.Attribute(value=ast.Name(id="dict"), attr="keys"), args=[value]):
                 return self._step("keys", dict.keys, value)
+            case ast.Call(
+                func=ast.Attribute(value=ast.Name(id="object"), attr="__getattribute__"),
+                args=[value, ast.Constant(value=str()) as key],
+            ):
+                return self._step("own attribute", object.__getattribute__, value, key)
             case ast.Call(func=ast.Name(id="hasattr"), args=[value, ast.Constant() as key]):
                 return self._step("hasattr", hasattr, value, key)
             case ast.Compare(left=ast.Constant() as key, ops=[ast.In()], comparators=[value]):

@@ -9,7 +9,7 @@ import builtins
 import contextlib
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType, ModuleType
 from typing import Any
@@ -127,6 +127,7 @@ def capture_full_graph(
             dynamo_config.patch(specialize_int=True, specialize_float=True),
             get_metrics_context(),
             dynamo_timed("fullgraph_capture"),
+            TORCH.unguarded_reads() as unguarded,
         ):
             captured = convert_frame.fullgraph_capture(module.forward, args, kwargs)
     except TorchDynamoException as error:
@@ -147,7 +148,7 @@ def capture_full_graph(
         guarded=tuple(
             sorted(
                 {
-                    *without_own(_guarded(captured.graph_capture_output, _closure(module.forward))),
+                    *without_own(_guarded(captured, unguarded, _closure(module.forward))),
                     *_methods(graph_module.graph),
                 }
             )
@@ -172,9 +173,11 @@ def _replay(
     outputs: Sequence[object],
 ) -> object:
     """Runs Dynamo's bytecode, which calls the graph and does the rest of what was traced."""
-    output = captured.graph_capture_output
+    known = captured.graph_capture_output.f_globals
     call = captured.forward_callable(
-        compiled_fn=lambda *_: tuple(outputs), extra_globals=dict(output.f_globals)
+        compiled_fn=lambda *_: tuple(outputs),
+        # Torch 2.11 and 2.12 want the builtins among them that the bytecode names.
+        extra_globals={**vars(builtins), **known},
     )
     with torch.no_grad():
         args, kwargs = positional_and_named(module, arguments)
@@ -203,11 +206,12 @@ def _closure(forward: Any) -> Mapping[str, str]:
     }
 
 
-def _guarded(output: convert_frame.GraphCaptureOutput, closure: Mapping[str, str]) -> Iterator[str]:
-    for guard in output.output_graph.guards:
-        expression = _LOCAL.sub(
-            lambda found: closure.get(found[1], found[0]), _guarded_expression(guard)
-        )
+def _guarded(
+    captured: convert_frame.CaptureOutput, unguarded: Iterable[str], closure: Mapping[str, str]
+) -> Iterator[str]:
+    output = captured.graph_capture_output
+    for read in (*map(_guarded_expression, output.output_graph.guards), *unguarded):
+        expression = _LOCAL.sub(lambda found: closure.get(found[1], found[0]), read)
         # What the graph is given is not what it depends on.
         if expression and not _ARGUMENT.search(expression):
             yield _GLOBAL.sub(lambda found: _global(found[1], output), expression)
@@ -235,6 +239,10 @@ def _guarded_expression(guard: Guard) -> str:
             return f"hasattr({owner}, {attribute!r})"
         case "NOT_PRESENT_IN_GENERIC_DICT":
             return f"{details['attr']!r} in vars({name})"
+        case "DICT_CONTAINS" if isinstance(details["key"], str):
+            return f"{details['key']!r} in {name}"
+        case "TYPE_MATCH" if name.endswith("'__dict__')"):
+            return ""
         case "DUPLICATE_INPUT":
             return f"{name} is {details['source_b'].name}"
     return name

@@ -154,7 +154,7 @@ def _check(state: State, done: Attempt, store: Path) -> None:
         refused = any(name == "freezing" for _, name, _ in state.config)
         assert (done.error.code == "bad-option" and refused) or (
             done.error.code == "config-changed" and state.place == "apart"
-        ), done.error
+        ), (done.error, done.error.context)
         assert predicted != "hit"
         return
     assert done.ready is not None

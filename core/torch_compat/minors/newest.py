@@ -6,7 +6,8 @@ only what changed in between. Nothing here imports a compiler before it is calle
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +63,14 @@ class Newest:
         from torch._dynamo.decorators import mark_unbacked
 
         mark_unbacked(tensor, dim, min=low)
+
+    @contextmanager
+    def unguarded_reads(self) -> Iterator[list[str]]:
+        """Yields the list that gets, in the block, what Dynamo reads without a guard on it.
+
+        As expressions like those of guards.
+        """
+        yield []
 
     def guarded_attribute(self, guard: Guard) -> tuple[str, str]:
         """The object and the attribute of a guard that asks whether the one has the other."""

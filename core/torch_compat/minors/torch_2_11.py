@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from vllmc.core.torch_compat.minors.torch_2_12 import Torch212
 
@@ -34,6 +36,35 @@ class Torch211(Torch212):
         from torch._dynamo.decorators import mark_unbacked
 
         mark_unbacked(tensor, dim)
+
+    @contextmanager
+    def unguarded_reads(self) -> Iterator[list[str]]:
+        """See `Newest`. Constants that are read from a class have no guard; one thread at a time.
+
+        The method of Dynamo's that reads them is exchanged within the block.
+        """
+        from torch._dynamo.exc import ObservedAttributeError
+        from torch._dynamo.variables import ConstantVariable, EnumVariable, UserDefinedClassVariable
+
+        found: list[str] = []
+        original = UserDefinedClassVariable.var_getattr
+
+        def var_getattr(self: Any, tx: Any, name: str) -> Any:
+            try:
+                value = original(self, tx, name)
+            except ObservedAttributeError:
+                if self.source is not None:
+                    found.append(f"hasattr({self.source.name}, {name!r})")
+                raise
+            if self.source is not None and isinstance(value, (ConstantVariable, EnumVariable)):
+                found.append(f"{self.source.name}.{name}")
+            return value
+
+        UserDefinedClassVariable.var_getattr = var_getattr
+        try:
+            yield found
+        finally:
+            UserDefinedClassVariable.var_getattr = original
 
     def guarded_attribute(self, guard: Guard) -> tuple[str, str]:
         """See `Newest`. Here the guard is one on the attribute."""

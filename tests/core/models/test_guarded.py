@@ -68,6 +68,8 @@ def read(expression: str) -> Any:
         ("L['self'].table is L['self'].mode", False),
         ("type(L['self'])", f"<class {__name__}.Entry#{class_digest(Entry)}>"),
         ("len(L['self'].table)", 2),
+        ("object.__getattribute__(L['self'], 'scale')", 2.0),
+        ("'a' in L['self'].table", True),
     ],
 )
 def test_what_an_expression_reads_is_told_in_json(expression: str, value: object) -> None:
@@ -92,6 +94,7 @@ def test_a_long_value_is_a_digest() -> None:
     [
         "L['self'].api_key",
         "vars(L['self'])['api_key']",
+        "object.__getattribute__(L['self'], 'api_key')",
         "dict.__getitem__(vars(L['self']), 'api_key')",
         "L['self'].keys['api_key'][0]",
         "L['self'].keys",
@@ -119,6 +122,8 @@ def test_what_is_asked_about_a_secret_is_no_secret() -> None:
     [
         "L['self'].absent",
         "L['self'].table['absent']",
+        "object.__getattribute__(L['self'], 'absent')",
+        "object.__getattribute__(L['self'], L['self'].long)",
         "M['no_such_module_anywhere'].x",
         "__import__('sys').modules.clear()",
         "L['self'].table.clear()",
