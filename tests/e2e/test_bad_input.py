@@ -183,6 +183,19 @@ def test_cuda_without_a_gpu_is_refused_by_every_command(eager: Run) -> None:
         refused(eager(command, "--device", "cuda"), 1, "no-device", "--device cpu")
 
 
+def test_a_variable_that_torch_does_not_take_is_named(start: Any) -> None:
+    # Torch reads it where it is imported: in a process of its own.
+    variable = "TORCHINDUCTOR_COMPILE_THREADS"
+    process = start("inspect-key", "tiny-llama", env={variable: "many"})
+    _, err = process.communicate()
+    assert process.returncode == 2, err
+    told, *rest = err.splitlines()
+    assert told.startswith("error[bad-variable]: ")
+    assert variable in told
+    assert "'many'" in told
+    assert rest[-1].startswith("  hint: ")
+
+
 CHOICES = [
     ("--device", "tpu"),
     ("--dtype", "int8"),

@@ -232,8 +232,8 @@ def test_warm_shows_the_passes_and_dumps_what_they_changed(vllmc: Any, workplace
     first = vllmc(*words, "--json").json
     assert [row["name"] for row in first["passes"]] == [*PASSES]
     left = {row["name"] for row in first["passes"] if not row["matches"]}
-    # Of what is quantised, the others leave nothing.
-    assert left == {"expand-quant"}
+    # Of what is quantised the others leave nothing, and capture no no-ops from torch 2.15.
+    assert left - {"no-ops"} == {"expand-quant"}
     assert all(row["missed"] is None for row in first["passes"])
     assert vllmc(*words, "--json").json["passes"] == []
     assert "norm-quant" in vllmc(*words, "-v", "--dump", "dump").out
