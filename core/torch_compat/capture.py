@@ -239,7 +239,7 @@ def _guarded_expression(guard: Guard) -> str:
             return f"hasattr({owner}, {attribute!r})"
         case "NOT_PRESENT_IN_GENERIC_DICT":
             return f"{details['attr']!r} in vars({name})"
-        case "DICT_CONTAINS" if isinstance(details["key"], str):
+        case "DICT_CONTAINS" | "DICT_NOT_CONTAINS" if isinstance(details["key"], str):
             return f"{details['key']!r} in {name}"
         case "TYPE_MATCH" if name.endswith("'__dict__')"):
             return ""
