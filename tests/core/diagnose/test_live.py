@@ -216,7 +216,9 @@ def test_a_class_that_is_gone_names_its_frame_too() -> None:
             gc.collect()
     [row] = report.recompiles
     assert row.frame.endswith(" in apply")
-    assert (row.klass, row.count) == ("object-id", 2)
+    # From Python 3.12 the class is not gone yet, and known to be another.
+    assert row.klass == ("object-id" if sys.version_info < (3, 12) else "type")
+    assert row.count == 2
 
 
 def test_recompiles_are_reported_however_many_there_are() -> None:
