@@ -19,14 +19,8 @@ import torch.fx as fx
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.aliases import name_written_tensors_once, views_of_written
 from vllmc.core.graph.normalize import is_symbolic, symbols_of, value_of
-from vllmc.core.graph.targets import find_target, op_names, spelled
+from vllmc.core.graph.targets import allocates, find_target, op_names, spelled
 from vllmc.core.torch_compat.opaque import is_opaque_value, real_value
-
-_ALLOCATIONS: frozenset[object] = frozenset(
-    {torch.empty, torch.empty_like, torch.empty_permuted, torch.empty_strided}
-)
-_ALLOCATING_METHODS = frozenset({"new_empty", "new_empty_strided"})
-_ALLOCATING_OPS = ("aten::empty", "aten::new_empty")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,20 +144,12 @@ def _merge(groups: list[_Group]) -> list[_Group]:
     """Lets pieces that only allocate join their predecessor, and what then touches unite."""
     merged: list[_Group] = []
     for splitting, nodes in groups:
-        allocates = not splitting and all(map(_allocates, nodes))
-        if merged and (allocates or merged[-1][0] == splitting):
+        only_room = not splitting and all(map(allocates, nodes))
+        if merged and (only_room or merged[-1][0] == splitting):
             merged[-1][1].extend(nodes)
         else:
             merged.append((splitting, list(nodes)))
     return merged
-
-
-def _allocates(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in _ALLOCATING_METHODS
-    return node.target in _ALLOCATIONS or any(
-        name.startswith(_ALLOCATING_OPS) for name in op_names(node.target)
-    )
 
 
 def _reach(

@@ -14,6 +14,11 @@ from vllmc.core.errors import VllmcError
 
 _OPS = "torch.ops."
 _METHODS = "torch.Tensor."
+_ALLOCATIONS: frozenset[object] = frozenset(
+    {torch.empty, torch.empty_like, torch.empty_permuted, torch.empty_strided}
+)
+_ALLOCATING_METHODS = frozenset({"new_empty", "new_empty_strided"})
+_ALLOCATING_OPS = ("aten::empty", "aten::new_empty")
 
 
 def op_names(target: object) -> frozenset[str]:
@@ -135,3 +140,12 @@ def _resolve(module: str, name: str) -> object:
         return import_by_name(module, name)
     except (ImportError, AttributeError):
         return None
+
+
+def allocates(node: fx.Node) -> bool:
+    """Whether a node makes a tensor that nothing is written to yet."""
+    if node.op == "call_method":
+        return node.target in _ALLOCATING_METHODS
+    return node.target in _ALLOCATIONS or any(
+        name.startswith(_ALLOCATING_OPS) for name in op_names(node.target)
+    )

@@ -17,6 +17,7 @@ import torch.fx as fx
 
 from vllmc.core.errors import VllmcError
 from vllmc.core.graph.piece import OpaqueInput, Piece, PieceInput, SizeInput, TensorInput, symbol
+from vllmc.core.graph.targets import allocates
 from vllmc.core.torch_compat.opaque import real_value
 
 _ROWS = 3
@@ -110,14 +111,8 @@ def _unwritten(piece: Piece) -> frozenset[int]:
     return frozenset(
         index
         for index, node in enumerate(results)
-        if isinstance(node, fx.Node) and _allocates(node) and set(node.users) == {end}
+        if isinstance(node, fx.Node) and allocates(node) and set(node.users) == {end}
     )
-
-
-def _allocates(node: fx.Node) -> bool:
-    # `torch.empty`, the overload `empty.memory_format`, the method `new_empty`.
-    name = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
-    return name.removeprefix("new_") in ("empty", "empty_like", "empty_strided")
 
 
 def _sizes(piece: Piece, tokens: int) -> Sizes:

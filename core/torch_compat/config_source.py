@@ -53,8 +53,7 @@ def variables_of(module: str, name: str, environment: Collection[str]) -> list[s
     # Reading the source as Python takes long. Mostly no variable that is set is named in it.
     if _quoted(module).isdisjoint(environment):
         return []
-    defined = definitions(module).get(name)
-    return [v for v in defined.variables if v in environment] if defined else []
+    return [v for v in variables_that_set(module, name) if v in environment]
 
 
 def variables_that_set(module: str, name: str) -> tuple[str, ...]:
