@@ -115,6 +115,7 @@ def capture_full_graph(
     because marks on fake tensors are not seen. Raises `CaptureError` naming the frames in the way.
     """
     args, kwargs = positional_and_named(module, arguments)
+    TORCH.before_fake_modes()
     # What earlier captures of the same code saw would decide which sizes are dynamic here.
     reset_code_state()
     try:

@@ -9,11 +9,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from vllmc.core.torch_compat.minors import TORCH
+
+
+def fake_mode(shape_env: ShapeEnv, *, takes_real: bool = False) -> FakeTensorMode:
+    """A mode in which tensors made are fake; it meets real ones only where it `takes_real`."""
+    TORCH.before_fake_modes()
+    return FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=takes_real)
+
 
 @contextlib.contextmanager
 def fake_weights() -> Iterator[None]:
     """Within it, every tensor made is fake: shape, dtype and device, but no storage."""
-    with FakeTensorMode(shape_env=ShapeEnv()):
+    with fake_mode(ShapeEnv()):
         yield
 
 
@@ -29,7 +37,7 @@ def like_weights(module: torch.nn.Module) -> Iterator[None]:
 def faking(module: torch.nn.Module) -> Iterator[None]:
     """Within it, tensors made are fake, and `module` takes them, be its own fake or not."""
     mode = next((p.fake_mode for p in module.parameters() if isinstance(p, FakeTensor)), None)
-    with mode or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+    with mode or fake_mode(ShapeEnv(), takes_real=True):
         yield
 
 

@@ -10,11 +10,12 @@ import sympy
 import torch
 from torch._dynamo.source import ConstantSource
 from torch._prims_common import is_contiguous_or_false
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy import functions
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
+
+from vllmc.core.torch_compat.fake import fake_mode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +79,7 @@ class ShapeScope:
 
     def __init__(self, ranges: Sequence[SymbolRange]) -> None:
         self.shape_env = ShapeEnv()
-        self.fake_mode = FakeTensorMode(shape_env=self.shape_env)
+        self.fake_mode = fake_mode(self.shape_env)
         self._sizes: dict[sympy.Symbol, sympy.Expr] = {}
         self._declared: dict[sympy.Symbol, SymbolRange] = {}
         for index, declared in enumerate(ranges):

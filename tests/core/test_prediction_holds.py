@@ -23,6 +23,8 @@ from foretold import PICKED, Attempt, State, attempt, attempt_together, codes
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from vllmc.core.torch_compat.minors import TORCH
+
 _FLAGS = tuple(
     (group, name, not value)
     for group, module in (
@@ -110,10 +112,9 @@ _INDUCTOR_CHANGE = st.one_of(
     _one_of({name: _SPEC[name] for name in ("ranges", "sizes", "dynamic_shapes", "torch_state")}),
     _one_of({name: _PYTHON[name] for name in ("comment", "multiplier", "layers")}),
 )
-_THREAD_CHANGE = st.one_of(
-    _one_of({name: v for name, v in _SPEC.items() if name not in ("torch_state", "environment")}),
-    _FLAG,
-)
+_THREAD_SPEC = {k: v for k, v in _SPEC.items() if k not in ("torch_state", "environment")}
+# Where an option is the whole process's, a thread has none to itself.
+_THREAD_CHANGE = st.one_of(_one_of(_THREAD_SPEC), *([_FLAG] if TORCH.local_overrides else []))
 
 
 def _states(

@@ -58,6 +58,9 @@ class Newest:
 
         return bool(is_custom_class_obj(value))
 
+    def before_fake_modes(self) -> None:
+        """Makes it safe to enter a fake mode in any thread. Called before each; it is cheap."""
+
     def mark_unbacked_size(self, tensor: torch.Tensor, dim: int, *, low: int) -> None:
         """Has a dimension compiled as an unbacked size of at least `low`."""
         from torch._dynamo.decorators import mark_unbacked

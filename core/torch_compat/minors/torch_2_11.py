@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vllmc.core.torch_compat.minors.torch_2_12 import Torch212
 
 if TYPE_CHECKING:
-    import torch
     from torch._guards import Guard
 
 
@@ -24,6 +27,10 @@ class Torch211(Torch212):
         ("dynamo", "inline_invoke_subgraph"),
         ("dynamo", "symbolic_shapes.aggressive_guard_free_semantics"),
     }
+
+    def before_fake_modes(self) -> None:
+        """See `Newest`. Mended in 2.12: https://github.com/pytorch/pytorch/pull/178950."""
+        _keep_device_guard()
 
     def mark_unbacked_size(
         self,
@@ -70,3 +77,26 @@ class Torch211(Torch212):
         """See `Newest`. Here the guard is one on the attribute."""
         source = guard.originating_source
         return source.base.name, source.member
+
+
+@functools.cache
+def _keep_device_guard() -> None:
+    """Has a thread that does not end enter the first fake mode of a process that sees no GPU.
+
+    That thread's stand-in for the GPU serves the whole process, a build for CUDA that is: with the
+    thread it is freed, and the next fake mode would read what is no longer there.
+    """
+    if torch.version.cuda is None or torch.cuda.is_available():
+        return
+    if threading.current_thread() is threading.main_thread():
+        torch._C._ensureCUDADeviceGuardSet()
+        return
+    kept = threading.Event()
+
+    def keep() -> None:
+        torch._C._ensureCUDADeviceGuardSet()
+        kept.set()
+        threading.Event().wait()
+
+    threading.Thread(target=keep, name="vllmc-device-guard", daemon=True).start()
+    kept.wait()
