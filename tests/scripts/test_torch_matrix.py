@@ -1,6 +1,17 @@
 from pathlib import Path
 
-from torch_matrix import BEGIN, END, HEAD, MINORS, ROOT, Outcome, counted, unpinned, updated
+from torch_matrix import (
+    BEGIN,
+    END,
+    HEAD,
+    MINORS,
+    PAGE,
+    ROOT,
+    Outcome,
+    counted,
+    unpinned,
+    updated,
+)
 
 from vllmc.core.torch_compat.minors import MINORS as KNOWN
 from vllmc.core.torch_compat.version import spelled
@@ -31,6 +42,13 @@ def outcome(torch: str, *failed: str) -> Outcome:
 
 def test_each_minor_that_vllmc_knows_is_run() -> None:
     assert [spelled(minor) for minor in KNOWN] == list(MINORS)
+
+
+def test_the_page_has_a_row_of_all_tests_for_each_minor() -> None:
+    table = PAGE.read_text("utf-8").partition(BEGIN + HEAD)[2].partition(END)[0]
+    rows = [row.strip("| ").split(" | ") for row in table.splitlines()]
+    assert [torch.rpartition(".")[0] for torch, *_ in rows] == list(MINORS)
+    assert {tests for _, _, _, tests, *_ in rows} == {"all"}
 
 
 def test_tests_are_counted_by_what_came_of_them(tmp_path: Path) -> None:
