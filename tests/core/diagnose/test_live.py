@@ -216,8 +216,8 @@ def test_a_class_that_is_gone_names_its_frame_too() -> None:
             gc.collect()
     [row] = report.recompiles
     assert row.frame.endswith(" in apply")
-    # Where Python has not freed the class yet, it is known to be another.
-    assert row.klass in ("object-id", "type")
+    # Python 3.12 has not freed the class yet, so it is known to be another.
+    assert row.klass == ("type" if sys.version_info[:2] == (3, 12) else "object-id")
     assert row.count == 2
 
 
