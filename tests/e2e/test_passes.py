@@ -19,6 +19,8 @@ from vllmc.core.passes import PASSES, chosen, default_passes
 from vllmc.core.pipeline import Ready
 from vllmc.core.ranges import CompileRange
 from vllmc.core.spec import LayerNames, Quantization
+from vllmc.core.torch_compat.minors import TORCH
+from vllmc.core.torch_compat.minors.newest import Newest
 
 pytestmark = pytest.mark.slow
 
@@ -233,7 +235,7 @@ def test_warm_shows_the_passes_and_dumps_what_they_changed(vllmc: Any, workplace
     assert [row["name"] for row in first["passes"]] == [*PASSES]
     left = {row["name"] for row in first["passes"] if not row["matches"]}
     # Of what is quantised the others leave nothing, and capture no no-ops from torch 2.15.
-    assert left - {"no-ops"} == {"expand-quant"}
+    assert left == ({"expand-quant", "no-ops"} if type(TORCH) is Newest else {"expand-quant"})
     assert all(row["missed"] is None for row in first["passes"])
     assert vllmc(*words, "--json").json["passes"] == []
     assert "norm-quant" in vllmc(*words, "-v", "--dump", "dump").out
